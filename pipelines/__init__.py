@@ -1,0 +1,1 @@
+"""Where pixels and codes meet: files, jobs and the command line."""

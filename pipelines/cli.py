@@ -1,0 +1,112 @@
+"""The command line: `smalti STAGE CONFIG.yaml [--section.key value ...]`."""
+
+import argparse
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+USAGE = """\
+smalti STAGE CONFIG.yaml [--section.key value ...]
+
+From images to new images in two stages; one YAML file describes a run.
+
+stages:
+  pack             images of any source become image shards
+  train-tokenizer  image shards become a tokenizer, a hierarchical VQ-VAE
+  encode           image shards become code shards
+  train-prior      code shards become a prior a level (--level N for one of them)
+  sample           priors and tokenizer make new images
+  evaluate         how well tokenizer and priors do on the val split
+  run              all of these in order; what is complete is skipped
+
+options:
+  --section.key value   override a setting of CONFIG.yaml
+  --redo STAGE[,STAGE]  empty a stage's folder and make it again; with run, what follows it too
+  --level N             train-prior: this level only
+  --traceback           show where an error comes from
+  -h, --help            this text; after a stage, every setting with its default
+"""
+STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate", "run")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0 done, 2 wrong usage or config, 1 anything else."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    show_traceback = "--traceback" in arguments
+    from pipelines.errors import ConfigError
+
+    try:
+        return _command([argument for argument in arguments if argument != "--traceback"])
+    except KeyboardInterrupt:
+        print("\nsmalti: interrupted; the same command goes on from what is done", file=sys.stderr)
+        return 1
+    except ConfigError as error:
+        _report(error, show_traceback)
+        return 2
+    except (ValueError, OSError) as error:
+        _report(error, show_traceback)
+        return 1
+
+
+def _command(arguments: list[str]) -> int:
+    from pipelines.errors import ConfigError
+
+    stage, rest = arguments[0], arguments[1:]
+    if stage not in STAGES:
+        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+    if any(argument in ("-h", "--help") for argument in rest):
+        from pipelines.config import make_parser
+
+        print(make_parser(f"smalti {stage} CONFIG.yaml").format_help())
+        return 0
+    if not rest or rest[0].startswith("-"):
+        raise ConfigError(f"name a config: smalti {stage} CONFIG.yaml")
+    own = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    own.add_argument("--redo", default="")
+    own.add_argument("--level", type=int)
+    try:
+        options, overrides = own.parse_known_args(rest[1:])
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    redo = [name for name in options.redo.split(",") if name]
+    for name in redo:
+        if name not in STAGES or name == "run":
+            raise ConfigError(f"--redo must name a stage, got {name!r}; the stages are {', '.join(STAGES[:-1])}")
+    if options.level is not None and stage != "train-prior":
+        raise ConfigError(f"--level goes with train-prior, not with {stage}")
+    from pipelines.config import load_config
+    from pipelines.run import Run
+
+    _quiet()
+    config = load_config(rest[0], overrides)
+
+    run = Run(config, redo)
+    if stage == "run":
+        run.all()
+    else:
+        run.stage(stage, options.level)
+    return 0
+
+
+def _quiet() -> None:
+    """Say what smalti says; leave out the libraries' chatter about themselves."""
+    logging.basicConfig(level=logging.INFO, format="smalti: %(message)s", stream=sys.stderr)
+    for name in list(logging.root.manager.loggerDict):
+        if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning", "wandb", "datasets", "httpx"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def _report(error: BaseException, show_traceback: bool) -> None:
+    if show_traceback:
+        traceback.print_exception(error)
+    print(f"smalti: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

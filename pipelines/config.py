@@ -1,0 +1,147 @@
+"""The configuration of a run: one YAML file and the overrides of the command line, as one dataclass."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from pipelines.compute import ComputeConfig
+from pipelines.encode import EncodeConfig
+from pipelines.errors import ConfigError
+from pipelines.pack import ImagesConfig
+from pipelines.sample import SampleConfig
+from pipelines.train_prior import PriorConfig
+from pipelines.train_tokenizer import TokenizerSection
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesConfig:
+    """Where the codes come from, when not from this run's `encode`.
+
+    Attributes:
+        from_: a `codes` folder of another run; empty for this run's own.
+    """
+
+    from_: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run.
+
+    Attributes:
+        run_dir: folder of the run; each stage has its own folder in it.
+        seed: of everything that is drawn: splits, weights, batches, samples.
+        images: stage pack.
+        tokenizer: stage train-tokenizer.
+        encode: stage encode.
+        codes: use another run's codes.
+        prior: stage train-prior.
+        sample: stage sample.
+        compute: where to run; never judged when a stage is compared with its config.
+    """
+
+    run_dir: str
+    seed: int = 0
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    codes: CodesConfig = field(default_factory=CodesConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
+        if not self.tokenizer.from_ and not self.images.from_:
+            self.tokenizer.model.grids(self.images.size)
+
+
+def make_parser(prog: str = "smalti STAGE CONFIG.yaml") -> ArgumentParser:
+    """Return the parser of all settings."""
+    parser = _Parser(prog=prog, exit_on_error=False)
+    parser.add_class_arguments(Config, sub_configs=False)
+    return parser
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's configuration.
+
+    Args:
+        path: the YAML file; plain data.
+        overrides: `--section.key value` of the command line.
+
+    Raises:
+        ConfigError: no such file, an unknown key, a wrong type, or a value that cannot work; names the key.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
+    for key in [*_keys(settings), *overrides]:
+        if "class_path" in key or "init_args" in key:
+            raise ConfigError(f"{key.split('=')[0]} is not allowed: a config is plain data and cannot name code to run")
+    parser = make_parser()
+    try:
+        namespace = parser.parse_object(_rename(settings, "from", "from_"))
+        arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
+        return parser.instantiate(arguments)
+    except (ArgumentError, ValueError, TypeError) as error:
+        message = " ".join(str(error).replace("from_", "from").split())
+        raise ConfigError(message.replace("Parser key", "setting")) from error
+
+
+T = TypeVar("T")
+
+
+def at_level(settings: T, level: int, num_levels: int) -> T:
+    """Return a section with each list of one value a level replaced by this level's.
+
+    Raises:
+        ConfigError: a list has another length.
+    """
+    assert is_dataclass(settings) and not isinstance(settings, type)
+    changes: dict[str, Any] = {}
+    for name, value in ((f.name, getattr(settings, f.name)) for f in fields(settings)):
+        if isinstance(value, list):
+            if len(value) != num_levels:
+                raise ConfigError(f"{name} must be one value or a list of {num_levels}, one a level, got {value}")
+            changes[name] = value[level]
+    return replace(settings, **changes)
+
+
+class _Parser(ArgumentParser):
+    """`from` is no name for a Python field, so it is `from_` inside and `from` to the user."""
+
+    def format_help(self) -> str:
+        return super().format_help().replace(".from_", ".from").replace("FROM_", "FROM")
+
+
+def _rename_options(arguments: Sequence[str]) -> list[str]:
+    return [a.replace(".from", ".from_", 1) if a.split("=")[0].endswith(".from") else a for a in arguments]
+
+
+def _rename(settings: Any, old: str, new: str) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {new if key == old else key: _rename(value, old, new) for key, value in settings.items()}
+
+
+def _keys(settings: Any) -> Iterator[str]:
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            yield str(key)
+            yield from _keys(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _keys(value)
+
+

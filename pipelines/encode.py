@@ -1,0 +1,175 @@
+"""Stage encode: each image shard becomes a code shard of the same name.
+
+B batch, C channels, H W pixels, h w code grid.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from pipelines.compute import ComputeConfig, inference_device, num_processes, this_worker
+from pipelines.data import sample_pixels, shift_pixels, to_unit_range
+from pipelines.errors import StageError
+from pipelines.fingerprint import digest, fingerprint
+from pipelines.progress import progress_bar
+from pipelines.shards import (
+    array_bytes,
+    code_dtype,
+    index_shard,
+    read_manifest,
+    read_member,
+    receipt_fits,
+    shard_names,
+    write_manifest,
+    write_shard,
+)
+from tokenizer import HierarchicalVQVAE
+
+VIEWS = ("image", "flip", "crop", "crop-flip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How images become codes.
+
+    Attributes:
+        views: what of each training image is encoded, in this order: "image" as it is, "flip" mirrored, "crop" moved
+            at random, "crop-flip" both; a view may come several times. Validation images are encoded as they are.
+        crop_shift: pixels that a crop moves by at most, the edge repeated.
+        batch_size: images encoded at once.
+        precision: "float32" (TF32 off) or "bfloat16", in which codes depend on the shape of the batch.
+    """
+
+    views: list[str] = field(default_factory=lambda: ["image"])
+    crop_shift: int = 4
+    batch_size: int = 64
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.views or any(view not in VIEWS for view in self.views):
+            raise ValueError(f"encode.views must name one or more of {', '.join(VIEWS)}, got {self.views}")
+        if self.batch_size < 1 or self.crop_shift < 0:
+            raise ValueError("encode.batch_size must be at least 1 and encode.crop_shift not negative")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"encode.precision must be float32 or bfloat16, got {self.precision}")
+
+
+def encode(
+    config: EncodeConfig, seed: int, compute: ComputeConfig, tokenizer: HierarchicalVQVAE, images: Path, folder: Path
+) -> None:
+    """Write code shards, receipts and the manifest; shards whose receipt fits stay.
+
+    Raises:
+        StageError: the tokenizer is for other images.
+    """
+    manifest = read_manifest(images, "images", "pack")
+    found = (manifest["image_size"], manifest["channels"])
+    if found != (tokenizer.image_size, tokenizer.channels):
+        raise StageError(
+            f"the tokenizer reads images of {tokenizer.image_size} pixels and {tokenizer.channels} channels but {images} "
+            f"was packed with {found[0]} and {found[1]}; set images.size and images.channels to the tokenizer's"
+        )
+    mark = fingerprint(tokenizer, tokenizer.settings)
+    settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision])
+    jobs = []
+    for split in manifest["splits"]:
+        for receipt in manifest["splits"][split]:
+            provenance = {
+                "made_from": receipt["sha256"],
+                "fingerprints": {"tokenizer": mark},
+                "settings": settings,
+            }
+            jobs.append((receipt["shard"], receipt["samples"], split, provenance))
+    if any(not receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
+        (folder / "manifest.json").unlink(missing_ok=True)  # not complete any more
+    worker = this_worker()
+    device = inference_device(compute, precise=config.precision == "float32")
+    model = tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    todo = [job for job in worker.share(jobs) if not receipt_fits(folder / job[0], job[3])]
+    total = sum(samples for _, samples, _, _ in todo)
+    with progress_bar(total, "encode", "images", disable=worker.rank > 0) as bar:
+        for name, _, split, provenance in todo:
+            views = config.views if split == "train" else ["image"]
+            samples = _encoded(images / name, model, views, config, seed, compute, bar.update)
+            write_shard(folder / name, samples, provenance)
+    if all(receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
+        contents = {
+            "kind": "codes",
+            "tokenizer": mark,
+            "levels": [
+                {"grid": list(grid), "codebook_size": size}
+                for grid, size in zip(model.grids, model.config.codebook_sizes, strict=True)
+            ],
+            "class_names": manifest["class_names"],
+            "image_size": manifest["image_size"],
+            "channels": manifest["channels"],
+            "preprocessing": manifest["preprocessing"],
+            "views": config.views,
+            "precision": config.precision,
+            "made_from": digest(manifest),
+        }
+        write_manifest(folder, {split: [n for n, _ in shard_names(manifest, split)] for split in manifest["splits"]}, contents)
+
+
+class _Views:
+    """The views of one shard's images, one after the other."""
+
+    def __init__(self, path: Path, views: list[str], crop_shift: int, seed: int, size: int, channels: int) -> None:
+        self.path, self.views, self.crop_shift, self.seed = path, views, crop_shift, seed
+        self.size, self.channels = size, channels
+        self.index = index_shard(path)
+
+    def __len__(self) -> int:
+        return len(self.index) * len(self.views)
+
+    def __getitem__(self, number: int) -> tuple[str, bytes | None, np.ndarray]:
+        place, view_number = divmod(number, len(self.views))
+        sample, view = self.index[place], self.views[view_number]
+        pixels = sample_pixels(self.path, sample, self.size, self.channels)
+        if "crop" in view:
+            generator = np.random.default_rng((self.seed, 3, int(digest([sample.key, view_number])[:8], 16)))
+            down, right = generator.integers(-self.crop_shift, self.crop_shift + 1, size=2)
+            pixels = shift_pixels(pixels, int(down), int(right))
+        if "flip" in view:
+            pixels = pixels[:, :, ::-1]
+        label = None
+        if "cls" in sample.members:
+            with self.path.open("rb") as file:
+                label = read_member(file, sample.members["cls"])
+        key = sample.key if len(self.views) == 1 else f"{sample.key}-{view_number}"
+        return key, label, np.ascontiguousarray(pixels)
+
+
+def _encoded(
+    path: Path,
+    model: HierarchicalVQVAE,
+    views: list[str],
+    config: EncodeConfig,
+    seed: int,
+    compute: ComputeConfig,
+    tick: Any,
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the code samples of one image shard."""
+    device = next(model.parameters()).device
+    dtypes = [code_dtype(size) for size in model.config.codebook_sizes]
+    data = _Views(path, views, config.crop_shift, seed, model.image_size, model.channels)
+    # Small shards are decoded sooner than processes start.
+    workers = min(8, num_processes(compute)) if len(data) * model.image_size**2 > 2**26 else 0
+    loader = DataLoader(data, config.batch_size, num_workers=workers, collate_fn=list)  # type: ignore[arg-type,var-annotated]
+    half = config.precision == "bfloat16"
+    for batch in loader:
+        images = to_unit_range(torch.from_numpy(np.stack([pixels for _, _, pixels in batch])).to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            codes = model.encode(images.contiguous(memory_format=torch.channels_last))
+        arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
+        for row, (key, label, _) in enumerate(batch):
+            contents = {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}
+            if label is not None:
+                contents["cls"] = label
+            yield key, contents
+        tick(len(batch) / len(views))

@@ -1,0 +1,93 @@
+"""metrics.csv, the other loggers, and pictures sent to them."""
+
+import csv
+import io
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+from pipelines.fingerprint import digest
+from pipelines.shards import write_text
+
+
+class MetricsCSV(Logger):
+    """One row a step in a CSV file that a resumed run goes on with.
+
+    Rows at or after the first step that this process logs belong to a life that was cut short, and give way.
+
+    Args:
+        path: of metrics.csv.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: dict[int, dict[str, str]] | None = None
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add metrics to the row of a step and write the file anew, whole or not at all."""
+        step = int(step or 0)
+        if self.rows is None:
+            self.rows = {number: row for number, row in self._read().items() if number < step}
+        values = {name: f"{float(value):.6g}" for name, value in metrics.items() if name != "epoch"}
+        self.rows.setdefault(step, {}).update(values)
+        names = sorted({name for row in self.rows.values() for name in row})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["step", *names], restval="", lineterminator="\n")
+        writer.writeheader()
+        for number, row in sorted(self.rows.items()):
+            writer.writerow({"step": number, **row})
+        write_text(self.path, text.getvalue())
+
+    def _read(self) -> dict[int, dict[str, str]]:
+        if not self.path.exists():
+            return {}
+        with self.path.open() as file:
+            rows = {int(row.pop("step")): row for row in csv.DictReader(file)}
+        return {step: {name: value for name, value in row.items() if value} for step, row in rows.items()}
+
+
+def make_loggers(kind: str, folder: Path) -> list[Logger]:
+    """Return metrics.csv and, when asked, wandb or TensorBoard.
+
+    Args:
+        kind: "csv", "wandb" or "tensorboard".
+        folder: of the stage; a resumed stage goes on in the same wandb run.
+    """
+    loggers: list[Logger] = [MetricsCSV(folder / "metrics.csv")]
+    if kind == "tensorboard":
+        loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
+    if kind == "wandb":
+        name = "-".join(folder.resolve().parts[-3:])
+        loggers.append(
+            WandbLogger(
+                name=name, id=digest(str(folder.resolve()))[:16], project="smalti", save_dir=str(folder), resume="allow"
+            )
+        )
+    return loggers
+
+
+def log_picture(loggers: list[Logger], name: str, picture: Image.Image, step: int) -> None:
+    """Send a picture to every logger that shows pictures."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [picture], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")

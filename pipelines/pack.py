@@ -1,0 +1,234 @@
+"""Stage pack: an image source becomes image shards of one size."""
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from pipelines.compute import ComputeConfig, num_processes, this_worker
+from pipelines.errors import StageError
+from pipelines.fingerprint import digest
+from pipelines.pictures import BadImageError, fit
+from pipelines.progress import progress_bar
+from pipelines.shards import read_receipt, receipt_fits, write_manifest, write_shard
+from pipelines.sources import Source, open_source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """Where images come from and how they are packed.
+
+    Attributes:
+        from_: an `images` folder of another run; empty packs this run's own.
+        source: digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS.
+        size: pixels of either side after scaling the short side and cropping the centre.
+        channels: 1 for grey, 3 for RGB.
+        classes: False leaves classes out.
+        upscale: enlarge images smaller than size, which are skipped as bad otherwise.
+        val_fraction: share of each class set aside for validation, where the source has no such split.
+        max_bad: highest share of images that may be skipped because they cannot be used.
+        shard_size: images a shard.
+        format: how resized images are encoded: lossless png or webp, or jpg at quality 95.
+        image_column: of parquet and hf sources; found by its type if empty.
+        label_column: of parquet and hf sources; found by its type or name if empty.
+    """
+
+    from_: str = ""
+    source: str = "digits"
+    size: int = 256
+    channels: int = 3
+    classes: bool = True
+    upscale: bool = False
+    val_fraction: float = 0.1
+    max_bad: float = 0.001
+    shard_size: int = 10000
+    format: Literal["png", "jpg", "webp"] = "png"
+    image_column: str = ""
+    label_column: str = ""
+
+    def __post_init__(self) -> None:
+        if self.size < 2:
+            raise ValueError(f"images.size must be at least 2 pixels, got {self.size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"images.channels must be 1 (grey) or 3 (RGB), got {self.channels}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"images.val_fraction must lie between 0 and 1, got {self.val_fraction}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"images.max_bad must lie in [0, 1], got {self.max_bad}")
+        if self.shard_size < 1:
+            raise ValueError(f"images.shard_size must be at least 1, got {self.shard_size}")
+
+
+class ShardPlan(NamedTuple):
+    """One shard to write: its name, and which images of which split of the source."""
+
+    name: str
+    source_split: str
+    indices: np.ndarray
+
+
+def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) -> None:
+    """Write image shards, receipts and the manifest; shards whose receipt fits stay.
+
+    Raises:
+        StageError: an empty source, duplicate keys, or more bad images than max_bad allows.
+    """
+    source = open_source(config.source, config.classes, config.image_column or None, config.label_column or None)
+    plans = plan_shards(source, config, seed)
+    _check_keys(source, plans, config.source)
+    settings = {"size": config.size, "channels": config.channels, "upscale": config.upscale, "format": config.format}
+    identity = digest([source.identity, settings])
+
+    def provenance(plan: ShardPlan) -> dict[str, Any]:
+        chosen = digest([plan.source_split, plan.indices.tolist()])
+        return {"made_from": None, "fingerprints": {}, "settings": digest([identity, chosen])}
+
+    worker = this_worker()
+    todo = [plan for plan in worker.share(plans) if not receipt_fits(folder / plan.name, provenance(plan))]
+    tasks = [(folder / plan.name, plan, provenance(plan), config) for plan in todo]
+    processes = min(num_processes(compute), len(tasks))
+    bar = progress_bar(sum(len(plan.indices) for plan in todo), "pack", "images", disable=worker.rank > 0)
+    with bar:
+        if processes > 1:
+            with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (source,)) as pool:
+                for task, _ in zip(tasks, pool.map(_pack_in_worker, tasks), strict=True):
+                    bar.update(len(task[1].indices))
+        else:
+            for task in tasks:
+                _pack_shard(source, *task, tick=bar.update)
+    if all(receipt_fits(folder / plan.name, provenance(plan)) for plan in plans):
+        _finish(folder, plans, source, config, settings)
+
+
+def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPlan]:
+    """Assign every image to a split and a shard, in the order of the source."""
+    train = np.arange(len(source.splits["train"]))
+    if "val" in source.splits:
+        chosen = {"train": ("train", train), "val": ("val", np.arange(len(source.splits["val"])))}
+    else:
+        held_out = stratified_fraction(source.splits["train"].labels, len(train), config.val_fraction, seed)
+        chosen = {"train": ("train", np.setdiff1d(train, held_out)), "val": ("train", held_out)}
+    plans = []
+    for split, (source_split, indices) in chosen.items():
+        if not len(indices):
+            raise StageError(f"{config.source} has {len(train)} images, too few for a {split} split")
+        for number, start in enumerate(range(0, len(indices), config.shard_size)):
+            part = indices[start : start + config.shard_size]
+            plans.append(ShardPlan(f"{split}-{number:06d}.tar", source_split, part))
+    return plans
+
+
+def stratified_fraction(labels: np.ndarray | None, count: int, fraction: float, seed: int) -> np.ndarray:
+    """Draw a fraction of each class, at least one image of each that has two: sorted int64 indices."""
+    generator = np.random.default_rng((seed, 1))
+    labels = np.zeros(count, dtype=np.int64) if labels is None else labels
+    drawn = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        wanted = max(round(fraction * len(members)), 1 if len(members) > 1 else 0)
+        drawn.append(generator.permutation(members)[:wanted])
+    return np.sort(np.concatenate(drawn))
+
+
+def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:
+    for split in {plan.name.split("-")[0] for plan in plans}:
+        seen: set[bytes] = set()
+        for plan in plans:
+            if not plan.name.startswith(split):
+                continue
+            images = source.splits[plan.source_split]
+            for index in plan.indices:
+                key = images.key(int(index))
+                short = key.encode()[-64:] if len(key) < 64 else digest(key).encode()
+                if short in seen:
+                    raise StageError(
+                        f"keys must be unique, but {key} comes twice in {name}; rename one of the files "
+                        "(names are compared without their extension, dots as underscores)"
+                    )
+                seen.add(short)
+
+
+_source: Source | None = None
+
+
+def _start_worker(source: Source) -> None:
+    global _source
+    _source = source
+
+
+def _pack_in_worker(task: tuple) -> None:
+    assert _source is not None
+    _pack_shard(_source, *task, tick=lambda: None)
+
+
+def _pack_shard(
+    source: Source,
+    path: Path,
+    plan: ShardPlan,
+    provenance: dict[str, Any],
+    config: ImagesConfig,
+    tick: Callable[[], Any],
+) -> None:
+    """Write one shard, calling tick once an image."""
+    skipped: list[dict[str, str]] = []
+    allowed = config.max_bad * sum(len(split) for split in source.splits.values())
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for index in plan.indices:
+            raw = source.splits[plan.source_split].read(int(index))
+            tick()
+            try:
+                fitted = fit(raw.data, config.size, config.channels, config.upscale, config.format)
+            except BadImageError as error:
+                skipped.append({"key": raw.key, "reason": str(error)})
+                if len(skipped) > allowed:
+                    raise _too_many_bad(skipped, config) from None
+                continue
+            contents = {fitted.extension: fitted.data}
+            if raw.label is not None:
+                contents["cls"] = str(raw.label).encode()
+            yield raw.key, contents
+
+    write_shard(path, samples(), provenance | {"skipped": skipped})
+
+
+def _too_many_bad(skipped: list[dict[str, str]], config: ImagesConfig) -> StageError:
+    first = skipped[0]
+    return StageError(
+        f"{len(skipped)} images cannot be used, more than images.max_bad ({config.max_bad:.2%}) allows; "
+        f"the first is {first['key']}: {first['reason']}; mend the source or raise images.max_bad"
+    )
+
+
+def _finish(folder: Path, plans: list[ShardPlan], source: Source, config: ImagesConfig, settings: dict) -> None:
+    receipts = [receipt for plan in plans if (receipt := read_receipt(folder / plan.name))]
+    skipped = [entry for receipt in receipts for entry in receipt["skipped"]]
+    if len(skipped) > config.max_bad * sum(len(plan.indices) for plan in plans):
+        raise _too_many_bad(skipped, config)
+    splits: dict[str, list[str]] = {"train": [], "val": []}
+    for plan in plans:
+        splits[plan.name.split("-")[0]].append(plan.name)
+    for split, names in splits.items():
+        if not sum(receipt["samples"] for receipt in receipts if receipt["shard"] in names):
+            raise StageError(f"{config.source}: no image of the {split} split can be used")
+    if skipped:
+        logger.warning("%d images skipped; %s and the manifest name them", len(skipped), folder / "skipped.txt")
+        report = "".join(f"{entry['key']}\t{entry['reason']}\n" for entry in skipped)
+        (folder / "skipped.txt").write_text(report)
+    contents = {
+        "kind": "images",
+        "image_size": config.size,
+        "channels": config.channels,
+        "class_names": source.class_names,
+        "preprocessing": {**settings, "resize": "short side, bicubic with antialiasing, centre crop"},
+        "made_from": config.source,
+        "skipped": len(skipped),
+    }
+    write_manifest(folder, splits, contents)

@@ -1,0 +1,155 @@
+"""Pictures: any image file to pixels of one size and mode, pixels to bytes, and grids to look at.
+
+H W pixels, C channels.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+# Extensions that image shards may hold, and the format that Pillow must find in them.
+FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+
+
+class BadImageError(ValueError):
+    """An image that cannot be used; the message says why."""
+
+
+class Fitted(NamedTuple):
+    """Bytes of an image of the wanted size and mode, and the extension that names their format."""
+
+    extension: str
+    data: bytes
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode image bytes, bounded in pixels (Pillow's limit, 89 million) before memory is taken.
+
+    Raises:
+        BadImageError: empty, corrupt, truncated, too large, or no image.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Pillow warns of odd metadata, which pixels do not depend on.
+            warnings.filterwarnings("ignore", category=UserWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadImageError(f"too many pixels: {error}") from error
+    except UnidentifiedImageError as error:
+        raise BadImageError("not an image that Pillow knows") from error
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError, MemoryError) as error:
+        raise BadImageError(f"cannot be decoded: {error}") from error
+    return image
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Convert any Pillow mode to L (1 channel) or RGB (3): alpha onto white, 16 bits to 8, palettes resolved."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if "A" in image.getbands() or image.mode in ("PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("L", "RGB") and channels == 1:
+        image = image.convert("RGB")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def fit(data: bytes, size: int, channels: int, upscale: bool, output_format: str) -> Fitted:
+    """Bring an image to size x size pixels: short side scaled with antialiasing, centre cropped, EXIF rotation applied.
+
+    Args:
+        data: an image file.
+        size: of either side, in pixels.
+        channels: 1 or 3.
+        upscale: whether an image smaller than size may be enlarged.
+        output_format: extension to encode with when the original bytes do not fit as they are.
+
+    Raises:
+        BadImageError: it cannot be used.
+    """
+    image = open_image(data)
+    extension = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
+    mode = "L" if channels == 1 else "RGB"
+    oriented = ImageOps.exif_transpose(image)
+    plain = image.mode == mode and "transparency" not in image.info
+    if image.size == (size, size) and plain and extension and image.getexif().get(0x0112, 1) == 1:
+        return Fitted(extension, data)
+    width, height = oriented.size
+    if min(width, height) < size and not upscale:
+        raise BadImageError(f"{width}x{height} pixels are fewer than {size}; images.upscale: true would enlarge it")
+    pixels = to_mode(oriented, channels)
+    pixels = ImageOps.fit(pixels, (size, size), method=Image.Resampling.BICUBIC)
+    return Fitted(output_format, encode_image(pixels, output_format))
+
+
+def encode_image(image: Image.Image, extension: str) -> bytes:
+    """Return the bytes of an image: png, jpg at quality 95 or lossless webp."""
+    buffer = io.BytesIO()
+    options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(extension, {})
+    image.save(buffer, FORMATS[extension], **options)
+    return buffer.getvalue()
+
+
+def pixels_of(data: bytes, size: int, channels: int) -> np.ndarray:
+    """Decode a fitted image to uint8 (C, H, W).
+
+    Raises:
+        BadImageError: it cannot be decoded, or is not of this size.
+    """
+    image = to_mode(open_image(data), channels)
+    if image.size != (size, size):
+        raise BadImageError(f"must be {size}x{size} pixels, is {image.size[0]}x{image.size[1]}")
+    pixels = np.asarray(image)
+    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+
+
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """Turn uint8 (C, H, W) into a Pillow image."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def picture_grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), smallest: int = 48) -> Image.Image:
+    """Lay images out in rows on white, enlarged by a whole factor until a person can see them.
+
+    Args:
+        rows: uint8 (C, H, W) images, all of one size.
+        labels: one a column, written above; none for no line of labels.
+        smallest: pixels a side that an image is enlarged to at least.
+    """
+    side = rows[0][0].shape[-1]
+    cell = side * max(1, -(-smallest // side))
+    gap = max(2, cell // 24)
+    font = ImageFont.load_default(size=max(10, min(16, cell // 4)))
+    header = (int(font.size) + 2 * gap) if labels else 0
+    columns = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (gap + columns * (cell + gap), header + gap + len(rows) * (cell + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, label in enumerate(labels):
+        left = gap + column * (cell + gap)
+        while len(label) > 1 and draw.textlength(label, font=font) > cell:
+            label = label.rstrip("…")[:-1] + "…"
+        draw.text((left + cell / 2, gap), label, fill="black", font=font, anchor="ma")
+    for top, row in enumerate(rows):
+        for left, pixels in enumerate(row):
+            picture = to_picture(pixels).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(picture, (gap + left * (cell + gap), header + gap + top * (cell + gap)))
+    return canvas
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey, or floats in [0, 1], to 8 bits; leave what lies in [0, 255] already."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    highest = values.max(initial=0)
+    if image.mode.startswith("I;16") or highest > 255:
+        values = values / 257
+    elif image.mode == "F" and highest <= 1:
+        values = values * 255
+    return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))

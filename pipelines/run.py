@@ -1,0 +1,221 @@
+"""The stages of a run: which folder and which sections each one works on, in which order, and what is skipped."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from pipelines.compute import ComputeConfig
+from pipelines.config import Config, at_level
+from pipelines.encode import encode
+from pipelines.errors import ConfigError, StageError
+from pipelines.evaluate import evaluate_prior, evaluate_tokenizer, table
+from pipelines.fingerprint import digest, fingerprint
+from pipelines.pack import pack
+from pipelines.sample import sample
+from pipelines.shards import read_manifest, write_json
+from pipelines.stage import is_complete, open_stage
+from pipelines.train_prior import PriorConfig, train_prior
+from pipelines.train_tokenizer import train_tokenizer
+from prior import HierarchicalPrior
+from tokenizer import HierarchicalVQVAE
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate")
+
+
+class Run:
+    """One config at work: each method is a stage, returning whether there was anything to do.
+
+    Args:
+        config: of the run.
+        redo: stages to make again from nothing.
+    """
+
+    def __init__(self, config: Config, redo: Sequence[str] = ()) -> None:
+        self.config = config
+        self.redo = set(redo)
+        self.root = Path(config.run_dir).expanduser()
+
+    @property
+    def images(self) -> Path:
+        return _existing(self.config.images.from_, "images.from") or self.root / "images"
+
+    @property
+    def codes(self) -> Path:
+        return _existing(self.config.codes.from_, "codes.from") or self.root / "codes"
+
+    def stage(self, name: str, level: int | None = None) -> bool:
+        """Do one stage."""
+        if name == "train-prior":
+            return self.train_prior(level)
+        stages = {
+            "pack": self.pack,
+            "train-tokenizer": self.train_tokenizer,
+            "encode": self.encode,
+            "sample": self.sample,
+            "evaluate": self.evaluate,
+        }
+        return stages[name]()
+
+    def pack(self) -> bool:
+        config = self.config
+        if config.images.from_:
+            read_manifest(self.images, "images", "pack")
+            return _skip("pack", f"images come from {self.images}")
+        folder = self._open("pack", self.root / "images", {"seed": config.seed, "images": config.images})
+        if is_complete(folder):
+            return _skip("pack", f"{folder} is complete")
+        pack(config.images, config.seed, config.compute, folder)
+        return True
+
+    def train_tokenizer(self) -> bool:
+        config = self.config
+        if config.tokenizer.from_:
+            self._tokenizer()
+            return _skip("train-tokenizer", f"the tokenizer comes from {config.tokenizer.from_}")
+        made_from = {"images": digest(read_manifest(self.images, "images", "pack"))}
+        settings = {"seed": config.seed, "tokenizer": config.tokenizer, "made_from": made_from}
+        folder = self._open("train-tokenizer", self.root / "tokenizer", settings)
+        if is_complete(folder):
+            return _skip("train-tokenizer", f"{folder} is complete")
+        training = at_level(config.tokenizer.training, 0, 1)
+        train_tokenizer(config.tokenizer, training, config.seed, config.compute, self.images, folder)
+        return True
+
+    def encode(self) -> bool:
+        config = self.config
+        if config.codes.from_:
+            self._checked_codes()
+            return _skip("encode", f"codes come from {self.codes}")
+        tokenizer = self._tokenizer()
+        folder = self._open("encode", self.root / "codes", {"seed": config.seed, "encode": config.encode})
+        if is_complete(folder) and self._codes_fit(tokenizer):
+            return _skip("encode", f"{folder} is complete")
+        encode(config.encode, config.seed, config.compute, tokenizer, self.images, folder)
+        return True
+
+    def train_prior(self, level: int | None = None) -> bool:
+        manifest = self._checked_codes()
+        levels = len(manifest["levels"])
+        if level is not None and not 0 <= level < levels:
+            raise ConfigError(f"--level must lie in [0, {levels}), got {level}")
+        done = [self._train_level(number, manifest) for number in ([level] if level is not None else range(levels))]
+        return any(done)
+
+    def _train_level(self, level: int, manifest: dict) -> bool:
+        config, stage = self.config, "train-prior"
+        section = prior_at_level(config.prior, level, len(manifest["levels"]))
+        settings = {"seed": config.seed, "prior": section, "made_from": {"codes": digest(manifest)}}
+        folder = self._open(stage, self.root / "prior" / f"level{level}", settings)
+        if is_complete(folder):
+            return _skip(stage, f"{folder} is complete")
+        cache = self.root / "prior" / "codes"
+        train_prior(section, level, config.seed, config.compute, self.codes, cache, folder)
+        return True
+
+    def sample(self) -> bool:
+        config = self.config
+        tokenizer, prior = self._tokenizer(), self._prior()
+        settings = {"seed": config.seed, "sample": config.sample}
+        folder = self._open("sample", self.root / config.sample.folder, settings)
+        if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):
+            return _skip("sample", f"{folder} is complete")
+        sample(config.sample, config.seed, config.compute, tokenizer, prior, folder)
+        return True
+
+    def evaluate(self) -> bool:
+        """Measure whatever is there: the tokenizer, and the priors if they are trained."""
+        compute: ComputeConfig = self.config.compute
+        figures: dict = {"tokenizer": evaluate_tokenizer(self._tokenizer(), self.images, compute)}
+        if all(is_complete(folder) for folder in self._level_folders()) and self._level_folders():
+            figures["prior"] = evaluate_prior(self._prior(), self.codes, self.root / "prior" / "codes", compute)
+        write_json(self.root / "metrics.json", figures)
+        print(table(figures))
+        return True
+
+    def all(self) -> None:
+        """Do every stage in order; a stage that is made again takes those after it along."""
+        first = min((STAGES.index(stage) for stage in self.redo), default=len(STAGES))
+        self.redo = set(STAGES[first:])
+        for name in STAGES:
+            self.stage(name)
+
+    def _open(self, stage: str, folder: Path, settings: dict) -> Path:
+        open_stage(folder, stage, settings, redo=stage in self.redo)
+        return folder
+
+    def _tokenizer(self) -> HierarchicalVQVAE:
+        name = self.config.tokenizer.from_
+        if not name:
+            folder = self.root / "tokenizer"
+            if not is_complete(folder):
+                raise StageError(f"{folder} holds no finished tokenizer; run `smalti train-tokenizer` first")
+            name = str(folder)
+        return HierarchicalVQVAE.from_pretrained(name)
+
+    def _level_folders(self) -> list[Path]:
+        try:
+            levels = len(read_manifest(self.codes, "codes", "encode")["levels"])
+        except StageError:
+            return []
+        return [self.root / "prior" / f"level{level}" for level in range(levels)]
+
+    def _prior(self) -> HierarchicalPrior:
+        for folder in self._level_folders() or [self.root / "prior" / "level0"]:
+            if not is_complete(folder):
+                raise StageError(f"{folder} holds no finished prior; run `smalti train-prior` first")
+        return HierarchicalPrior.from_pretrained(self.root / "prior")
+
+    def _checked_codes(self) -> dict:
+        """The codes' manifest; where this run has the tokenizer too, they must belong together."""
+        manifest = read_manifest(self.codes, "codes", "encode")
+        if self.config.tokenizer.from_ or is_complete(self.root / "tokenizer"):
+            tokenizer = self._tokenizer()
+            mark = fingerprint(tokenizer, tokenizer.settings)
+            if manifest["tokenizer"] != mark:
+                raise StageError(
+                    f"{self.codes} was written with tokenizer {manifest['tokenizer'][:12]} but this run's is {mark[:12]}; "
+                    "run `smalti encode` with this tokenizer"
+                )
+        return manifest
+
+    def _codes_fit(self, tokenizer: HierarchicalVQVAE) -> bool:
+        manifest = read_manifest(self.codes, "codes", "encode")
+        images = read_manifest(self.images, "images", "pack")
+        mark = fingerprint(tokenizer, tokenizer.settings)
+        return manifest["tokenizer"] == mark and manifest["made_from"] == digest(images)
+
+    def _samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:
+        marks = read_manifest(folder, "samples", "sample")["fingerprints"]
+        found = {"tokenizer": fingerprint(tokenizer, tokenizer.settings)} | {
+            f"prior{number}": fingerprint(level, asdict(level.config)) for number, level in enumerate(prior.levels)
+        }
+        return marks == found
+
+
+def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorConfig:
+    """Return the section for one level: every list replaced by this level's value."""
+    section = at_level(config, level, num_levels)
+    return replace(
+        section,
+        transformer=at_level(config.transformer, level, num_levels),
+        pixelsnail=at_level(config.pixelsnail, level, num_levels),
+        training=at_level(config.training, level, num_levels),
+    )
+
+
+def _existing(name: str, setting: str) -> Path | None:
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
+    return folder
+
+
+def _skip(stage: str, why: str) -> bool:
+    logger.info("%s: skipped, %s", stage, why)
+    return False
+

@@ -1,0 +1,216 @@
+"""Stage sample: priors draw codes, the tokenizer decodes them, sample shards keep both."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.compute import ComputeConfig, inference_device, this_worker
+from pipelines.data import to_uint8
+from pipelines.errors import StageError
+from pipelines.fingerprint import digest, fingerprint
+from pipelines.pictures import encode_image, picture_grid, pixels_of, to_picture
+from pipelines.progress import progress_bar
+from pipelines.shards import (
+    array_bytes,
+    code_dtype,
+    index_shard,
+    read_member,
+    receipt_fits,
+    write_manifest,
+    write_shard,
+)
+from prior import HierarchicalPrior
+from prior.sampling import check_sampling
+from tokenizer import HierarchicalVQVAE
+
+# Images in grid.png: at most ten rows of at most ten.
+GRID_SIDE = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What is drawn; temperature, top_k, top_p and guidance are one value for all levels or a list of one a level.
+
+    Attributes:
+        folder: of this set of samples, in the run folder; several sets lie side by side.
+        count: how many images.
+        classes: names or indices, taken in turn; empty takes all classes in turn ("balanced").
+        temperature: divides the logits.
+        top_k: keep the k likeliest codes; 0 keeps all.
+        top_p: keep the likeliest codes that together reach this probability; 1 keeps all.
+        guidance: s of uncond + s (cond - uncond); 1 is the model as it is.
+        batch_size: images drawn at once; the last batch is filled up.
+        shard_size: images a shard; rounded up to whole batches.
+        precision: "float32" (TF32 off) or "bfloat16".
+    """
+
+    folder: str = "samples"
+    count: int = 100
+    classes: list[str | int] = field(default_factory=list)
+    temperature: float | list[float] = 1.0
+    top_k: int | list[int] = 0
+    top_p: float | list[float] = 1.0
+    guidance: float | list[float] = 1.0
+    batch_size: int = 50
+    shard_size: int = 1000
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.batch_size < 1 or self.shard_size < 1:
+            raise ValueError("sample.count, batch_size and shard_size must be at least 1")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"sample.precision must be float32 or bfloat16, got {self.precision}")
+        if not self.folder or Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
+            raise ValueError(f"sample.folder must name a folder inside the run folder, got {self.folder!r}")
+        for name in ("temperature", "top_k", "top_p", "guidance"):
+            values = getattr(self, name)
+            for value in values if isinstance(values, list) else [values]:
+                neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
+                try:
+                    check_sampling(**neutral | {name: value})  # type: ignore[arg-type]
+                except ValueError as error:
+                    raise ValueError(f"sample.{error}") from None
+
+
+def sample(
+    config: SampleConfig,
+    seed: int,
+    compute: ComputeConfig,
+    tokenizer: HierarchicalVQVAE,
+    prior: HierarchicalPrior,
+    folder: Path,
+) -> None:
+    """Write sample shards, receipts, grid.png and the manifest; shards whose receipt fits stay.
+
+    Raises:
+        StageError: tokenizer and prior do not belong together, or a class does not exist.
+    """
+    mark = fingerprint(tokenizer, tokenizer.settings)
+    check_belong_together(prior, mark)
+    classes = _class_indices(config.classes, prior.class_names)
+    for name in ("temperature", "top_k", "top_p", "guidance"):
+        values = getattr(config, name)
+        if isinstance(values, list) and len(values) != len(prior.levels):
+            raise StageError(f"sample.{name} must be one value or one a level ({len(prior.levels)}), got {values}")
+    device = inference_device(compute, precise=config.precision == "float32")
+    marks = {"tokenizer": mark} | {
+        f"prior{number}": fingerprint(level, asdict(level.config)) for number, level in enumerate(prior.levels)
+    }
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    how = {"seed": seed, "device": device.type, "threads": threads, **asdict(config)}
+    del how["folder"], how["count"]
+    tokenizer, prior = tokenizer.to(device), prior.to(device)
+    per_shard = -(-config.shard_size // config.batch_size) * config.batch_size
+    starts = range(0, config.count, per_shard)
+    jobs = []
+    for number, start in enumerate(starts):
+        stop = min(start + per_shard, config.count)
+        provenance = {"made_from": None, "fingerprints": marks, "settings": digest([how, start, stop])}
+        jobs.append((f"{number:06d}.tar", start, stop, provenance))
+    if any(not receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
+        (folder / "manifest.json").unlink(missing_ok=True)
+    worker = this_worker()
+    todo = [job for job in worker.share(jobs) if not receipt_fits(folder / job[0], job[3])]
+    with progress_bar(
+        sum(stop - start for _, start, stop, _ in todo), "sample", "images", disable=worker.rank > 0
+    ) as bar:
+        for name, start, stop, provenance in todo:
+            drawn = _drawn(config, seed, classes, tokenizer, prior, start, stop, bar.update)
+            write_shard(folder / name, drawn, provenance)
+    if all(receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
+        names = [name for name, _, _, _ in jobs]
+        _write_grid(folder, names[0], prior.class_names, tokenizer)
+        contents = {
+            "kind": "samples",
+            "fingerprints": marks,
+            "settings": how,
+            "count": config.count,
+            "class_names": prior.class_names,
+            "image_size": tokenizer.image_size,
+            "channels": tokenizer.channels,
+        }
+        write_manifest(folder, {"samples": names}, contents)
+
+
+def check_belong_together(prior: HierarchicalPrior, tokenizer_fingerprint: str) -> None:
+    """Raise StageError, naming both, unless the prior learned codes of this tokenizer."""
+    learned = prior.levels[0].config.tokenizer
+    if learned != tokenizer_fingerprint:
+        raise StageError(
+            f"the prior learned codes of tokenizer {learned[:12]} but this tokenizer is {tokenizer_fingerprint[:12]}: "
+            "its images would be plausible noise; run `smalti encode` and `smalti train-prior` with this tokenizer"
+        )
+
+
+def _class_indices(wanted: list[str | int], names: list[str]) -> list[int]:
+    """Return class indices from names or indices; all of them when none are wanted."""
+    if wanted and not names:
+        raise StageError(f"sample.classes names {wanted} but the prior was trained without classes; leave it empty")
+    indices = []
+    for one in wanted:
+        if str(one) in names:
+            indices.append(names.index(str(one)))
+        elif str(one).isdigit() and int(one) < len(names):
+            indices.append(int(one))
+        else:
+            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+            raise StageError(f"sample.classes names {one!r}, which is none of the {len(names)} classes: {shown}")
+    return indices or list(range(len(names)))
+
+
+def _drawn(
+    config: SampleConfig,
+    seed: int,
+    classes: list[int],
+    tokenizer: HierarchicalVQVAE,
+    prior: HierarchicalPrior,
+    start: int,
+    stop: int,
+    tick: Any,
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield samples start to stop, drawn in whole batches whatever their number."""
+    device = next(tokenizer.parameters()).device
+    dtypes = [code_dtype(size) for size in tokenizer.config.codebook_sizes]
+    for first in range(start, stop, config.batch_size):
+        indices = range(first, first + config.batch_size)
+        labels = [classes[index % len(classes)] for index in indices] if classes else None
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            codes = prior.sample(
+                labels, seed, config.temperature, config.top_k, config.top_p, config.guidance, indices=indices
+            )
+            images = to_uint8(tokenizer.decode(codes))
+        arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
+        for row, index in enumerate(indices[: stop - first]):
+            contents = {"png": encode_image(to_picture(images[row]), "png")}
+            contents |= {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}
+            if labels:
+                contents["cls"] = str(labels[row]).encode()
+            yield f"{index:08d}", contents
+        tick(min(config.batch_size, stop - first))
+
+
+def _write_grid(folder: Path, name: str, class_names: list[str], tokenizer: HierarchicalVQVAE) -> None:
+    """Write grid.png: a column a class where there are at most ten classes, else samples in order."""
+    cells: list[tuple[int, np.ndarray]] = []
+    path = folder / name
+    with path.open("rb") as file:
+        for entry in index_shard(path)[:1000]:
+            label = int(read_member(file, entry.members["cls"])) if "cls" in entry.members else -1
+            if len(cells) >= GRID_SIDE**2 and label < 0:
+                break
+            cells.append((label, pixels_of(read_member(file, entry.members["png"]), tokenizer.image_size, tokenizer.channels)))
+    drawn = sorted({label for label, _ in cells})
+    if drawn[0] >= 0 and len(drawn) <= GRID_SIDE:
+        columns = [[pixels for label, pixels in cells if label == wanted][:GRID_SIDE] for wanted in drawn]
+        rows = [[column[r] for column in columns if r < len(column)] for r in range(max(map(len, columns)))]
+        picture = picture_grid(rows, [class_names[label] for label in drawn])
+    else:
+        shown = [pixels for _, pixels in cells[: GRID_SIDE**2]]
+        picture = picture_grid([shown[i : i + GRID_SIDE] for i in range(0, len(shown), GRID_SIDE)])
+    temporary = folder / ".grid.tmp.png"
+    picture.save(temporary)
+    temporary.replace(folder / "grid.png")

@@ -1,0 +1,76 @@
+"""Stage folders: what makes a stage complete, and whether it still fits its config."""
+
+import shutil
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.errors import StageError
+from pipelines.shards import write_text
+
+
+def plain(settings: Any) -> Any:
+    """Return dataclasses as plain data for YAML, with `from` for `from_`."""
+    if is_dataclass(settings) and not isinstance(settings, type):
+        settings = asdict(settings)
+    if isinstance(settings, dict):
+        return {("from" if key == "from_" else key): plain(value) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [plain(value) for value in settings]
+    return settings
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return what differs between two trees of plain data, as "key: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -> None:
+    """Make a stage's folder ready for its settings, which it keeps as `config.yaml`.
+
+    Args:
+        folder: of the stage.
+        stage: its command.
+        settings: its own resolved sections and what it is made from; `compute` is none of them.
+        redo: empty the folder first.
+
+    Raises:
+        StageError: the folder holds work of other settings, or cannot be written.
+    """
+    settings = plain(settings)
+    try:
+        if redo and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.yaml"
+        if path.exists():
+            found = differences(yaml.safe_load(path.read_text()), settings)
+            if found:
+                shown = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+                raise StageError(
+                    f"{folder} was made with other settings ({shown}); set them back, choose another run_dir, "
+                    f"or add --redo {stage} to make it again"
+                )
+        else:
+            write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    except OSError as error:
+        raise StageError(f"cannot write to {folder}: {error.strerror}; choose a run_dir that can be written") from error
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a stage's manifest or exported model is there; both are written last."""
+    return (folder / "manifest.json").exists() or (folder / "model.safetensors").exists()
+
+
+def publish_model(staging: Path, folder: Path) -> None:
+    """Move a model's files from a staging folder into a stage's, `model.safetensors` last: it makes the stage complete."""
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "model.safetensors"):
+        path.replace(folder / path.name)
+    staging.rmdir()

@@ -1,0 +1,242 @@
+"""Stage train-tokenizer: image shards become a tokenizer.
+
+B batch, C channels, H W pixels, D code_dim, K codebook_size.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from pipelines.compute import ComputeConfig, num_processes
+from pipelines.data import (
+    AugmentConfig,
+    ImageShards,
+    StepData,
+    TrainingImages,
+    ValidationImages,
+    to_uint8,
+    to_unit_range,
+)
+from pipelines.metrics_log import log_picture
+from pipelines.pictures import picture_grid
+from pipelines.quality import TokenizerQuality
+from pipelines.shards import write_json
+from pipelines.stage import publish_model
+from pipelines.training import (
+    TrainingConfig,
+    best_weights,
+    fit,
+    keep_metrics,
+    make_optimizer,
+    seed_step,
+    sum_over_ranks,
+)
+from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
+from tokenizer.ema import Statistics, assignment_statistics, candidate_positions, take_owned
+
+logger = logging.getLogger(__name__)
+
+# Images shown in reconstructions.png.
+NUM_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSection:
+    """Which tokenizer, and how it is trained.
+
+    Attributes:
+        from_: a tokenizer folder or hub id to use instead of training one.
+        model: its levels and widths.
+        codebook: how codebooks learn.
+        loss: reconstruction loss.
+        augment: what is done to training images at random.
+        training: optimizer and schedule.
+    """
+
+    from_: str = ""
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    loss: Literal["mse", "l1"] = "mse"
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def train_tokenizer(
+    section: TokenizerSection, training: TrainingConfig, seed: int, compute: ComputeConfig, images: Path, folder: Path
+) -> None:
+    """Train a tokenizer and export the checkpoint of the best validation loss.
+
+    Args:
+        section: what to train.
+        training: its settings for one level.
+        seed: of weights, batches and revival.
+        compute: where.
+        images: the `images` folder.
+        folder: of the stage.
+    """
+    train, val = ImageShards(images, "train"), ImageShards(images, "val")
+    pl.seed_everything(seed, workers=True, verbose=False)
+    model = HierarchicalVQVAE(section.model, train.size, train.channels)
+    module = TokenizerTraining(model, section, training, seed, folder)
+    assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
+    # On a CPU the loader's processes would only take cores from the training itself.
+    workers = num_processes(compute) if compute.num_workers >= 0 or torch.cuda.is_available() else 0
+    data = StepData(
+        TrainingImages(train, section.augment, seed),
+        ValidationImages(val),
+        len(val),
+        training.steps,
+        training.batch_size,
+        training.micro_batches,
+        min(workers, 8),
+    )
+    best = fit(module, data, training, compute, folder, "val_loss", "train-tokenizer")
+    if module.global_rank > 0:
+        return
+    model.load_state_dict(best_weights(best))
+    write_json(folder / "metrics.json", best["metrics"])
+    staging = folder / "export"
+    model.save_pretrained(staging)
+    publish_model(staging, folder)
+
+
+class TokenizerTraining(pl.LightningModule):
+    """Loss, codebook steps and validation figures of stage one.
+
+    Args:
+        model: trained in place.
+        section: loss and codebook settings.
+        training: optimizer and schedule.
+        seed: of k-means and revival.
+        folder: where reconstructions.png goes.
+    """
+
+    def __init__(
+        self,
+        model: HierarchicalVQVAE,
+        section: TokenizerSection,
+        training: TrainingConfig,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss = TokenizerLoss(section.loss, section.codebook.commitment_weight)
+        self.emas = nn.ModuleList(CodebookEMA(book, section.codebook) for book in model.codebooks)
+        self.training_config, self.seed, self.folder = training, seed, folder
+        self.statistics: list[Statistics] | None = None  # of the micro-batches since the last optimizer step
+        self.micro = 0
+        self.revived = torch.zeros(len(self.emas), dtype=torch.int64)
+        self.shown: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(self.model.parameters(), self.training_config)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep_metrics(self, checkpoint)
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        seed_step(self.seed, self.global_step, self.micro, self.global_rank)
+        if self.global_step == 0 and self.micro == 0:
+            self._start_codebooks(to_unit_range(batch))
+
+    @torch.no_grad()
+    def _start_codebooks(self, images: Tensor) -> None:
+        """Set each codebook to k-means centres of the first batch, coarse to fine, the same on every rank."""
+        for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True)):
+            latents = self.model(images).levels[level].latents
+            if self.trainer.world_size > 1:
+                latents = self.all_gather(latents).flatten(0, 1)
+            ema.start(codebook, latents, self.seed + level)
+            if self.trainer.world_size > 1:
+                for tensor in (codebook.vectors, ema.sums):
+                    torch.distributed.broadcast(tensor, src=0)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        images = to_unit_range(batch).contiguous(memory_format=torch.channels_last)
+        output = self.model(images)
+        loss = self.loss(output.reconstruction, images, [level.commitment for level in output.levels])
+        self._collect(output.levels, len(images))
+        mse = (output.reconstruction.detach().float() - images).square().mean()
+        self.log_dict({"train_loss": loss.detach(), "train_mse": mse})
+        return loss
+
+    @torch.no_grad()
+    def _collect(self, levels: list, batch_size: int) -> None:
+        """Add a micro-batch's statistics to those of the step."""
+        config = self.training_config
+        found = []
+        for number, output in enumerate(levels):
+            size = len(self.model.codebooks[number].vectors)
+            latents_per_image = len(output.latents) // batch_size
+            total = batch_size * config.micro_batches * self.trainer.world_size * latents_per_image
+            place = (self.micro * self.trainer.world_size + self.global_rank) * batch_size
+            step_seed = (self.seed * 1_000_003 + self.global_step) * 101 + number
+            candidates = take_owned(
+                output.latents, candidate_positions(total, size, step_seed), place * latents_per_image
+            )
+            found.append(assignment_statistics(output, size, candidates))
+        if self.statistics is not None:
+            found = [
+                Statistics(*(a + b for a, b in zip(old, new, strict=True)))
+                for old, new in zip(self.statistics, found, strict=True)
+            ]
+        self.statistics = found
+        self.micro += 1
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._update_codebooks()
+
+    @torch.no_grad()
+    def _update_codebooks(self) -> None:
+        """One EMA step of all codebooks, from the statistics of all micro-batches and ranks: one all-reduce."""
+        assert self.statistics is not None
+        parts = [part for statistics in self.statistics for part in statistics]
+        flat = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+        summed = [chunk.view_as(part) for chunk, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+        revived = [
+            ema.update(codebook, Statistics(*summed[3 * level : 3 * level + 3]))
+            for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True))
+        ]
+        self.revived = self.revived.to(flat.device) + torch.stack(revived)
+        self.statistics, self.micro = None, 0
+
+    def on_validation_epoch_start(self) -> None:
+        self.quality = TokenizerQuality(self.model)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        pixels, mask = batch
+        images = to_unit_range(pixels).contiguous(memory_format=torch.channels_last)
+        output = self.model(images)
+        self.quality.add(images, output, mask)
+        if batch_idx == 0:
+            shown = slice(0, min(NUM_SHOWN, len(images)))
+            top = self.model.decode([output.levels[0].codes[shown]])
+            self.shown = (images[shown], output.reconstruction[shown], top)
+
+    def on_validation_epoch_end(self) -> None:
+        figures = self.quality.figures()
+        reconstruction = figures["mse"] if self.loss.reconstruction == "mse" else figures["l1"]
+        levels = range(self.model.config.num_levels)
+        commitment = sum(figures[f"level{level}_commitment"] for level in levels) / len(levels)
+        figures["loss"] = reconstruction + self.loss.commitment_weight * commitment
+        self.log_dict({f"val_{name}": value for name, value in figures.items()}, rank_zero_only=False)
+        self.log_dict({f"level{level}_revived": float(self.revived[level]) for level in levels})
+        for level in levels:
+            if figures[f"level{level}_usage"] < 0.1:
+                logger.warning(
+                    "level %d uses %.1f%% of its codes: it has collapsed, and samples will be noise; "
+                    "lower the learning rate, raise revival_threshold or use fewer codes",
+                    level,
+                    100 * figures[f"level{level}_usage"],
+                )
+        if self.global_rank == 0 and self.shown is not None:
+            picture = picture_grid([list(to_uint8(row)) for row in self.shown])
+            picture.save(self.folder / "reconstructions.png")
+            log_picture(self.trainer.loggers, "reconstructions", picture, self.global_step)

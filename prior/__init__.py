@@ -1,0 +1,20 @@
+"""Codes alone: how likely a grid of codes is, and new ones."""
+
+from prior.hierarchy import HierarchicalPrior
+from prior.level import LevelConfig, LevelPrior
+from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from prior.sampling import filtered_probabilities, inverse_cdf, uniforms
+from prior.transformer import CodeTransformer, TransformerConfig
+
+__all__ = [
+    "CodeTransformer",
+    "HierarchicalPrior",
+    "LevelConfig",
+    "LevelPrior",
+    "PixelSNAIL",
+    "PixelSNAILConfig",
+    "TransformerConfig",
+    "filtered_probabilities",
+    "inverse_cdf",
+    "uniforms",
+]

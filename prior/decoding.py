@@ -1,0 +1,41 @@
+"""Decoders: one position's logits after another, for sampling.
+
+B batch, C width, h w code grid, K codebook_size.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Decoder(Protocol):
+    """Yields the logits of position 0, 1, 2, … in raster order, told each drawn code in turn."""
+
+    def step(self, previous: Tensor | None) -> Tensor:
+        """Return the logits (B, K) of the next position; previous is int64 (B,), None at the first."""
+        ...
+
+
+class RecomputingDecoder:
+    """Calls the whole network for every position: slow, plain, and the measure of every faster decoder.
+
+    Args:
+        network: maps codes (B, h, w) and condition (B, C, h, w) to logits (B, h, w, K).
+        condition: (B, C, h, w).
+    """
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], condition: Tensor) -> None:
+        self.network = network
+        self.condition = condition
+        b, _, h, w = condition.shape
+        self.codes = torch.zeros(b, h, w, dtype=torch.int64, device=condition.device)
+        self.position = 0
+
+    def step(self, previous: Tensor | None) -> Tensor:
+        if previous is not None:
+            self.codes.view(len(previous), -1)[:, self.position - 1] = previous
+        logits = self.network(self.codes, self.condition).flatten(1, 2)[:, self.position]
+        self.position += 1
+        return logits

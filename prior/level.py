@@ -1,0 +1,133 @@
+"""One level's prior: p(codes of this level | codes of coarser levels, class).
+
+B batch, h w code grid, K codebook_size.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prior.conditioning import Conditioning
+from prior.decoding import Decoder
+from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from prior.transformer import CodeTransformer, TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelConfig:
+    """What one level's prior is, as far as likelihood and sampling are concerned.
+
+    Attributes:
+        level: 0 for the coarsest.
+        grids: (h, w) of this and all coarser levels, coarse to fine.
+        codebook_sizes: K of the same levels.
+        class_names: empty when the data has no classes.
+        network: "transformer" or "pixelsnail".
+        size: the sizes of that network, no lists.
+        tokenizer: fingerprint of the tokenizer whose codes it learned; empty when made by hand.
+    """
+
+    level: int
+    grids: list[tuple[int, int]]
+    codebook_sizes: list[int]
+    class_names: list[str]
+    network: Literal["transformer", "pixelsnail"]
+    size: TransformerConfig | PixelSNAILConfig
+    tokenizer: str = ""
+
+
+class LevelPrior(nn.Module):
+    """A Transformer or a PixelSNAIL with its conditioning, behind one interface.
+
+    Args:
+        config: sizes and what it is conditioned on.
+        dropout: of all its parts, in training.
+    """
+
+    def __init__(self, config: LevelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        size, grid, codebook_size = config.size, tuple(config.grids[-1]), config.codebook_sizes[-1]
+        coarser = [(h, w, k) for (h, w), k in zip(config.grids[:-1], config.codebook_sizes[:-1], strict=True)]
+        assert isinstance(size.width, int) and isinstance(size.conditioning_blocks, int)
+        self.conditioning = Conditioning(
+            size.width, grid, coarser, len(config.class_names), size.conditioning_blocks, dropout
+        )
+        self.network: CodeTransformer | PixelSNAIL
+        if isinstance(size, TransformerConfig):
+            self.network = CodeTransformer(codebook_size, grid, size, dropout)
+        else:
+            self.network = PixelSNAIL(codebook_size, size, dropout)
+
+    def logits(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
+        """Return the logits of every code given those before it in raster order.
+
+        Args:
+            codes: int64 (B, h, w).
+            coarser: int64 (B, h, w) of each coarser level, coarse to fine.
+            classes: int64 (B,) in [0, num_classes], the last for "no class given"; None for all of them so.
+
+        Returns:
+            float (B, h, w, K).
+        """
+        return self.network(codes, self.conditioning(coarser, classes, len(codes)))
+
+    forward = logits
+
+    def nll(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
+        """Return the exact negative log-likelihood in nats, float64 (B,), summed over the grid."""
+        logits = self.logits(codes, coarser, classes).float()
+        nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
+        return nats.view(len(codes), -1).double().sum(1)
+
+    def decoder(self, coarser: list[Tensor], classes: Tensor | None, batch_size: int) -> Decoder:
+        """Return a decoder that yields one position's logits after another; arguments as for `logits`."""
+        return self.network.decoder(self.conditioning(coarser, classes, batch_size))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `model.safetensors` and `config.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load a level's prior in eval mode.
+
+        Raises:
+            ValueError: no such folder, or the files lack or add a tensor or a setting.
+        """
+        folder = Path(folder)
+        try:
+            config = _level_config(json.loads((folder / "config.json").read_text()))
+            tensors = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{folder} holds no readable prior ({error}); run `smalti train-prior`") from error
+        model = cls(config)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
+        if wrong:
+            raise ValueError(
+                f"{folder}/model.safetensors lacks, adds or reshapes {len(wrong)} tensors, first {wrong[0]}; "
+                "it is not the file of this config.json"
+            )
+        with torch.no_grad():
+            model.load_state_dict(tensors)
+        return model.eval()
+
+
+def _level_config(settings: dict) -> LevelConfig:
+    known = {field.name for field in fields(LevelConfig)}
+    if set(settings) != known:
+        raise ValueError(f"config.json must hold exactly the settings {sorted(known)}")
+    size = TransformerConfig if settings["network"] == "transformer" else PixelSNAILConfig
+    grids = [(h, w) for h, w in settings["grids"]]
+    return LevelConfig(**settings | {"grids": grids, "size": size(**settings["size"])})

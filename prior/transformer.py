@@ -1,0 +1,133 @@
+"""A Transformer over the raster of codes, its rotary positions knowing rows and columns.
+
+B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from x_transformers import Decoder as DecoderStack
+from x_transformers.x_transformers import LayerIntermediates
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Size of a Transformer; each field one value for all levels or a list of one a level, coarse to fine.
+
+    Attributes:
+        width: C, channels; a multiple of 4 * heads, for rotary pairs of rows and columns.
+        depth: layers.
+        heads: attention heads.
+        conditioning_blocks: residual blocks over the coarser levels' codes.
+    """
+
+    width: int | list[int] = 512
+    depth: int | list[int] = 12
+    heads: int | list[int] = 8
+    conditioning_blocks: int | list[int] = 2
+
+
+def rotary_angles(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Tensor:
+    """Return the rotation angles of each position: (1, T, d), half of each head turned by row, half by column.
+
+    Source: Su et al. 2021, equation 15, applied to the two axes of the grid in turn.
+    """
+    frequencies = base ** -(torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (d / 4,)
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (rows, columns)]  # (T, d / 4) each
+    return torch.cat(angles, 1).repeat_interleave(2, dim=1)[None]
+
+
+class CodeTransformer(nn.Module):
+    """Autoregressive network over one level's codes.
+
+    The input at position t is the embedding of code t - 1 plus the condition at t, so that a position knows where it
+    stands and what the coarser levels hold there.
+
+    Args:
+        codebook_size: K.
+        grid: (h, w).
+        config: one level's sizes, no lists.
+        dropout: after the embeddings, in attention and in feed-forward.
+
+    Source: Vaswani et al. 2017; feed-forward of Shazeer 2020 (SwiGLU), norm of Zhang and Sennrich 2019 (RMSNorm).
+
+    Raises:
+        ValueError: width is not a multiple of 4 * heads.
+    """
+
+    angles: Tensor
+
+    def __init__(self, codebook_size: int, grid: tuple[int, int], config: TransformerConfig, dropout: float) -> None:
+        super().__init__()
+        assert isinstance(config.width, int) and isinstance(config.heads, int)
+        if config.width % (4 * config.heads):
+            raise ValueError(f"width must be a multiple of 4 * heads, got {config.width} with {config.heads} heads")
+        head_dim = config.width // config.heads
+        self.embedding = nn.Embedding(codebook_size, config.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.start = nn.Parameter(0.02 * torch.randn(config.width))
+        self.dropout = nn.Dropout(dropout)
+        self.layers = DecoderStack(
+            dim=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            attn_dim_head=head_dim,
+            attn_flash=True,
+            attn_dropout=dropout,
+            ff_glu=True,
+            ff_swish=True,
+            ff_mult=8 / 3,
+            ff_dropout=dropout,
+            use_rmsnorm=True,
+        )
+        self.head = nn.Linear(config.width, codebook_size)
+        self.register_buffer("angles", rotary_angles(grid, head_dim), persistent=False)
+
+    def forward(self, codes: Tensor, condition: Tensor) -> Tensor:
+        """Return the logits (B, h, w, K) of each code given those before it in raster order.
+
+        Args:
+            codes: int64 (B, h, w).
+            condition: (B, C, h, w), from `Conditioning`.
+        """
+        embedded = self.embedding(codes.flatten(1))  # (B, T, C)
+        start = self.start.expand(len(codes), 1, -1).to(embedded)
+        tokens = torch.cat([start, embedded[:, :-1]], 1) + condition.flatten(2).transpose(1, 2)
+        hidden = self.layers(self.dropout(tokens), rotary_pos_emb=(self.angles, 1.0))
+        return self.head(hidden).view(*codes.shape, -1)
+
+    def decoder(self, condition: Tensor) -> "CachedDecoder":
+        """Return a decoder that yields one position's logits after another, each computed once."""
+        return CachedDecoder(self, condition)
+
+
+class CachedDecoder:
+    """Incremental decoder: x-transformers keeps the keys and values of all positions so far.
+
+    Args:
+        network: in eval mode.
+        condition: (B, C, h, w).
+    """
+
+    def __init__(self, network: CodeTransformer, condition: Tensor) -> None:
+        self.network = network
+        self.condition = condition.flatten(2).transpose(1, 2)  # (B, T, C)
+        self.cache: LayerIntermediates | None = None
+        self.position = 0
+
+    def step(self, previous: Tensor | None) -> Tensor:
+        network, position = self.network, self.position
+        embedded = network.start if previous is None else network.embedding(previous)
+        token = (embedded + self.condition[:, position])[:, None]  # (B, 1, C)
+        hidden, self.cache = network.layers(
+            token,
+            rotary_pos_emb=(network.angles[:, : position + 1], 1.0),
+            cache=self.cache,
+            return_hiddens=True,
+        )
+        self.position += 1
+        return network.head(hidden[:, -1])
+
+

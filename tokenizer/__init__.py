@@ -1,0 +1,19 @@
+"""Pixels to codes and back."""
+
+from tokenizer.codebook import Codebook, Quantized
+from tokenizer.ema import CodebookConfig, CodebookEMA
+from tokenizer.hierarchy import Autoencoded, HierarchicalVQVAE, TokenizerConfig
+from tokenizer.loss import TokenizerLoss
+from tokenizer.nearest import nearest_code
+
+__all__ = [
+    "Autoencoded",
+    "Codebook",
+    "CodebookConfig",
+    "CodebookEMA",
+    "HierarchicalVQVAE",
+    "Quantized",
+    "TokenizerConfig",
+    "TokenizerLoss",
+    "nearest_code",
+]

@@ -1,0 +1,181 @@
+"""How a codebook learns: an exponential moving average of the latents assigned to each code.
+
+K codebook_size, D code_dim, N latents of one rank's micro-batch, R revival candidates.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.codebook import Codebook, Quantized
+from tokenizer.nearest import nearest_code
+
+# At most this many codes are revived in one step; the rest wait for the next.
+MAX_REVIVED = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig:
+    """How codebooks learn.
+
+    Attributes:
+        ema_decay: share of the running counts and sums kept at each optimizer step.
+        commitment_weight: weight of the commitment loss beside the reconstruction loss.
+        kmeans_iterations: Lloyd iterations of the start from the first batch; 0 starts from latents drawn from it.
+        revival_threshold: a code whose running count falls under this share of the mean count is replaced by a
+            latent of the current batch; 0 turns revival off.
+    """
+
+    ema_decay: float = 0.99
+    commitment_weight: float = 0.25
+    kmeans_iterations: int = 10
+    revival_threshold: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.commitment_weight < 0:
+            raise ValueError(f"commitment_weight must not be negative, got {self.commitment_weight}")
+        if self.kmeans_iterations < 0:
+            raise ValueError(f"kmeans_iterations must not be negative, got {self.kmeans_iterations}")
+        if not 0 <= self.revival_threshold < 1:
+            raise ValueError(f"revival_threshold must lie in [0, 1), got {self.revival_threshold}")
+
+
+class Statistics(NamedTuple):
+    """Sums over latents that add up over micro-batches and ranks.
+
+    Attributes:
+        counts: float32 (K,), latents assigned to each code.
+        sums: float32 (K, D), their sums.
+        candidates: float32 (R, D), latents that may replace dead codes; zero where another rank or micro-batch
+            holds the latent, so that addition merges them too.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    candidates: Tensor
+
+
+def candidate_positions(num_latents: int, codebook_size: int, seed: int) -> Tensor:
+    """Draw which latents of the global batch may replace dead codes: int64 (R,) in [0, num_latents).
+
+    A function of its arguments alone, so that every rank draws the same ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(num_latents, (min(codebook_size, MAX_REVIVED),), generator=generator)
+
+
+def take_owned(latents: Tensor, positions: Tensor, offset: int) -> Tensor:
+    """Return the latents (N, D) at the given positions of the global batch, zero where they lie elsewhere.
+
+    Args:
+        latents: float32 (N, D), this micro-batch's part of the global batch.
+        positions: int64 (R,), positions in the global batch.
+        offset: position of the first of these latents in the global batch.
+    """
+    local = positions.to(latents.device) - offset
+    owned = (local >= 0) & (local < len(latents))
+    return torch.where(owned[:, None], latents[local.clamp(0, len(latents) - 1)], 0.0)
+
+
+def assignment_statistics(output: Quantized, codebook_size: int, candidates: Tensor) -> Statistics:
+    """Sum the latents of each code, without a one-hot matrix.
+
+    Args:
+        output: what the codebook made of this micro-batch.
+        codebook_size: K.
+        candidates: float32 (R, D), from `take_owned`.
+    """
+    codes = output.codes.flatten()
+    counts = torch.bincount(codes, minlength=codebook_size).float()
+    sums = output.latents.new_zeros(codebook_size, output.latents.shape[1]).index_add_(0, codes, output.latents)
+    return Statistics(counts, sums, candidates)
+
+
+class CodebookEMA(nn.Module):
+    """The running counts and sums behind one codebook: N_i and m_i of the paper, in float32.
+
+    They are the state of training, not of the model: the exported tokenizer has none.
+
+    Departure from the paper: a code without latents in a step keeps its vector exactly, and a code out of use is
+    revived, so no Laplace smoothing is needed.
+
+    Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8.
+    """
+
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, codebook: Codebook, config: CodebookConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("counts", torch.ones(len(codebook.vectors)))
+        self.register_buffer("sums", codebook.vectors.clone())
+
+    @torch.no_grad()
+    def start(self, codebook: Codebook, latents: Tensor, seed: int) -> None:
+        """Set the codebook to the k-means centres of latents.
+
+        Args:
+            codebook: the one to set.
+            latents: float32 (N, D), the same on every rank.
+            seed: draws the first centres.
+        """
+        size = len(codebook.vectors)
+        centres = latents[_spread(len(latents), size, seed).to(latents.device)]
+        for _ in range(self.config.kmeans_iterations):
+            codes = nearest_code(latents, centres)
+            counts = torch.bincount(codes, minlength=size).float()[:, None]
+            sums = torch.zeros_like(centres).index_add_(0, codes, latents)
+            centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+            if codebook.normalize:
+                centres = F.normalize(centres, dim=1)
+        codebook.vectors.copy_(centres)
+        self.counts.fill_(len(latents) / size)
+        self.sums.copy_(centres * self.counts[:, None])
+
+    @torch.no_grad()
+    def update(self, codebook: Codebook, statistics: Statistics) -> Tensor:
+        """Take one EMA step, then revive dead codes; once per optimizer step.
+
+        Args:
+            codebook: the one to move.
+            statistics: those of all micro-batches of all ranks, summed.
+
+        Returns:
+            int64 scalar tensor: how many codes were revived. No value is read back from the device.
+        """
+        decay = self.config.ema_decay
+        self.counts.lerp_(statistics.counts, 1 - decay)
+        self.sums.lerp_(statistics.sums, 1 - decay)
+        used = (statistics.counts > 0)[:, None]
+        means = self.sums / self.counts[:, None].clamp(min=1e-12)
+        if codebook.normalize:
+            means = F.normalize(means, dim=1)
+        codebook.vectors.copy_(torch.where(used, means, codebook.vectors))
+        return self._revive(codebook, statistics.candidates)
+
+    def _revive(self, codebook: Codebook, candidates: Tensor) -> Tensor:
+        """Put current latents in the place of dead codes, their counts and sums reset with them.
+
+        A revived code starts at the mean count, so it has the time of a living one to prove itself.
+        """
+        mean_count = self.counts.mean()
+        dead = self.counts < self.config.revival_threshold * mean_count
+        order = dead.cumsum(0) - 1  # (K,) the n-th dead code takes the n-th candidate
+        revived = dead & (order < len(candidates))
+        replacement = candidates[order.clamp(0, len(candidates) - 1)]
+        codebook.vectors.copy_(torch.where(revived[:, None], replacement, codebook.vectors))
+        self.counts.copy_(torch.where(revived, mean_count, self.counts))
+        self.sums.copy_(torch.where(revived[:, None], replacement * mean_count, self.sums))
+        return revived.sum()
+
+
+def _spread(num_latents: int, num_centres: int, seed: int) -> Tensor:
+    """Draw centres among latents: all different while there are enough, then again from the start."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_latents, generator=generator)[torch.arange(num_centres) % num_latents]

@@ -1,0 +1,273 @@
+"""The hierarchical VQ-VAE: an image becomes one grid of codes a level, numbered coarse to fine.
+
+B batch, C channels, H W pixels, D code_dim, K codebook_size, h w code grid.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokenizer.codebook import Codebook, Quantized
+from tokenizer.networks import decoder, encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """What a tokenizer is, whatever the images. Defaults: VQ-VAE-2 at 256 pixels.
+
+    Attributes:
+        strides: image pixels per code along each side, a level each, coarse to fine; powers of two.
+        codebook_size: K, one for all levels or a list of one each.
+        code_dim: D, one for all levels or a list of one each.
+        width: channels of encoders and decoders.
+        residual_width: channels inside a residual block.
+        residual_blocks: residual blocks in each encoder and decoder.
+        normalize: l2-normalise latents and codes.
+    """
+
+    strides: list[int] = field(default_factory=lambda: [8, 4])
+    codebook_size: int | list[int] = 512
+    code_dim: int | list[int] = 64
+    width: int = 128
+    residual_width: int = 32
+    residual_blocks: int = 2
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.strides:
+            raise ValueError("strides must name at least one level, got none")
+        for stride in self.strides:
+            if stride < 2 or stride & (stride - 1):
+                raise ValueError(f"strides must be powers of two from 2 on, got {stride}")
+        if any(coarse <= fine for coarse, fine in zip(self.strides, self.strides[1:], strict=False)):
+            raise ValueError(f"strides must fall from coarse to fine, got {self.strides}")
+        for name in ("codebook_size", "code_dim"):
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) != len(self.strides):
+                raise ValueError(f"{name} must have one value a level ({len(self.strides)}), got {values}")
+        for name in ("width", "residual_width", "residual_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.codebook_sizes) < 2 or min(self.code_dims) < 1:
+            raise ValueError(
+                f"a codebook needs at least 2 codes of at least 1 dimension, got {self.codebook_size} of {self.code_dim}"
+            )
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.strides)
+
+    @property
+    def codebook_sizes(self) -> list[int]:
+        """K of each level, coarse to fine."""
+        return self.codebook_size if isinstance(self.codebook_size, list) else [self.codebook_size] * self.num_levels
+
+    @property
+    def code_dims(self) -> list[int]:
+        """D of each level, coarse to fine."""
+        return self.code_dim if isinstance(self.code_dim, list) else [self.code_dim] * self.num_levels
+
+    def grids(self, image_size: int) -> list[tuple[int, int]]:
+        """Return (h, w) of each level, coarse to fine.
+
+        Raises:
+            ValueError: a stride does not divide the image size.
+        """
+        for stride in self.strides:
+            if image_size < stride or image_size % stride:
+                raise ValueError(
+                    f"strides must divide the image size, but {stride} does not divide {image_size}; "
+                    "change tokenizer.model.strides or images.size"
+                )
+        return [(image_size // stride, image_size // stride) for stride in self.strides]
+
+
+class Autoencoded(NamedTuple):
+    """A reconstruction (B, C, H, W) and what each codebook made of its latents, coarse to fine."""
+
+    reconstruction: Tensor
+    levels: list[Quantized]
+
+
+class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
+    """N encoders, N codebooks, one decoder: VQ-VAE for N = 1, VQ-VAE-2 for N = 2 or 3.
+
+    Encoders chain fine to coarse, each on the features of the one below. Quantisation runs coarse to fine: the
+    latents of a level are projected from its features beside what all coarser levels decode to, so that a finer
+    level holds what the coarser ones lack. The decoder sees all levels at the finest grid.
+
+    Source: Razavi et al. 2019, section 3.1 and appendix A.
+
+    Args:
+        config: levels and widths.
+        image_size: height and width of the images in pixels.
+        channels: 1 for grey, 3 for RGB.
+
+    Raises:
+        ValueError: a stride does not divide the image size.
+    """
+
+    def __init__(self, config: TokenizerConfig, image_size: int, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = image_size
+        self.channels = channels
+        self.grids = config.grids(image_size)  # (h, w) a level, coarse to fine
+        blocks = (config.width, config.residual_width, config.residual_blocks)
+        dims, levels = config.code_dims, config.num_levels
+        # Index l everywhere is the level, 0 the coarsest; a finer neighbour's stride is the next in the list.
+        factors = [coarse // fine for coarse, fine in zip(config.strides, config.strides[1:], strict=False)]
+        seen = [sum(dims[: level + 1]) for level in range(levels)]  # code channels of the levels up to this one
+        self.encoders = nn.ModuleList(encoder(config.width, *blocks, factor) for factor in factors)
+        self.encoders.append(encoder(channels, *blocks, config.strides[-1]))
+        self.codebooks = nn.ModuleList(
+            Codebook(size, dim, config.normalize) for size, dim in zip(config.codebook_sizes, dims, strict=True)
+        )
+        contexts = [0] + [config.width] * (levels - 1)
+        self.projections = nn.ModuleList(
+            nn.Conv2d(config.width + context, dim, 1) for context, dim in zip(contexts, dims, strict=True)
+        )
+        self.context_decoders = nn.ModuleList(
+            decoder(seen[level], config.width, *blocks, factor) for level, factor in enumerate(factors)
+        )
+        self.upsamplers = nn.ModuleList(
+            upsampling(seen[level], factor) for level, factor in enumerate(factors)
+        )
+        self.decoder = decoder(seen[-1], channels, *blocks, config.strides[-1])
+
+    def forward(self, images: Tensor) -> Autoencoded:
+        """Encode, quantise and decode. Pure: no buffer changes.
+
+        Args:
+            images: float, (B, C, H, W) in [-1, 1].
+
+        Returns:
+            The reconstruction, in eval mode clamped to [-1, 1] as `decode` does, and each level's `Quantized`.
+
+        Raises:
+            ValueError: channels or size are not the configured ones.
+        """
+        levels = self._quantize(images)
+        reconstruction = self._reconstruct([level.quantized for level in levels])
+        return Autoencoded(reconstruction if self.training else reconstruction.clamp(-1, 1), levels)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Turn images (B, C, H, W) in [-1, 1] into codes: int64 (B, h, w) a level, coarse to fine.
+
+        Raises:
+            ValueError: channels or size are not the configured ones.
+        """
+        return [level.codes for level in self._quantize(images)]
+
+    @torch.no_grad()
+    def decode(self, codes: list[Tensor]) -> Tensor:
+        """Turn codes into images (B, C, H, W) in [-1, 1].
+
+        Args:
+            codes: integer (B, h, w) a level, coarse to fine. Finer levels may be left out: the mean code vector
+                then stands for them, which shows what the coarser levels hold.
+
+        Raises:
+            ValueError: a grid is not the configured one, or a code is out of range.
+        """
+        if not 1 <= len(codes) <= self.config.num_levels:
+            raise ValueError(f"codes must have 1 to {self.config.num_levels} levels, got {len(codes)}")
+        for level, (grid, code) in enumerate(zip(self.grids, codes, strict=False)):
+            if code.ndim != 3 or tuple(code.shape[1:]) != grid:
+                raise ValueError(f"level {level} codes must be (B, {grid[0]}, {grid[1]}), got {tuple(code.shape)}")
+        quantized = [book.lookup(code) for book, code in zip(self.codebooks, codes, strict=False)]
+        for book, grid in list(zip(self.codebooks, self.grids, strict=True))[len(codes) :]:
+            quantized.append(book.vectors.mean(0)[None, :, None, None].expand(len(codes[0]), -1, *grid))
+        return self._reconstruct(quantized).clamp(-1, 1)
+
+    def _quantize(self, images: Tensor) -> list[Quantized]:
+        expected = (self.channels, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+        features = [images]
+        for encode in reversed(self.encoders):
+            features.insert(0, encode(features[0]))
+        levels: list[Quantized] = []
+        seen = None  # (B, sum of D, h, w) codes of all coarser levels on the grid of the last one
+        for level, codebook in enumerate(self.codebooks):
+            known = features[level]
+            if seen is not None:
+                known = torch.cat([self.context_decoders[level - 1](seen), known], 1)
+            output = codebook(self.projections[level](known))
+            levels.append(output)
+            seen = self._stack(seen, output.quantized, level)
+        return levels
+
+    def _reconstruct(self, quantized: list[Tensor]) -> Tensor:
+        seen = None
+        for level, vectors in enumerate(quantized):
+            seen = self._stack(seen, vectors, level)
+        return self.decoder(seen)
+
+    def _stack(self, seen: Tensor | None, vectors: Tensor, level: int) -> Tensor:
+        """Lay a level's code vectors (B, D, h, w) on the coarser ones, upsampled to its grid."""
+        return vectors if seen is None else torch.cat([self.upsamplers[level - 1](seen), vectors], 1)
+
+    @property
+    def settings(self) -> dict:
+        """All that inference needs to know besides the tensors, as `config.json` holds it."""
+        return {"image_size": self.image_size, "channels": self.channels, **asdict(self.config)}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write `model.safetensors` and `config.json`; called by `save_pretrained` and `push_to_hub`."""
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, save_directory / "model.safetensors")
+        (save_directory / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:  # type: ignore[override]
+        """Load a tokenizer in eval mode from a folder, or from the hub.
+
+        Args:
+            name: folder with `model.safetensors` and `config.json`; what cannot be a folder here is a hub id.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            ValueError: no such folder, or the files lack or add a tensor or a setting.
+        """
+        folder = Path(name).expanduser()
+        if not folder.exists():
+            parts = str(name).split("/")
+            # "runs/digitz" is a misspelt path, not a repository, when there is a folder "runs".
+            if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")) or folder.parent.exists():
+                raise ValueError(f"no tokenizer at {name}: there is no such folder; train one, or name a hub repository")
+            files = ["config.json", "model.safetensors"]
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+        try:
+            settings = json.loads((folder / "config.json").read_text())
+            tensors = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{folder} holds no readable tokenizer ({error}); train or copy it again") from error
+        known = {"image_size", "channels", *(field.name for field in fields(TokenizerConfig))}
+        if not isinstance(settings, dict) or set(settings) != known:
+            raise ValueError(f"{folder}/config.json must hold exactly the settings {sorted(known)}")
+        image_size, channels = settings.pop("image_size"), settings.pop("channels")
+        model = cls(TokenizerConfig(**settings), image_size, channels)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
+        if wrong:
+            raise ValueError(
+                f"{folder}/model.safetensors lacks, adds or reshapes {len(wrong)} tensors, first {wrong[0]}; "
+                "it is not the file of this config.json"
+            )
+        model.load_state_dict(tensors)
+        return model.eval()
+
+
+def upsampling(channels: int, factor: int) -> nn.Sequential:
+    """Build log2(factor) 4x4 transposed convolutions that keep the channels and double the grid."""
+    doublings = factor.bit_length() - 1
+    return nn.Sequential(*[nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) for _ in range(doublings)])
+
