@@ -93,7 +93,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         namespace = parser.parse_object(_rename(settings, "from", "from_"))
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
-        return parser.instantiate(arguments)
+        return Config(**vars(parser.instantiate(arguments)))
     except (ArgumentError, ValueError, TypeError) as error:
         message = " ".join(str(error).replace("from_", "from").split())
         raise ConfigError(message.replace("Parser key", "setting")) from error

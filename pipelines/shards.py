@@ -56,8 +56,10 @@ def index_shard(path: Path) -> list[SampleIndex]:
             end = tar.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise StageError(f"{path} is not a whole tar ({error}); make or copy it again") from error
-    if samples and max(m.offset + m.size for m in samples[-1].members.values()) > path.stat().st_size:
-        raise StageError(f"{path} is truncated: it ends at {path.stat().st_size} bytes, before {end}; copy it again")
+    with path.open("rb") as file:
+        file.seek(end)
+        if any(file.read(512)) or file.tell() != end + 512:  # a whole tar ends in blocks of zeros
+            raise StageError(f"{path} is truncated at {path.stat().st_size} bytes; copy or make it again")
     return samples
 
 
@@ -98,7 +100,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], pro
     try:
         with temporary.open("wb") as file:
             with webdataset.TarWriter(
-                file, encoder=False, user="", group="", mode=0o644, mtime=0.0, format="PAX_FORMAT"
+                file, encoder=False, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT"
             ) as tar:
                 for key, contents in samples:
                     tar.write({"__key__": key, **contents})

@@ -1,0 +1,31 @@
+# Everything sets itself up: a virtual environment in .venv with the pinned versions of constraints.txt.
+PYTHON ?= python3
+SETUP := .venv/.installed
+RUN := .venv/bin/python
+
+.PHONY: demo test lint tests clean
+
+demo: $(SETUP)
+	.venv/bin/smalti run configs/digits.yaml
+	$(RUN) benchmarks/digits.py runs/digits
+	@echo "look at runs/digits/samples/grid.png and runs/digits/tokenizer/reconstructions.png"
+
+test: lint tests
+
+lint: $(SETUP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+tests: $(SETUP)
+	.venv/bin/pytest -n 2
+
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "smalti needs Python 3.11 or newer"'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(SETUP)
+
+clean:
+	rm -rf .venv runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,101 @@
+"""Shared tiny things: a run of every stage on a few digits, made once a test process."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+TINY = {
+    "images": {"source": "digits", "size": 16, "channels": 1, "upscale": True, "shard_size": 700},
+    "tokenizer": {
+        "model": {"strides": [8, 4], "codebook_size": [16, 32], "code_dim": 8, "width": 16, "residual_width": 8},
+        "augment": {"flip": False, "shift": 1},
+        "training": {"steps": 6, "batch_size": 32, "learning_rate": 1e-3, "val_every": 3, "checkpoint_every": 3},
+    },
+    "prior": {
+        "network": ["transformer", "pixelsnail"],
+        "transformer": {"width": 16, "depth": 1, "heads": 2, "conditioning_blocks": 1},
+        "pixelsnail": {
+            "width": 8,
+            "blocks": 1,
+            "residual_blocks": 1,
+            "heads": 2,
+            "attention_width": 8,
+            "conditioning_blocks": 1,
+        },
+        "training": {"steps": 6, "batch_size": 32, "learning_rate": 1e-3, "val_every": 3, "checkpoint_every": 3},
+    },
+    "sample": {"count": 7, "batch_size": 4, "shard_size": 4},
+    "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def merged(settings: dict, changes: dict) -> dict:
+    """Nested dictionaries, the second over the first."""
+    result = dict(settings)
+    for key, value in changes.items():
+        result[key] = merged(result[key], value) if isinstance(result.get(key), dict) and isinstance(value, dict) else value
+    return result
+
+
+@pytest.fixture(scope="session")
+def write_config() -> Callable[..., Path]:
+    """Write the tiny config with changes, for a run folder beside it."""
+
+    def write(folder: Path, changes: dict | None = None) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(merged({"run_dir": str(folder / "run"), **TINY}, changes or {})))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Path:
+    """A config whose run is complete; tests that write take a copy."""
+    from pipelines.cli import main
+
+    config = write_config(tmp_path_factory.mktemp("tiny"))
+    assert main(["run", str(config), "--traceback"]) == 0
+    return config
+
+
+@pytest.fixture
+def smalti(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a command in this process: its exit code and what it said."""
+    from pipelines.cli import main
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Forty random 20x24 pictures in two class folders."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "pictures" / ("cat" if number % 2 else "dog") / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"

@@ -1,0 +1,87 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import at_level, load_config, make_parser
+from pipelines.errors import ConfigError
+from pipelines.train_prior import PriorConfig
+from prior import TransformerConfig
+
+
+def test_overrides_win_over_the_file(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    path = write_config(tmp_path)
+    config = load_config(path, ["--seed", "3", "--tokenizer.model.strides=[4]", "--tokenizer.model.codebook_size=9"])
+    assert config.seed == 3
+    assert config.tokenizer.model.strides == [4]
+    assert config.tokenizer.model.codebook_sizes == [9]
+    assert config.images.size == 16
+
+
+def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    path = write_config(tmp_path, {"images": {"from": "a"}})
+    config = load_config(path, ["--tokenizer.from", "b", "--codes.from=c"])
+    assert (config.images.from_, config.tokenizer.from_, config.codes.from_) == ("a", "b", "c")
+    help_text = make_parser().format_help()
+    assert "--images.from " in help_text
+    assert "from_" not in help_text
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({"imagse": {"size": 3}}, [], "imagse"),
+        ({"images": {"sise": 3}}, [], "images.*sise"),
+        ({"images": {"size": "big"}}, [], "images.size.*big"),
+        ({}, ["--images.size", "big"], "images.size"),
+        ({}, ["--images.sise", "3"], "images.sise"),
+        ({}, ["--sample.top_p", "1.5"], r"sample.top_p must lie in \(0, 1\], got 1.5"),
+        ({}, ["--sample.temperature=[1,0]"], "temperature must be above 0"),
+        ({}, ["--images.size", "20"], "8 does not divide 20"),
+        ({}, ["--prior.network", "lstm"], "prior.network must be transformer or pixelsnail, got lstm"),
+        ({}, ["--tokenizer.training.steps", "0"], "steps must be at least 1"),
+        ({}, ["--tokenizer.training.steps", "7"], r"steps must be a multiple of val_every \(3\), got 7"),
+        ({}, ["--encode.views=[upside-down]"], "encode.views must name one or more of image, flip"),
+        ({}, ["--compute.logger", "paper"], "compute.logger must be csv, wandb or tensorboard"),
+        ({}, ["--sample.folder", "../elsewhere"], "sample.folder must name a folder inside"),
+        ({"tokenizer": {"class_path": "os.system"}}, [], "class_path is not allowed"),
+        ({"prior": {"training": {"init_args": {}}}}, [], "init_args is not allowed"),
+        ({}, ["--tokenizer.model.class_path=os.system"], "class_path is not allowed"),
+        ({"seed": -1}, [], "seed must lie in"),
+    ],
+)
+def test_what_cannot_be_is_an_error_that_names_the_key(
+    tmp_path: Path, write_config: Callable[..., Path], changes: dict, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as found:
+        load_config(write_config(tmp_path, changes), overrides)
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 400
+
+
+def test_files_that_are_no_config_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        load_config(tmp_path / "nowhere.yaml")
+    for text, message in (("a: [", "is not YAML"), ("- a", "must hold settings"), ("", "must hold settings")):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("seed: 1")
+    with pytest.raises(ConfigError, match="run_dir"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_class_path_imports_nothing(tmp_path: Path) -> None:
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "a.yaml").write_text("run_dir: x\ntokenizer: {class_path: trap.Anything}")
+    with pytest.raises(ConfigError, match="class_path is not allowed"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_lists_are_one_value_a_level() -> None:
+    section = TransformerConfig(width=[8, 16], depth=3)
+    assert at_level(section, 1, 2).width == 16
+    assert at_level(section, 1, 2).depth == 3
+    with pytest.raises(ConfigError, match="width must be one value or a list of 3"):
+        at_level(section, 0, 3)
+    assert at_level(PriorConfig(network=["transformer", "pixelsnail"]), 1, 2).network == "pixelsnail"

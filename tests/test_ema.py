@@ -1,0 +1,132 @@
+import pytest
+import torch
+
+from tokenizer import Codebook, CodebookConfig, CodebookEMA
+from tokenizer.ema import MAX_REVIVED, Statistics, assignment_statistics, candidate_positions, take_owned
+
+NO_REVIVAL = CodebookConfig(ema_decay=0.9, revival_threshold=0.0)
+
+
+def step(codebook: Codebook, ema: CodebookEMA, latents: torch.Tensor) -> torch.Tensor:
+    output = codebook(latents)
+    return ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.latents[:8]))
+
+
+def test_ema_equals_a_plain_loop_over_codes_and_steps() -> None:
+    codebook = Codebook(6, 3)
+    ema = CodebookEMA(codebook, NO_REVIVAL)
+    vectors = codebook.vectors.double().clone()
+    counts, sums = torch.ones(6, dtype=torch.float64), vectors.clone()
+    for _ in range(5):
+        latents = torch.randn(4, 3, 2, 2)
+        codes = codebook(latents).codes.flatten()
+        step(codebook, ema, latents)
+        flat = latents.permute(0, 2, 3, 1).reshape(-1, 3).double()
+        for code in range(6):
+            members = flat[codes == code]
+            counts[code] = 0.9 * counts[code] + 0.1 * len(members)
+            sums[code] = 0.9 * sums[code] + 0.1 * members.sum(0)
+            if len(members):
+                vectors[code] = sums[code] / counts[code]
+    assert torch.allclose(codebook.vectors.double(), vectors, atol=1e-6)
+
+
+def test_unused_codes_stay_put() -> None:
+    codebook = Codebook(16, 3)
+    codebook.vectors[8:] += 100
+    ema = CodebookEMA(codebook, NO_REVIVAL)
+    before = codebook.vectors.clone()
+    for _ in range(300):
+        step(codebook, ema, torch.randn(2, 3, 2, 2))
+    assert torch.equal(codebook.vectors[8:], before[8:])
+    assert not torch.equal(codebook.vectors[:8], before[:8])
+
+
+def test_revival_puts_current_latents_in_dead_codes_and_resets_counts_and_sums() -> None:
+    codebook = Codebook(16, 3)
+    codebook.vectors[10:] += 100
+    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=0.5, revival_threshold=0.2))
+    revived = 0
+    for _ in range(8):
+        latents = torch.randn(8, 3, 2, 2)
+        revived += int(step(codebook, ema, latents))
+    assert revived >= 6
+    assert codebook.vectors.abs().max() < 10
+    assert torch.allclose(ema.sums / ema.counts[:, None], codebook.vectors, atol=1e-5)
+
+
+def test_a_revived_code_is_not_undone_by_the_next_step() -> None:
+    codebook = Codebook(4, 2)
+    codebook.vectors.copy_(torch.tensor([[0.0, 0], [1, 0], [0, 1], [50, 50]]))
+    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=0.5, revival_threshold=0.4))
+    ema.counts[3] = 0.0
+    candidates = torch.tensor([[5.0, 5.0]])
+    counts = torch.tensor([4.0, 4, 4, 0])
+    ema.update(codebook, Statistics(counts, counts[:, None] * codebook.vectors, candidates))
+    assert torch.equal(codebook.vectors[3], candidates[0])
+    ema.update(codebook, Statistics(torch.tensor([4.0, 4, 4, 4]), 4 * codebook.vectors, candidates))
+    assert torch.allclose(codebook.vectors[3], candidates[0])
+
+
+def test_no_more_codes_are_revived_than_there_are_candidates() -> None:
+    codebook = Codebook(32, 2)
+    ema = CodebookEMA(codebook, CodebookConfig(revival_threshold=0.5))
+    ema.counts[1:] = 1e-9
+    statistics = Statistics(torch.zeros(32), torch.zeros(32, 2), torch.randn(8, 2))
+    assert int(ema.update(codebook, statistics)) == 8
+
+
+def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
+    codebook = Codebook(16, 4)
+    latents = torch.randn(8, 4, 2, 2)
+    positions = candidate_positions(8 * 4, 16, seed=3)
+
+    def statistics(part: torch.Tensor, offset: int) -> Statistics:
+        output = codebook(part)
+        return assignment_statistics(output, 16, take_owned(output.latents, positions, offset))
+
+    whole = statistics(latents, 0)
+    parts = [statistics(latents[start : start + 2], 4 * start) for start in (0, 2, 4, 6)]
+    for one, several in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.allclose(one, torch.stack(several).sum(0), atol=1e-5)
+    assert torch.equal(whole.counts, torch.stack([part.counts for part in parts]).sum(0))
+
+
+def test_candidates_are_the_same_for_all_who_ask_and_bounded() -> None:
+    assert torch.equal(candidate_positions(1000, 512, 7), candidate_positions(1000, 512, 7))
+    assert not torch.equal(candidate_positions(1000, 512, 7), candidate_positions(1000, 512, 8))
+    assert len(candidate_positions(1000, 10**6, 7)) == MAX_REVIVED
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_kmeans_start_finds_well_separated_clusters(normalize: bool) -> None:
+    centres = torch.eye(4) * 10
+    latents = (centres[:, None] + 0.01 * torch.randn(4, 50, 4)).flatten(0, 1)
+    if normalize:
+        latents = torch.nn.functional.normalize(latents, dim=1)
+    codebook = Codebook(16, 4, normalize)
+    ema = CodebookEMA(codebook, NO_REVIVAL)
+    ema.start(codebook, latents, seed=0)
+    assert float((torch.cdist(latents, codebook.vectors).amin(1)).max()) < 0.2
+    assert torch.allclose(ema.sums / ema.counts[:, None], codebook.vectors, atol=1e-5)
+
+
+def test_kmeans_start_manages_with_fewer_latents_than_codes() -> None:
+    codebook = Codebook(16, 4)
+    CodebookEMA(codebook, NO_REVIVAL).start(codebook, torch.randn(5, 4), seed=0)
+    assert bool(torch.isfinite(codebook.vectors).all())
+
+
+def test_statistics_stay_in_float32_under_autocast() -> None:
+    codebook = Codebook(16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = codebook(torch.randn(2, 4, 2, 2).bfloat16())
+        statistics = assignment_statistics(output, 16, output.latents[:4])
+    assert {part.dtype for part in statistics} == {torch.float32}
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\), got 1"):
+        CodebookConfig(ema_decay=1.0)
+    with pytest.raises(ValueError, match="revival_threshold must lie in"):
+        CodebookConfig(revival_threshold=-0.1)

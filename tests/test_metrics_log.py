@@ -1,0 +1,14 @@
+from pathlib import Path
+
+from pipelines.metrics_log import MetricsCSV
+
+
+def test_a_resumed_log_goes_on_and_drops_the_life_that_was_cut_short(tmp_path: Path) -> None:
+    first = MetricsCSV(tmp_path / "metrics.csv")
+    for step in (1, 2, 3):
+        first.log_metrics({"loss": step / 10, "epoch": 0}, step)
+    first.log_metrics({"val": 0.5}, 2)
+    second = MetricsCSV(tmp_path / "metrics.csv")
+    second.log_metrics({"loss": 9.0}, 3)
+    second.log_metrics({"loss": 10.0}, 4)
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss,val\n1,0.1,\n2,0.2,0.5\n3,9,\n4,10,\n"

@@ -1,0 +1,118 @@
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.compute import ComputeConfig
+from pipelines.data import ImageShards
+from pipelines.errors import StageError
+from pipelines.pack import ImagesConfig, pack, stratified_fraction
+from pipelines.shards import index_shard
+
+COMPUTE = ComputeConfig(num_workers=0)
+
+
+def config_of(folder: Path, **changes: object) -> ImagesConfig:
+    return ImagesConfig(**{"source": f"folder:{folder}", "size": 16, "shard_size": 10} | changes)  # type: ignore[arg-type]
+
+
+def test_packing_keeps_classes_and_keys_and_splits_by_class(picture_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    out.mkdir()
+    pack(config_of(picture_folder), 0, COMPUTE, out)
+    train, val = ImageShards(out, "train"), ImageShards(out, "val")
+    assert (len(train), len(val)) == (36, 4)
+    assert train.class_names == ["cat", "dog"]
+    assert train.pixels(35).shape == (3, 16, 16)
+    keys = [s.key for name, _ in val.shards for s in index_shard(out / name)]
+    assert Counter(key.split("/")[0] for key in keys) == {"cat": 2, "dog": 2}
+
+
+def test_the_fraction_is_stratified_and_seeded() -> None:
+    labels = np.array([0] * 50 + [1] * 20 + [2] * 3 + [3])
+    drawn = stratified_fraction(labels, 74, 0.1, 0)
+    assert Counter(labels[drawn].tolist()) == {0: 5, 1: 2, 2: 1}
+    assert np.array_equal(drawn, stratified_fraction(labels, 74, 0.1, 0))
+    assert not np.array_equal(drawn, stratified_fraction(labels, 74, 0.1, 1))
+
+
+def test_packing_twice_writes_nothing_new_and_processes_do_not_matter(picture_folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out, workers in ((one, 0), (two, 2)):
+        out.mkdir()
+        pack(config_of(picture_folder), 0, ComputeConfig(num_workers=workers), out)
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in one.glob("*.tar")}
+    pack(config_of(picture_folder), 0, COMPUTE, one)
+    assert {p.name: p.stat().st_mtime_ns for p in one.glob("*.tar")} == before
+
+
+def test_bad_images_are_skipped_named_and_counted(picture_folder: Path, tmp_path: Path) -> None:
+    (picture_folder / "cat" / "bad.png").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(picture_folder / "dog" / "small.png")
+    out = tmp_path / "images"
+    out.mkdir()
+    pack(config_of(picture_folder, max_bad=0.1), 0, COMPUTE, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["skipped"] == 2
+    report = (out / "skipped.txt").read_text()
+    assert "cat/bad\tempty file" in report
+    assert "dog/small\t8x8 pixels are fewer than 16" in report
+
+
+def test_too_many_bad_images_are_an_error(picture_folder: Path, tmp_path: Path) -> None:
+    (picture_folder / "cat" / "bad.png").write_bytes(b"")
+    out = tmp_path / "images"
+    out.mkdir()
+    with pytest.raises(StageError, match=r"1 images cannot be used, more than images.max_bad .0\.10%. .*cat/bad: empty"):
+        pack(config_of(picture_folder), 0, COMPUTE, out)
+    assert not (out / "manifest.json").exists()
+
+
+def test_duplicate_keys_are_an_error(picture_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(picture_folder / "cat" / "01.jpg")
+    with pytest.raises(StageError, match="keys must be unique, but cat/01 comes twice"):
+        pack(config_of(picture_folder, val_fraction=0.01), 0, COMPUTE, tmp_path)
+
+
+def test_too_few_images_for_a_split_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "one" / "a.png")
+    with pytest.raises(StageError, match="too few for a val split"):
+        pack(config_of(tmp_path / "one"), 0, COMPUTE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 1}, "images.size must be at least 2"),
+        ({"channels": 4}, "images.channels must be 1"),
+        ({"val_fraction": 1.0}, "images.val_fraction must lie between"),
+        ({"max_bad": 2.0}, "images.max_bad must lie in"),
+        ({"shard_size": 0}, "images.shard_size must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImagesConfig(**changes)
+
+
+def test_memory_holds_one_image_at_a_time(picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard is written while it is read: never more than one decoded image waits."""
+    from pipelines import pack as module
+
+    waiting: list[int] = []
+    honest: Callable = module.fit
+
+    def counting(*arguments: object) -> object:
+        waiting.append(len(list((tmp_path / "images").glob(".*.tmp"))))
+        return honest(*arguments)
+
+    monkeypatch.setattr(module, "fit", counting)
+    (tmp_path / "images").mkdir()
+    pack(config_of(picture_folder), 0, COMPUTE, tmp_path / "images")
+    assert waiting == [1] * 40

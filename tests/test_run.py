@@ -1,0 +1,331 @@
+"""Stages one after the other, from the command line, on tiny data."""
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pipelines.config import load_config
+from pipelines.fingerprint import fingerprint
+from pipelines.run import Run
+from prior import HierarchicalPrior
+from tokenizer import HierarchicalVQVAE
+
+Smalti = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def copy_of(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    """The complete tiny run in a folder of its own, with changes to its config."""
+
+    def copy(changes: dict | None = None) -> Path:
+        config = write_config(tmp_path / "copy", changes)
+        shutil.copytree(tiny_run.parent / "run", config.parent / "run")
+        return config
+
+    return copy
+
+
+def run_of(config: Path) -> Path:
+    return config.parent / "run"
+
+
+def test_a_run_leaves_what_the_design_promises(tiny_run: Path) -> None:
+    run = run_of(tiny_run)
+    for name in (
+        "images/train-000000.tar images/train-000000.json images/val-000000.tar images/manifest.json images/config.yaml "
+        "tokenizer/model.safetensors tokenizer/config.json tokenizer/config.yaml tokenizer/checkpoints/last.ckpt "
+        "tokenizer/metrics.csv tokenizer/metrics.json tokenizer/reconstructions.png codes/train-000002.tar "
+        "codes/manifest.json codes/config.yaml prior/level0/model.safetensors prior/level1/config.json "
+        "prior/level1/metrics.csv prior/level0/checkpoints/best.ckpt samples/grid.png samples/000001.tar "
+        "samples/manifest.json samples/config.yaml metrics.json"
+    ).split():
+        assert (run / name).exists(), name
+    assert not list(run.rglob("*.tmp*"))
+
+
+def test_code_shards_mirror_image_shards(tiny_run: Path) -> None:
+    run = run_of(tiny_run)
+    manifest = json.loads((run / "codes" / "manifest.json").read_text())
+    assert manifest["levels"] == [{"grid": [2, 2], "codebook_size": 16}, {"grid": [4, 4], "codebook_size": 32}]
+    tokenizer = HierarchicalVQVAE.from_pretrained(run / "tokenizer")
+    assert manifest["tokenizer"] == fingerprint(tokenizer, tokenizer.settings)
+    for shard in (run / "images").glob("*.tar"):
+        images, codes = (
+            list(webdataset.WebDataset(str(run / kind / shard.name), shardshuffle=False)) for kind in ("images", "codes")
+        )
+        assert [i["__key__"] for i in images] == [c["__key__"] for c in codes]
+        assert [i["cls"] for i in images] == [c["cls"] for c in codes]
+        pixels = webdataset.WebDataset(str(shard), shardshuffle=False).decode("torchl")
+        first = next(iter(pixels))["png"].view(1, 1, 16, 16) * 2 - 1
+        expected = tokenizer.encode(first)
+        found = [np.load(io.BytesIO(codes[0][f"level{level}.npy"])) for level in (0, 1)]
+        assert [array.dtype for array in found] == [np.dtype("uint8")] * 2
+        assert all(np.array_equal(a, b[0].numpy()) for a, b in zip(found, expected, strict=True))
+
+
+def test_samples_are_what_python_draws_with_the_same_seed(tiny_run: Path) -> None:
+    run = run_of(tiny_run)
+    samples = [s for n in (0, 1) for s in webdataset.WebDataset(str(run / "samples" / f"{n:06d}.tar"), shardshuffle=False)]
+    assert [s["__key__"] for s in samples] == [f"{n:08d}" for n in range(7)]
+    assert [int(s["cls"]) for s in samples] == list(range(7))
+    prior = HierarchicalPrior.from_pretrained(run / "prior")
+    codes = prior.sample(list(range(7)), seed=0)
+    drawn = [np.stack([np.load(io.BytesIO(s[f"level{level}.npy"])) for s in samples]) for level in (0, 1)]
+    assert all(np.array_equal(a, b.numpy()) for a, b in zip(drawn, codes, strict=True))
+    image = HierarchicalVQVAE.from_pretrained(run / "tokenizer").decode(codes)[3]
+    shown = next(iter(webdataset.WebDataset(str(run / "samples" / "000000.tar"), shardshuffle=False).decode("torchl").slice(3, 4)))
+    assert torch.allclose(shown["png"].view(1, 16, 16) * 2 - 1, image, atol=1 / 127)
+
+
+def test_a_complete_run_is_skipped_and_says_why(tiny_run: Path, smalti: Smalti, caplog: pytest.LogCaptureFixture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run_of(tiny_run).rglob("*.*") if path.name != "metrics.json"}
+    with caplog.at_level("INFO"):
+        code, _ = smalti("run", tiny_run)
+    assert code == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    for stage in ("pack", "train-tokenizer", "encode", "train-prior", "sample"):
+        assert f"{stage}: skipped" in caplog.text
+
+
+def test_evaluate_reports_exact_likelihoods_beside_what_context_is_worth(tiny_run: Path, smalti: Smalti) -> None:
+    code, text = smalti("evaluate", tiny_run)
+    assert code == 0
+    for word in ("PSNR", "SSIM", "perplexity", "usage", "nats/code", "histogram bits", "bits per image dimension"):
+        assert word in text
+    figures = json.loads((run_of(tiny_run) / "metrics.json").read_text())
+    prior = HierarchicalPrior.from_pretrained(run_of(tiny_run) / "prior")
+    arrays = sorted((run_of(tiny_run) / "prior" / "codes").glob("val-*.npy"))
+    classes, level0, level1 = (torch.from_numpy(np.load(path).astype(np.int64)) for path in arrays)
+    with torch.no_grad():
+        nats = float(prior.nll([level0, level1], classes).sum())
+    per_code = [figures["prior"][f"level{n}"]["nats_per_code"] * count for n, count in ((0, 4), (1, 16))]
+    assert sum(per_code) * len(classes) == pytest.approx(nats, rel=1e-5)
+    assert figures["prior"]["total"]["bits_per_dim"] == pytest.approx(nats / len(classes) / np.log(2) / 256, rel=1e-5)
+    shares = np.bincount(level1.flatten()) / level1.numel()
+    entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+    assert figures["prior"]["level1"]["histogram_nats"] == pytest.approx(entropy)
+    assert figures["prior"]["level1"]["uniform_bits"] == 5
+    saved = json.loads((run_of(tiny_run) / "prior" / "level1" / "metrics.json").read_text())
+    assert saved["val_nats_per_code"] == pytest.approx(figures["prior"]["level1"]["nats_per_code"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("train-tokenizer", r"holds no finished images; run `smalti pack` first"),
+        ("encode", r"holds no finished tokenizer; run `smalti train-tokenizer` first"),
+        ("train-prior", r"holds no finished codes; run `smalti encode` first"),
+        ("sample", r"holds no finished tokenizer; run `smalti train-tokenizer` first"),
+    ],
+)
+def test_a_stage_before_the_one_it_needs_says_so(
+    stage: str, message: str, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    code, text = smalti(stage, write_config(tmp_path))
+    assert code == 1
+    assert message.replace("\\", "") in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("pack", "--images.val_fraction=0.2"),
+        ("train-tokenizer", "--tokenizer.training.learning_rate=0.1"),
+        ("encode", "--encode.views=[flip]"),
+        ("train-prior", "--prior.dropout=0.5"),
+        ("sample", "--sample.temperature=0.5"),
+    ],
+)
+def test_a_changed_config_under_a_finished_stage_is_refused(
+    stage: str, override: str, tiny_run: Path, smalti: Smalti
+) -> None:
+    code, text = smalti("run", tiny_run, override)
+    assert code == 1
+    assert "was made with other settings" in text
+    assert f"--redo {stage}" in text
+    name, value = override.removeprefix("--").split("=")
+    assert name.split(".")[-1] in text
+    assert value.strip("[]") in text
+
+
+def test_where_it_runs_is_no_change_of_config(tiny_run: Path, smalti: Smalti) -> None:
+    assert smalti("run", tiny_run, "--compute.num_workers=1")[0] == 0
+
+
+def test_a_retrained_tokenizer_leaves_no_old_shard(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of({"seed": 0})
+    old = {p.name: p.read_bytes() for p in (run_of(config) / "codes").glob("*.tar")}
+    change = "--tokenizer.training.learning_rate=0.002"
+    assert smalti("train-tokenizer", config, change, "--redo", "train-tokenizer")[0] == 0
+    code, text = smalti("sample", config, change)
+    assert code == 1
+    assert "the prior learned codes of tokenizer" in text
+    code, text = smalti("train-prior", config, change)
+    assert code == 1
+    assert "was written with tokenizer" in text
+    assert smalti("encode", config, change)[0] == 0
+    new = {p.name: p.read_bytes() for p in (run_of(config) / "codes").glob("*.tar")}
+    assert set(new) == set(old)
+    assert all(new[name] != old[name] for name in old)
+    code, text = smalti("train-prior", config, change)
+    assert code == 1
+    assert "--redo train-prior" in text
+    assert smalti("run", config, change, "--redo", "train-prior")[0] == 0
+
+
+def test_a_changed_seed_draws_all_samples_anew(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    old = {p.name: p.read_bytes() for p in (run_of(config) / "samples").glob("*.tar")}
+    code, text = smalti("sample", config, "--seed=1")
+    assert code == 1
+    assert "seed: 0 -> 1" in text
+    assert smalti("sample", config, "--seed=1", "--redo=sample")[0] == 0
+    new = {p.name: p.read_bytes() for p in (run_of(config) / "samples").glob("*.tar")}
+    assert all(new[name] != old[name] for name in old)
+
+
+def test_a_lost_or_damaged_shard_is_made_again_to_the_byte(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    run = run_of(config)
+    for stage, shard in (("encode", "codes/train-000001.tar"), ("sample", "samples/000001.tar"), ("pack", "images/val-000000.tar")):
+        before = (run / shard).read_bytes()
+        (run / shard).write_bytes(before[:100])
+        (run / shard).parent.joinpath("manifest.json").unlink()
+        assert smalti(stage, config)[0] == 0
+        assert (run / shard).read_bytes() == before
+
+
+def test_several_sets_of_samples_lie_side_by_side(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    arguments = ("--sample.folder=threes", "--sample.classes=['3']", "--sample.guidance=[2,1]", "--sample.count=3")
+    assert smalti("sample", config, *arguments)[0] == 0
+    found = list(webdataset.WebDataset(str(run_of(config) / "threes" / "000000.tar"), shardshuffle=False))
+    assert [sample["cls"] for sample in found] == [b"3"] * 3
+    assert (run_of(config) / "samples" / "manifest.json").exists()
+
+
+def test_a_class_that_does_not_exist_is_named(tiny_run: Path, smalti: Smalti) -> None:
+    code, text = smalti("sample", tiny_run, "--sample.folder=other", "--sample.classes=[10]")
+    assert code == 1
+    assert "sample.classes names 10, which is none of the 10 classes: 0, 1, 2" in text
+
+
+def test_views_are_written_one_after_the_other(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    arguments = ("--encode.views=[image,flip,crop]", "--redo=encode")
+    plain = list(webdataset.WebDataset(str(run_of(config) / "codes" / "train-000000.tar"), shardshuffle=False))
+    assert smalti("encode", config, *arguments)[0] == 0
+    found = list(webdataset.WebDataset(str(run_of(config) / "codes" / "train-000000.tar"), shardshuffle=False))
+    assert [s["__key__"] for s in found[:4]] == [f"{plain[0]['__key__']}-{v}" for v in range(3)] + [f"{plain[1]['__key__']}-0"]
+    assert found[3]["level1.npy"] == plain[1]["level1.npy"]
+    assert len({sample["level1.npy"] for sample in found[:3]}) > 1
+    val = list(webdataset.WebDataset(str(run_of(config) / "codes" / "val-000000.tar"), shardshuffle=False))
+    assert not any(sample["__key__"].endswith("-0") for sample in val)
+
+
+def test_a_run_starts_from_anothers_work(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti) -> None:
+    run = run_of(tiny_run)
+    config = write_config(
+        tmp_path,
+        {"images": {"from": str(run / "images")}, "tokenizer": {"from": str(run / "tokenizer")}, "codes": {"from": str(run / "codes")}},
+    )
+    assert smalti("run", config)[0] == 0
+    assert sorted(path.name for path in run_of(config).iterdir()) == ["metrics.json", "prior", "samples"]
+    code, text = smalti("pack", config, "--images.from=/nowhere/images")
+    assert code == 1
+    assert "images.from must name a stage folder that exists" in text
+
+
+def test_codes_of_another_tokenizer_are_refused(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    model = run_of(config) / "tokenizer" / "model.safetensors"
+    tensors = load_file(model)
+    tensors["codebooks.0.vectors"] = tensors["codebooks.0.vectors"] * 1.01
+    save_file(tensors, model)
+    code, text = smalti("train-prior", config, "--redo=train-prior")
+    assert code == 1
+    assert "was written with tokenizer" in text
+    assert "run `smalti encode` with this tokenizer" in text
+
+
+def test_images_the_tokenizer_does_not_read_are_refused(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = write_config(
+        tmp_path, {"images": {"size": 32}, "tokenizer": {"from": str(run_of(tiny_run) / "tokenizer")}}
+    )
+    assert smalti("pack", config)[0] == 0
+    code, text = smalti("encode", config)
+    assert code == 1
+    assert "the tokenizer reads images of 16 pixels and 1 channels" in text
+
+
+def test_data_without_classes_makes_an_unconditional_prior(
+    tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = write_config(tmp_path, {"images": {"classes": False}})
+    assert smalti("run", config)[0] == 0
+    assert HierarchicalPrior.from_pretrained(run_of(config) / "prior").class_names == []
+    sample = next(iter(webdataset.WebDataset(str(run_of(config) / "samples" / "000000.tar"), shardshuffle=False)))
+    assert "cls" not in sample
+    code, text = smalti("sample", config, "--sample.folder=x", "--sample.classes=[1]")
+    assert code == 1
+    assert "was trained without classes" in text
+
+
+def test_one_level_can_be_trained_alone(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    shutil.rmtree(run_of(config) / "prior")
+    assert smalti("train-prior", config, "--level", "1")[0] == 0
+    assert not (run_of(config) / "prior" / "level0").exists()
+    code, text = smalti("sample", config, "--sample.folder=x")
+    assert code == 1
+    assert "level0 holds no finished prior" in text
+    assert smalti("train-prior", config, "--level", "2")[0] == 2
+
+
+def test_three_levels_go_through_every_stage(tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti) -> None:
+    changes = {
+        "images": {"size": 16},
+        "tokenizer": {"model": {"strides": [8, 4, 2], "codebook_size": 16}},
+        "prior": {"network": "pixelsnail"},
+    }
+    config = write_config(tmp_path, changes)
+    assert smalti("run", config)[0] == 0
+    assert len(HierarchicalPrior.from_pretrained(run_of(config) / "prior").levels) == 3
+
+
+def test_an_unwritable_folder_is_an_error_of_one_line(tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti) -> None:
+    (tmp_path / "file").write_text("")
+    code, text = smalti("pack", write_config(tmp_path, {"run_dir": str(tmp_path / "file" / "run")}))
+    assert code == 1
+    assert "cannot write to" in text
+    assert len(text.strip().splitlines()) == 1
+
+
+def test_metrics_and_config_tell_what_was_done(tiny_run: Path) -> None:
+    run = run_of(tiny_run)
+    settings = yaml.safe_load((run / "tokenizer" / "config.yaml").read_text())
+    assert settings["tokenizer"]["training"]["steps"] == 6
+    assert "compute" not in settings
+    with (run / "tokenizer" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("val_mse", "val_psnr", "level0_revived", "val_level0_commitment", "val_level1_perplexity", "val_level1_usage"):
+        assert sum(bool(row[name]) for row in rows) == 2, name
+    metrics = json.loads((run / "tokenizer" / "metrics.json").read_text())
+    assert metrics["val_psnr"] == pytest.approx(10 * np.log10(4 / metrics["val_mse"]))
+
+
+def test_python_can_do_a_stage_too(tiny_run: Path) -> None:
+    assert Run(load_config(tiny_run)).stage("encode") is False

@@ -1,0 +1,124 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.errors import StageError
+from pipelines.shards import (
+    array_bytes,
+    code_dtype,
+    index_shard,
+    read_manifest,
+    read_member,
+    receipt_fits,
+    receipt_path,
+    write_manifest,
+    write_shard,
+)
+
+PROVENANCE = {"made_from": None, "fingerprints": {}, "settings": "abc"}
+SAMPLES = [(f"{n:03d}", {"level0.npy": array_bytes(np.full((2, 2), n, np.uint8)), "cls": b"1"}) for n in range(5)]
+
+
+def test_a_shard_reads_back_through_plain_webdataset(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", SAMPLES, PROVENANCE)
+    found = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in found] == [key for key, _ in SAMPLES]
+    assert [np.load(io.BytesIO(sample["level0.npy"]))[0, 0] for sample in found] == list(range(5))
+    assert all(sample["cls"] == b"1" for sample in found)
+
+
+@given(
+    st.dictionaries(
+        st.text("abz/_-", min_size=1, max_size=130).filter(lambda k: not k.startswith("/") and "//" not in k and k[-1] != "/"),
+        st.dictionaries(st.sampled_from(["png", "cls", "level0.npy"]), st.binary(max_size=600), min_size=1),
+        max_size=6,
+    )
+)
+def test_what_is_written_is_read_back_by_index(contents: dict[str, dict[str, bytes]]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tar"
+        write_shard(path, contents.items(), PROVENANCE)
+        with path.open("rb") as file:
+            found = {
+                sample.key: {name: read_member(file, member) for name, member in sample.members.items()}
+                for sample in index_shard(path)
+            }
+    assert found == contents
+
+
+def test_entries_carry_nothing_of_the_machine_and_bytes_repeat(tmp_path: Path) -> None:
+    receipts = [write_shard(tmp_path / name, SAMPLES, PROVENANCE) for name in ("a.tar", "b.tar")]
+    assert receipts[0]["sha256"] == receipts[1]["sha256"]
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert {(i.mtime, i.uid, i.gid, i.mode, i.uname, i.gname) for i in tar} == {(0, 0, 0, 0o644, "", "")}
+
+
+def test_a_shard_counts_only_if_its_receipt_fits(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    assert not receipt_fits(path, PROVENANCE)
+    write_shard(path, SAMPLES, PROVENANCE)
+    assert receipt_fits(path, PROVENANCE)
+    assert not receipt_fits(path, PROVENANCE | {"settings": "other"})
+    assert not receipt_fits(path, PROVENANCE | {"fingerprints": {"tokenizer": "x"}})
+    path.write_bytes(path.read_bytes()[:-512])
+    assert not receipt_fits(path, PROVENANCE)
+    write_shard(path, SAMPLES, PROVENANCE)
+    receipt_path(path).write_text("{half")
+    assert not receipt_fits(path, PROVENANCE)
+
+
+def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
+    def broken():  # noqa: ANN202
+        yield SAMPLES[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "a.tar", broken(), PROVENANCE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, SAMPLES, PROVENANCE)
+    whole = path.read_bytes()
+    for size in (700, 1200, 5000):
+        path.write_bytes(whole[:size])
+        with pytest.raises(StageError, match=r"a\.tar is (not a whole tar|truncated)"):
+            index_shard(path)
+
+
+def test_the_manifest_merges_receipts_and_removes_strays(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar", "stray.tar"):
+        write_shard(tmp_path / name, SAMPLES, PROVENANCE)
+    write_manifest(tmp_path, {"train": ["a.tar"], "val": ["b.tar"]}, {"kind": "codes"})
+    manifest = read_manifest(tmp_path, "codes", "encode")
+    assert [r["shard"] for r in manifest["splits"]["train"]] == ["a.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.tar", "b.json", "b.tar", "manifest.json"]
+
+
+def test_a_manifest_of_another_kind_or_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"holds no finished codes; run `smalti encode` first"):
+        read_manifest(tmp_path, "codes", "encode")
+    write_manifest(tmp_path, {}, {"kind": "images"})
+    with pytest.raises(StageError, match="must be a manifest of codes"):
+        read_manifest(tmp_path, "codes", "encode")
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "codes", "format": 99}))
+    with pytest.raises(StageError, match="in format 1"):
+        read_manifest(tmp_path, "codes", "encode")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StageError, match="cannot be read"):
+        read_manifest(tmp_path, "codes", "encode")
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_codes_take_the_smallest_unsigned_type(size: int, dtype: str) -> None:
+    assert code_dtype(size) == np.dtype(dtype)

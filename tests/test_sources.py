@@ -1,0 +1,138 @@
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.errors import ConfigError, StageError
+from pipelines.shards import write_shard
+from pipelines.sources import open_source
+from tests.test_pictures import data_of, noise
+
+
+def picture(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), value, dtype=np.uint8)).save(path)
+
+
+def test_the_digits_are_the_real_ones() -> None:
+    source = open_source("digits")
+    assert len(source.splits["train"]) == 1797
+    assert source.class_names == [str(digit) for digit in range(10)]
+    assert source.splits["train"].read(3).label == 3
+
+
+def test_a_folder_takes_its_classes_from_the_first_level(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "cat/deep/b.jpg", "dog/c.png"):
+        picture(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    source = open_source(f"folder:{tmp_path}")
+    split = source.splits["train"]
+    assert source.class_names == ["cat", "dog"]
+    assert [(split.read(i).key, split.read(i).label) for i in range(3)] == [("cat/a", 0), ("cat/deep/b", 0), ("dog/c", 1)]
+    assert open_source(f"folder:{tmp_path}", classes=False).class_names == []
+
+
+def test_a_folder_without_subfolders_has_no_classes(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == []
+    assert source.splits["train"].read(0).label is None
+
+
+def test_a_folder_with_train_and_val_has_both_splits(tmp_path: Path) -> None:
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"):
+        picture(tmp_path / name)
+    source = open_source(f"folder:{tmp_path}")
+    assert {split: len(images) for split, images in source.splits.items()} == {"train": 2, "val": 2}
+    assert source.class_names == ["cat", "dog"]
+
+
+def test_folders_that_promise_what_they_do_not_hold_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="must be a folder that exists"):
+        open_source(f"folder:{tmp_path}/nowhere")
+    with pytest.raises(StageError, match="holds no images"):
+        open_source(f"folder:{tmp_path}")
+    picture(tmp_path / "cat" / "a.png")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(StageError, match="class folder .*dog holds no images"):
+        open_source(f"folder:{tmp_path}")
+    picture(tmp_path / "dog" / "b.png")
+    picture(tmp_path / "loose.png")
+    with pytest.raises(StageError, match=r"loose\.png lies beside class folders"):
+        open_source(f"folder:{tmp_path}")
+
+
+@pytest.fixture
+def hub_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    for split, count in (("train", 6), ("test", 2)):
+        rows = {
+            "img": [{"bytes": data_of(Image.fromarray(noise(8, 8))), "path": None}] * count,
+            "label": [number % 2 for number in range(count)],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(repository / f"{split}.parquet")
+    return repository
+
+
+def test_parquet_in_hub_layout_brings_splits_and_class_names(hub_like: Path) -> None:
+    source = open_source(f"parquet:{hub_like}/*.parquet")
+    assert source.class_names == ["cat", "dog"]
+    assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 6, "val": 2}
+    raw = source.splits["train"].read(1)
+    assert (raw.key, raw.label, raw.data) == ("00000001", 1, data_of(Image.fromarray(noise(8, 8))))
+
+
+def test_the_hub_loader_reads_a_repository_folder(hub_like: Path) -> None:
+    """`hf:` takes what `datasets.load_dataset` takes, a local repository too."""
+    source = open_source(f"hf:{hub_like}")
+    assert len(source.splits["train"]) == 6
+    assert len(open_source(f"hf:{hub_like}:test").splits["train"]) == 2
+
+
+def test_parquet_without_images_or_files_is_refused(hub_like: Path) -> None:
+    with pytest.raises(StageError, match="matches no file"):
+        open_source(f"parquet:{hub_like}/nothing*.parquet")
+    with pytest.raises(StageError, match="must have an image column"):
+        open_source(f"parquet:{hub_like}/*.parquet", image_column="nope")
+    with pytest.raises(StageError, match="label_column nope is not among"):
+        open_source(f"parquet:{hub_like}/*.parquet", label_column="nope")
+    (hub_like / "bad.parquet").write_bytes(b"no parquet")
+    with pytest.raises(StageError, match="cannot be loaded"):
+        open_source(f"parquet:{hub_like}/bad.parquet")
+
+
+def test_somebody_elses_webdataset_is_read_by_brace_expansion(tmp_path: Path) -> None:
+    data = data_of(Image.fromarray(noise(8, 8)))
+    for number in range(2):
+        samples = [(f"{number}{n}", {"png": data, "cls": str(n).encode(), "json": b"{}"}) for n in range(3)]
+        write_shard(tmp_path / f"x-{number}.tar", samples, {})
+    write_shard(tmp_path / "val-0.tar", [("v", {"png": data, "cls": b"2"})], {})
+    source = open_source(f"shards:{tmp_path}/{{x-{{0..1}},val-0}}.tar")
+    assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 6, "val": 1}
+    assert source.class_names == ["0", "1", "2"]
+    assert source.splits["train"].read(5) == ("12", data, 2)
+
+
+@pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "ftp://host/a.tar", "s3x://a/b.tar"])
+def test_schemes_that_are_not_allowed_are_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="got the scheme"):
+        open_source(f"shards:{url}")
+
+
+def test_missing_shards_and_half_labels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"there is no .*nowhere\.tar"):
+        open_source(f"shards:{tmp_path}/nowhere.tar")
+    write_shard(tmp_path / "a.tar", [("a", {"png": b"x", "cls": b"0"}), ("b", {"png": b"x"})], {})
+    with pytest.raises(StageError, match=r"some samples have a \.cls and some not"):
+        open_source(f"shards:{tmp_path}/a.tar")
+
+
+@pytest.mark.parametrize("name", ["digitz", "folder:", "parquet", ""])
+def test_an_unknown_source_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"images\.source must be digits, folder:PATH"):
+        open_source(name)

@@ -1,0 +1,224 @@
+"""Training of both stages: resumed equals uninterrupted, and what it leaves behind."""
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines import data
+from pipelines.config import load_config
+from pipelines.errors import StageError
+from pipelines.run import Run
+from pipelines.training import TrainingConfig, learning_rate_factor, make_optimizer, seed_step
+from tokenizer import HierarchicalVQVAE
+
+
+class Killed(Exception):
+    """Stands for the process ending here."""
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("stage", ["train-tokenizer", "train-prior"])
+@pytest.mark.parametrize("killed_at", [4, 5])
+def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
+    stage: str, killed_at: int, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights bit for bit, and every row of metrics.csv; dropout, augmentation and weight averaging included."""
+    run = tiny_run.parent / "run"
+    kind = "tokenizer" if stage == "train-tokenizer" else "prior"
+    training = {"weight_ema": 0.9, "log_every": 1, "warmup_steps": 2, "micro_batches": 2, "gradient_clip": 1.0}
+    changes = {"images": {"from": str(run / "images")}, kind: {"training": training}}
+    if kind == "prior":
+        changes |= {"codes": {"from": str(run / "codes")}}
+    found = []
+    for name in ("whole", "killed"):
+        config = load_config(write_config(tmp_path / name, changes))
+        if name == "killed":
+            honest = data.drawn_sample
+
+            def dying(seed: int, draw: int, count: int) -> int:
+                if draw >= killed_at * 32:
+                    raise Killed
+                return honest(seed, draw, count)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(data, "drawn_sample", dying)
+                with pytest.raises(Killed):
+                    Run(config).stage(stage, 0 if kind == "prior" else None)
+            assert (tmp_path / name / "run").exists()
+        Run(config).stage(stage, 0 if kind == "prior" else None)
+        folder = tmp_path / name / "run" / ("tokenizer" if kind == "tokenizer" else "prior/level0")
+        found.append((load_file(folder / "model.safetensors"), rows(folder / "metrics.csv")))
+    (weights, metrics), (resumed_weights, resumed_metrics) = found
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+    assert metrics == resumed_metrics
+    assert len(metrics) == 6
+
+
+def test_micro_batches_take_the_codebook_step_of_the_whole_batch(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """One EMA step an optimizer step; the first step's k-means start sees the first micro-batch, so it is left out."""
+    found = []
+    for micro in (1, 2):
+        training = {"steps": 2, "val_every": 2, "micro_batches": micro, "learning_rate": 1e-9}
+        changes = {
+            "images": {"from": str(tiny_run.parent / "run" / "images")},
+            "tokenizer": {"training": training, "codebook": {"revival_threshold": 0.3, "kmeans_iterations": 0}},
+        }
+        config = load_config(write_config(tmp_path / str(micro), changes))
+        with pytest.MonkeyPatch.context() as patch:
+            from pipelines.train_tokenizer import TokenizerTraining
+
+            patch.setattr(TokenizerTraining, "_start_codebooks", lambda self, images: None)
+            Run(config).stage("train-tokenizer")
+        found.append(HierarchicalVQVAE.from_pretrained(tmp_path / str(micro) / "run" / "tokenizer"))
+    for one, two in zip(found[0].codebooks, found[1].codebooks, strict=True):
+        assert torch.allclose(one.vectors, two.vectors, atol=1e-5)
+
+
+def test_eval_changes_no_buffer_and_the_codebook_moves_in_training(tiny_run: Path) -> None:
+    checkpoint = torch.load(tiny_run.parent / "run/tokenizer/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["emas.0.counts"].dtype == torch.float32
+    model = HierarchicalVQVAE.from_pretrained(tiny_run.parent / "run" / "tokenizer")
+    assert not torch.equal(model.codebooks[0].vectors, HierarchicalVQVAE(model.config, 16, 1).codebooks[0].vectors)
+    assert not [name for name in model.state_dict() if "counts" in name or "sums" in name]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "prior"])
+def test_a_loss_that_becomes_nan_stops_with_a_sentence_and_keeps_the_checkpoint(
+    kind: str, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run.parent / "run"
+    changes: dict = {"images": {"from": str(run / "images")}, kind: {"training": {"log_every": 1}}}
+    if kind == "prior":
+        changes |= {"codes": {"from": str(run / "codes")}}
+    config = load_config(write_config(tmp_path, changes))
+    from pipelines.train_prior import PriorTraining
+    from pipelines.train_tokenizer import TokenizerTraining
+
+    module = TokenizerTraining if kind == "tokenizer" else PriorTraining
+    honest = module.training_step
+
+    def broken(self, batch, batch_idx):  # noqa: ANN001, ANN202
+        loss = honest(self, batch, batch_idx)
+        return loss * float("nan") if self.global_step >= 4 else loss
+
+    monkeypatch.setattr(module, "training_step", broken)
+    with pytest.raises(StageError, match=r"became NaN or infinite by step 5; the last good checkpoint is kept in .*last"):
+        Run(config).stage("train-tokenizer" if kind == "tokenizer" else "train-prior")
+    folder = tmp_path / "run" / ("tokenizer" if kind == "tokenizer" else "prior/level0")
+    assert not (folder / "model.safetensors").exists()
+    kept = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 3
+    assert all(bool(torch.isfinite(t).all()) for t in kept["state_dict"].values() if t.is_floating_point())
+
+
+def test_early_stopping_ends_a_job_that_no_longer_improves(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    run = tiny_run.parent / "run"
+    training = {"steps": 40, "val_every": 2, "patience": 1, "learning_rate": 5.0, "log_every": 2}
+    config = load_config(write_config(tmp_path, {"codes": {"from": str(run / "codes")}, "prior": {"training": training}}))
+    Run(config).stage("train-prior", 0)
+    assert (tmp_path / "run" / "prior" / "level0" / "model.safetensors").exists()
+    assert int(rows(tmp_path / "run" / "prior" / "level0" / "metrics.csv")[-1]["step"]) < 39
+
+
+def test_a_collapsed_level_and_an_overfitted_prior_are_warned_of(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run.parent / "run"
+    changes = {
+        "images": {"from": str(run / "images")},
+        "tokenizer": {"model": {"codebook_size": 512}, "codebook": {"revival_threshold": 0.0}},
+    }
+    Run(load_config(write_config(tmp_path / "a", changes))).stage("train-tokenizer")
+    assert "of its codes: it has collapsed" in caplog.text
+    training = {"steps": 300, "val_every": 100, "learning_rate": 1e-2, "log_every": 1}
+    changes = {
+        "codes": {"from": str(run / "codes")},
+        "prior": {"network": "transformer", "dropout": 0.0, "transformer": {"width": 64, "depth": 2}, "training": training},
+    }
+    Run(load_config(write_config(tmp_path / "b", changes))).stage("train-prior", 1)
+    assert "they part, and the best checkpoint may be behind" in caplog.text
+
+
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_other_loggers_get_figures_and_pictures(
+    logger: str, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb's real package, offline."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}, "compute": {"logger": logger}}
+    Run(load_config(write_config(tmp_path, changes))).stage("train-tokenizer")
+    folder = tmp_path / "run" / "tokenizer"
+    assert (folder / "metrics.csv").exists()
+    if logger == "wandb":
+        import wandb
+
+        wandb.finish()
+        assert list(folder.glob("wandb/offline-run-*/files/media/images/reconstructions*.png"))
+        assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        assert events.Tags()["images"] == ["reconstructions"]
+        assert "val_mse" in events.Tags()["scalars"]
+
+
+def test_the_schedule_warms_up_and_falls_along_a_cosine_to_zero() -> None:
+    factors = [learning_rate_factor(step, 10, 110) for step in range(111)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[110] == pytest.approx(0)
+
+
+def test_vectors_are_not_decayed() -> None:
+    layer = torch.nn.Linear(3, 3)
+    groups = make_optimizer(layer.parameters(), TrainingConfig(weight_decay=0.1))["optimizer"].param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (1, 0.0)]
+
+
+def test_a_step_is_seeded_by_its_place() -> None:
+    def draw(*place: int) -> float:
+        seed_step(*place)
+        return float(torch.rand(()))
+
+    assert draw(0, 1, 0, 0) == draw(0, 1, 0, 0)
+    assert len({draw(0, 1, 0, 0), draw(1, 1, 0, 0), draw(0, 2, 0, 0), draw(0, 1, 1, 0), draw(0, 1, 0, 1)}) == 5
+
+
+@pytest.mark.skipif(not os.environ.get("SMALTI_COMPILE"), reason="takes a minute; set SMALTI_COMPILE=1")
+def test_a_compiled_job_trains(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    training = {"compile": True, "weight_ema": 0.9}
+    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}, "tokenizer": {"training": training}}
+    Run(load_config(write_config(tmp_path, changes))).stage("train-tokenizer")
+    HierarchicalVQVAE.from_pretrained(tmp_path / "run" / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5, "micro_batches": 2}, r"multiple of micro_batches \(2\), got 5"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"weight_ema": 1.0}, r"weight_ema must lie in \[0, 1\)"),
+        ({"compile": "maybe"}, "compile must be true, false or auto"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**changes)
