@@ -41,6 +41,7 @@ def codes_of(sample: dict[str, bytes]) -> bytes:
 
 
 def main(run: Path) -> None:
+    """Judge a run's samples, print the figures and write digits.json."""
     digits = load_digits()
     judge = SVC(gamma=0.05, C=10).fit(digits.images.reshape(-1, 64) / 16, digits.target)
     samples = read_folder(run / "samples", "samples", "samples")

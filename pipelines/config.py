@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,14 +74,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration.
 
     Args:
-        path: the YAML file; plain data.
+        path: the YAML file, plain data; or the name of one that smalti ships ("digits").
         overrides: `--section.key value` of the command line.
 
     Raises:
         ConfigError: no such file, an unknown key, a wrong type, or a value that cannot work; names the key.
     """
     try:
-        settings = yaml.safe_load(Path(path).read_text())
+        settings = yaml.safe_load(_find(Path(path)).read_text())
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -97,6 +99,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (ArgumentError, ValueError, TypeError) as error:
         message = " ".join(str(error).replace("from_", "from").split())
         raise ConfigError(message.replace("Parser key", "setting")) from error
+
+
+def _find(path: Path) -> Traversable:
+    shipped = files("smalti_configs") / path.with_suffix(".yaml").name
+    return shipped if len(path.parts) == 1 and not path.exists() and shipped.is_file() else path
 
 
 T = TypeVar("T")
@@ -121,8 +128,9 @@ def at_level(settings: T, level: int, num_levels: int) -> T:
 class _Parser(ArgumentParser):
     """`from` is no name for a Python field, so it is `from_` inside and `from` to the user."""
 
-    def format_help(self) -> str:
-        return super().format_help().replace(".from_", ".from").replace("FROM_", "FROM")
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help with `from` as the user writes it."""
+        return super().format_help(*args, **kwargs).replace(".from_", ".from").replace("FROM_", "FROM")
 
 
 def _rename_options(arguments: Sequence[str]) -> list[str]:
@@ -143,5 +151,3 @@ def _keys(settings: Any) -> Iterator[str]:
     elif isinstance(settings, list):
         for value in settings:
             yield from _keys(value)
-
-

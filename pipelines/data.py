@@ -28,7 +28,6 @@ from pipelines.shards import (
     read_manifest,
     read_member,
     shard_names,
-    write_json,
 )
 
 
@@ -293,9 +292,7 @@ class StepData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        batches = ValidationBatches(
-            self.num_val, self.batch_size, self.trainer.global_rank, self.trainer.world_size
-        )
+        batches = ValidationBatches(self.num_val, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(self.val, batch_sampler=batches, **self.options)  # type: ignore[arg-type]
 
 

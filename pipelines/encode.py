@@ -71,8 +71,9 @@ def encode(
     found = (manifest["image_size"], manifest["channels"])
     if found != (tokenizer.image_size, tokenizer.channels):
         raise StageError(
-            f"the tokenizer reads images of {tokenizer.image_size} pixels and {tokenizer.channels} channels but {images} "
-            f"was packed with {found[0]} and {found[1]}; set images.size and images.channels to the tokenizer's"
+            f"the tokenizer reads images of {tokenizer.image_size} pixels and {tokenizer.channels} channels "
+            f"but {images} was packed with {found[0]} and {found[1]}; "
+            "set images.size and images.channels to the tokenizer's"
         )
     mark = fingerprint(tokenizer, tokenizer.settings)
     settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision])
@@ -113,7 +114,9 @@ def encode(
             "precision": config.precision,
             "made_from": digest(manifest),
         }
-        write_manifest(folder, {split: [n for n, _ in shard_names(manifest, split)] for split in manifest["splits"]}, contents)
+        write_manifest(
+            folder, {split: [n for n, _ in shard_names(manifest, split)] for split in manifest["splits"]}, contents
+        )
 
 
 class _Views:

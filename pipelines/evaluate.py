@@ -39,7 +39,8 @@ def evaluate_tokenizer(tokenizer: HierarchicalVQVAE, images: Path, compute: Comp
         raise StageError(f"the tokenizer does not read images of {images}: other size or channels")
     quality = TokenizerQuality(tokenizer)
     similarity = 0.0
-    loader = DataLoader(ValidationImages(shards), batch_sampler=ValidationBatches(len(shards), BATCH_SIZE))  # type: ignore[arg-type]
+    batches = ValidationBatches(len(shards), BATCH_SIZE)
+    loader: DataLoader = DataLoader(ValidationImages(shards), batch_sampler=batches)  # type: ignore[arg-type]
     with progress_bar(len(shards), "evaluate tokenizer", "images") as bar:
         for pixels, mask in loader:
             images_ = to_unit_range(pixels.to(device))
@@ -96,8 +97,6 @@ def evaluate_prior(
     return figures
 
 
-
-
 def table(figures: dict[str, Any]) -> str:
     """Return the figures as a table for the terminal."""
     lines = []
@@ -110,7 +109,9 @@ def table(figures: dict[str, Any]) -> str:
             lines.append(f"{level:>8} {values[0]:>12.1f} {values[1]:>8.1%} {values[2]:>12.5f}")
     if "prior" in figures:
         lines.append("prior (val)")
-        lines.append(f"{'level':>8} {'nats/code':>10} {'bits/code':>10} {'log2 K':>8} {'histogram bits':>15} {'under it':>9}")
+        lines.append(
+            f"{'level':>8} {'nats/code':>10} {'bits/code':>10} {'log2 K':>8} {'histogram bits':>15} {'under it':>9}"
+        )
         for name, one in figures["prior"].items():
             if name == "total":
                 continue

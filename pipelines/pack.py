@@ -102,7 +102,7 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
                     bar.update(len(task[1].indices))
         else:
             for task in tasks:
-                _pack_shard(source, *task, tick=bar.update)
+                _pack_shard(source, *task, bar.update)
     if all(receipt_fits(folder / plan.name, provenance(plan)) for plan in plans):
         _finish(folder, plans, source, config, settings)
 
@@ -163,9 +163,9 @@ def _start_worker(source: Source) -> None:
     _source = source
 
 
-def _pack_in_worker(task: tuple) -> None:
+def _pack_in_worker(task: tuple[Path, ShardPlan, dict[str, Any], ImagesConfig]) -> None:
     assert _source is not None
-    _pack_shard(_source, *task, tick=lambda: None)
+    _pack_shard(_source, *task, lambda: None)
 
 
 def _pack_shard(

@@ -6,7 +6,7 @@ H W pixels, C channels.
 import io
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -93,8 +93,8 @@ def fit(data: bytes, size: int, channels: int, upscale: bool, output_format: str
 def encode_image(image: Image.Image, extension: str) -> bytes:
     """Return the bytes of an image: png, jpg at quality 95 or lossless webp."""
     buffer = io.BytesIO()
-    options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(extension, {})
-    image.save(buffer, FORMATS[extension], **options)
+    settings: dict[str, dict[str, Any]] = {"jpg": {"quality": 95}, "webp": {"lossless": True}}
+    image.save(buffer, FORMATS[extension], **settings.get(extension, {}))
     return buffer.getvalue()
 
 
@@ -127,8 +127,9 @@ def picture_grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (
     side = rows[0][0].shape[-1]
     cell = side * max(1, -(-smallest // side))
     gap = max(2, cell // 24)
-    font = ImageFont.load_default(size=max(10, min(16, cell // 4)))
-    header = (int(font.size) + 2 * gap) if labels else 0
+    text_height = max(10, min(16, cell // 4))
+    font = ImageFont.load_default(size=text_height)
+    header = (text_height + 2 * gap) if labels else 0
     columns = max(len(row) for row in rows)
     canvas = Image.new("RGB", (gap + columns * (cell + gap), header + gap + len(rows) * (cell + gap)), "white")
     draw = ImageDraw.Draw(canvas)

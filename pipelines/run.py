@@ -40,10 +40,12 @@ class Run:
 
     @property
     def images(self) -> Path:
+        """The `images` folder: this run's, or the one that images.from names."""
         return _existing(self.config.images.from_, "images.from") or self.root / "images"
 
     @property
     def codes(self) -> Path:
+        """The `codes` folder: this run's, or the one that codes.from names."""
         return _existing(self.config.codes.from_, "codes.from") or self.root / "codes"
 
     def stage(self, name: str, level: int | None = None) -> bool:
@@ -60,6 +62,7 @@ class Run:
         return stages[name]()
 
     def pack(self) -> bool:
+        """Images of a source to image shards."""
         config = self.config
         if config.images.from_:
             read_manifest(self.images, "images", "pack")
@@ -71,6 +74,7 @@ class Run:
         return True
 
     def train_tokenizer(self) -> bool:
+        """Image shards to a tokenizer."""
         config = self.config
         if config.tokenizer.from_:
             self._tokenizer()
@@ -85,6 +89,7 @@ class Run:
         return True
 
     def encode(self) -> bool:
+        """Image shards to code shards."""
         config = self.config
         if config.codes.from_:
             self._checked_codes()
@@ -97,6 +102,7 @@ class Run:
         return True
 
     def train_prior(self, level: int | None = None) -> bool:
+        """Code shards to one level's prior, or to all of them in turn."""
         manifest = self._checked_codes()
         levels = len(manifest["levels"])
         if level is not None and not 0 <= level < levels:
@@ -116,6 +122,7 @@ class Run:
         return True
 
     def sample(self) -> bool:
+        """Priors and tokenizer to sample shards."""
         config = self.config
         tokenizer, prior = self._tokenizer(), self._prior()
         settings = {"seed": config.seed, "sample": config.sample}
@@ -176,7 +183,8 @@ class Run:
             mark = fingerprint(tokenizer, tokenizer.settings)
             if manifest["tokenizer"] != mark:
                 raise StageError(
-                    f"{self.codes} was written with tokenizer {manifest['tokenizer'][:12]} but this run's is {mark[:12]}; "
+                    f"{self.codes} was written with tokenizer {manifest['tokenizer'][:12]} "
+                    f"but this run's is {mark[:12]}; "
                     "run `smalti encode` with this tokenizer"
                 )
         return manifest
@@ -218,4 +226,3 @@ def _existing(name: str, setting: str) -> Path | None:
 def _skip(stage: str, why: str) -> bool:
     logger.info("%s: skipped, %s", stage, why)
     return False
-

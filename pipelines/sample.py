@@ -202,7 +202,9 @@ def _write_grid(folder: Path, name: str, class_names: list[str], tokenizer: Hier
             label = int(read_member(file, entry.members["cls"])) if "cls" in entry.members else -1
             if len(cells) >= GRID_SIDE**2 and label < 0:
                 break
-            cells.append((label, pixels_of(read_member(file, entry.members["png"]), tokenizer.image_size, tokenizer.channels)))
+            cells.append(
+                (label, pixels_of(read_member(file, entry.members["png"]), tokenizer.image_size, tokenizer.channels))
+            )
     drawn = sorted({label for label, _ in cells})
     if drawn[0] >= 0 and len(drawn) <= GRID_SIDE:
         columns = [[pixels for label, pixels in cells if label == wanted][:GRID_SIDE] for wanted in drawn]

@@ -177,7 +177,9 @@ def read_manifest(folder: Path, kind: str, stage: str) -> dict:
     except (OSError, ValueError) as error:
         raise StageError(f"{path} cannot be read ({error}); run `smalti {stage}` again") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != kind or manifest.get("format") != FORMAT_VERSION:
-        raise StageError(f"{path} must be a manifest of {kind} in format {FORMAT_VERSION}; is {folder} the right folder?")
+        raise StageError(
+            f"{path} must be a manifest of {kind} in format {FORMAT_VERSION}; is {folder} the right folder?"
+        )
     return manifest
 
 

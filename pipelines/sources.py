@@ -212,7 +212,9 @@ def _dataset(kind: str, name: str, image_column: str | None, label_column: str |
     features = train.features
     image_column = image_column or _image_column(features)
     if image_column not in features:
-        raise StageError(f"{kind}:{name} must have an image column, but has {sorted(features)}; set images.image_column")
+        raise StageError(
+            f"{kind}:{name} must have an image column, but has {sorted(features)}; set images.image_column"
+        )
     label_column = label_column or next((c for c, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
     label_column = label_column or next((c for c in ("label", "labels", "class") if c in features), None)
     if label_column is not None and label_column not in features:
@@ -303,7 +305,9 @@ def _shards(urls: str) -> Source:
     labelled = bool(numbers) and all(number is not None for number in numbers)
     if not labelled and any(number is not None for number in numbers):
         raise StageError(f"shards:{urls}: some samples have a .cls and some not; set images.classes: false")
-    class_names = [str(n) for n in range(max((n for n in numbers if n is not None), default=-1) + 1)] if labelled else []
+    class_names = (
+        [str(n) for n in range(max((n for n in numbers if n is not None), default=-1) + 1)] if labelled else []
+    )
     splits = {
         split: _Members(members, np.array(classes[split], dtype=np.int64) if labelled else None)
         for split, members in found.items()

@@ -70,7 +70,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def publish_model(staging: Path, folder: Path) -> None:
-    """Move a model's files from a staging folder into a stage's, `model.safetensors` last: it makes the stage complete."""
+    """Move a model's files from a staging folder into a stage's; `model.safetensors`, the last, completes the stage."""
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "model.safetensors"):
         path.replace(folder / path.name)
     staging.rmdir()

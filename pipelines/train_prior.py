@@ -116,9 +116,7 @@ def train_prior(
     training = config.training
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
     assert isinstance(config.dropout, float | int)
-    settings = level_config(
-        config, level, train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"]
-    )
+    settings = level_config(config, level, train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"])
     model = LevelPrior(settings, config.dropout)
     module = PriorTraining(model, config, seed)
     data = StepData(

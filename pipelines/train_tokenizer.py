@@ -4,6 +4,7 @@ B batch, C channels, H W pixels, D code_dim, K codebook_size.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +117,8 @@ class TokenizerTraining(pl.LightningModule):
         folder: where reconstructions.png goes.
     """
 
+    emas: Sequence[CodebookEMA]
+
     def __init__(
         self,
         model: HierarchicalVQVAE,
@@ -127,7 +130,8 @@ class TokenizerTraining(pl.LightningModule):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = TokenizerLoss(section.loss, section.codebook.commitment_weight)
-        self.emas = nn.ModuleList(CodebookEMA(book, section.codebook) for book in model.codebooks)
+        emas = (CodebookEMA(book, section.codebook) for book in model.codebooks)
+        self.emas = nn.ModuleList(emas)  # type: ignore[assignment]  # a ModuleList of these
         self.training_config, self.seed, self.folder = training, seed, folder
         self.statistics: list[Statistics] | None = None  # of the micro-batches since the last optimizer step
         self.micro = 0
@@ -151,7 +155,9 @@ class TokenizerTraining(pl.LightningModule):
         for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True)):
             latents = self.model(images).levels[level].latents
             if self.trainer.world_size > 1:
-                latents = self.all_gather(latents).flatten(0, 1)
+                gathered = self.all_gather(latents)  # (world_size, N, D)
+                assert isinstance(gathered, Tensor)
+                latents = gathered.flatten(0, 1)
             ema.start(codebook, latents, self.seed + level)
             if self.trainer.world_size > 1:
                 for tensor in (codebook.vectors, ema.sums):
@@ -199,7 +205,9 @@ class TokenizerTraining(pl.LightningModule):
         assert self.statistics is not None
         parts = [part for statistics in self.statistics for part in statistics]
         flat = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
-        summed = [chunk.view_as(part) for chunk, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+        summed = [
+            chunk.view_as(part) for chunk, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
+        ]
         revived = [
             ema.update(codebook, Statistics(*summed[3 * level : 3 * level + 3]))
             for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True))

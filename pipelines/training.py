@@ -103,9 +103,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    warmup_steps, steps = config.warmup_steps, config.steps
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, config.warmup_steps, config.steps)
+        optimizer, lambda step: learning_rate_factor(step, warmup_steps, steps)
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -199,9 +200,10 @@ def fit(
             f"batch_size must be a multiple of processes * micro_batches, got {data.batch_size} for "
             f"{trainer.world_size} * {config.micro_batches}"
         )
-    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+    except SystemExit as error:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from error
     stop_on_nan.check(trainer.global_step)
     return torch.load(best, map_location="cpu", weights_only=True)
 

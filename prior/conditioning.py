@@ -18,6 +18,7 @@ class ConvBlock(nn.Module):
         self.second = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) to the same shape."""
         return x + self.second(self.dropout(F.elu(self.first(F.elu(x)))))
 
 

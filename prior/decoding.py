@@ -34,6 +34,7 @@ class RecomputingDecoder:
         self.position = 0
 
     def step(self, previous: Tensor | None) -> Tensor:
+        """See `Decoder.step`."""
         if previous is not None:
             self.codes.view(len(previous), -1)[:, self.position - 1] = previous
         logits = self.network(self.codes, self.condition).flatten(1, 2)[:, self.position]

@@ -5,7 +5,7 @@ B batch, h w code grid, K codebook_size.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,15 @@ from torch import Tensor, nn
 
 from prior.level import LevelPrior
 from prior.sampling import check_sampling, filtered_probabilities, inverse_cdf, uniforms
+
+
+class LevelSampling(NamedTuple):
+    """How one level is drawn; see `HierarchicalPrior.sample`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    guidance: float
 
 
 class HierarchicalPrior(nn.Module):
@@ -26,6 +35,8 @@ class HierarchicalPrior(nn.Module):
     Raises:
         ValueError: the levels do not belong together.
     """
+
+    levels: Sequence[LevelPrior]
 
     def __init__(self, levels: Sequence[LevelPrior]) -> None:
         super().__init__()
@@ -42,10 +53,11 @@ class HierarchicalPrior(nn.Module):
             same = (config.grids, config.codebook_sizes, config.class_names)
             if same != (last.grids[: number + 1], last.codebook_sizes[: number + 1], last.class_names):
                 raise ValueError(f"levels {number} and {last.level} disagree on grids, codebook sizes or classes")
-        self.levels = nn.ModuleList(levels)
+        self.levels = nn.ModuleList(levels)  # type: ignore[assignment]  # a ModuleList of priors
 
     @property
     def class_names(self) -> list[str]:
+        """Names of the classes, empty when there are none."""
         return self.levels[0].config.class_names
 
     def nll(self, codes: list[Tensor], classes: Tensor | None = None) -> Tensor:
@@ -93,7 +105,7 @@ class HierarchicalPrior(nn.Module):
         device = next(self.parameters()).device
         if classes is not None:
             classes = torch.as_tensor(classes, dtype=torch.int64, device=device)
-            if len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < len(self.class_names)):
+            if len(classes) and not (int(classes.min()) >= 0 and int(classes.max()) < len(self.class_names)):
                 raise ValueError(f"classes must lie in [0, {len(self.class_names)}), got {classes.tolist()}")
         if indices is None:
             indices = range(1 if classes is None else len(classes))
@@ -102,15 +114,15 @@ class HierarchicalPrior(nn.Module):
         sizes = [h * w for h, w in self.levels[-1].config.grids]
         streams = torch.from_numpy(np.stack([uniforms(seed, index, sum(sizes)) for index in indices])).to(device)
         codes: list[Tensor] = []
+        given = (temperature, top_k, top_p, guidance)
         for number, (level, stream) in enumerate(zip(self.levels, streams.split(sizes, 1), strict=True)):
-            temperature_, top_k_, top_p_, guidance_ = (
-                setting[number] if isinstance(setting, Sequence) else setting
-                for setting in (temperature, top_k, top_p, guidance)
+            settings = LevelSampling(
+                *(setting[number] if isinstance(setting, Sequence) else setting for setting in given)  # type: ignore[arg-type]
             )
-            check_sampling(temperature_, top_k_, top_p_, guidance_)
-            if guidance_ != 1 and classes is None:
+            check_sampling(*settings)
+            if settings.guidance != 1 and classes is None:
                 raise ValueError("guidance needs classes; leave it at 1 where no class is given")
-            codes.append(_sample_level(level, codes, classes, stream, temperature_, top_k_, top_p_, guidance_))
+            codes.append(_sample_level(level, codes, classes, stream, settings))
         return codes
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -127,7 +139,9 @@ class HierarchicalPrior(nn.Module):
         """
         folders = sorted(Path(folder).glob("level*"), key=lambda path: path.name[5:].zfill(4))
         if not folders:
-            raise ValueError(f"{folder} must hold the folders level0, level1, … but holds none; run `smalti train-prior`")
+            raise ValueError(
+                f"{folder} must hold the folders level0, level1, … but holds none; run `smalti train-prior`"
+            )
         return cls([LevelPrior.from_pretrained(path) for path in folders]).eval()
 
 
@@ -136,14 +150,11 @@ def _sample_level(
     coarser: list[Tensor],
     classes: Tensor | None,
     stream: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    guidance: float,
+    settings: LevelSampling,
 ) -> Tensor:
     """Draw one level's codes (B, h, w) from its uniforms (B, h*w)."""
     batch, length = stream.shape
-    guided = guidance != 1
+    guided = settings.guidance != 1
     if guided and classes is not None:
         # One batch of twice the size: given the class above, not given it below.
         classes = torch.cat([classes, torch.full_like(classes, len(level.config.class_names))])
@@ -155,8 +166,8 @@ def _sample_level(
         logits = decoder.step(previous).float()
         if guided:
             given, not_given = logits.chunk(2)
-            logits = not_given + guidance * (given - not_given)
-        probabilities = filtered_probabilities(logits, temperature, top_k, top_p)
+            logits = not_given + settings.guidance * (given - not_given)
+        probabilities = filtered_probabilities(logits, *settings[:3])
         drawn[:, position] = code = inverse_cdf(probabilities, stream[:, position])
         previous = torch.cat([code, code]) if guided else code
     return drawn.view(batch, *level.config.grids[-1])

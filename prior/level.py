@@ -54,7 +54,7 @@ class LevelPrior(nn.Module):
     def __init__(self, config: LevelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        size, grid, codebook_size = config.size, tuple(config.grids[-1]), config.codebook_sizes[-1]
+        size, grid, codebook_size = config.size, config.grids[-1], config.codebook_sizes[-1]
         coarser = [(h, w, k) for (h, w), k in zip(config.grids[:-1], config.codebook_sizes[:-1], strict=True)]
         assert isinstance(size.width, int) and isinstance(size.conditioning_blocks, int)
         self.conditioning = Conditioning(

@@ -3,6 +3,7 @@
 B batch, C width, h w code grid, K codebook_size, T = h*w.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,7 @@ class GatedResidualBlock(nn.Module):
         self.second = CausalConv2d(width, 2 * width, kernel_size)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, width, h, w) both, to the same shape."""
         hidden = self.first(F.elu(x)) + self.condition(condition)
         hidden = self.second(self.dropout(F.elu(hidden)))
         return x + F.glu(hidden, dim=1)
@@ -125,6 +127,8 @@ class PixelSNAIL(nn.Module):
         dropout: inside gated blocks and attention.
     """
 
+    stacks: Sequence[Sequence[GatedResidualBlock]]
+
     def __init__(self, codebook_size: int, config: PixelSNAILConfig, dropout: float) -> None:
         super().__init__()
         assert isinstance(config.width, int) and isinstance(config.kernel_size, int)
@@ -133,10 +137,8 @@ class PixelSNAIL(nn.Module):
         width, inner_kernel = config.width, (config.kernel_size + 1) // 2
         self.embedding = nn.Embedding(codebook_size, width)
         self.start = CausalConv2d(width, width, config.kernel_size, strict=True)
-        self.stacks = nn.ModuleList(
-            nn.ModuleList(
-                GatedResidualBlock(width, inner_kernel, dropout) for _ in range(config.residual_blocks)
-            )
+        self.stacks = nn.ModuleList(  # type: ignore[assignment]  # a ModuleList of these
+            nn.ModuleList(GatedResidualBlock(width, inner_kernel, dropout) for _ in range(config.residual_blocks))
             for _ in range(config.blocks)
         )
         self.attentions = nn.ModuleList(

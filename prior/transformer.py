@@ -118,6 +118,7 @@ class CachedDecoder:
         self.position = 0
 
     def step(self, previous: Tensor | None) -> Tensor:
+        """See `Decoder.step`."""
         network, position = self.network, self.position
         embedded = network.start if previous is None else network.embedding(previous)
         token = (embedded + self.condition[:, position])[:, None]  # (B, 1, C)
@@ -129,5 +130,3 @@ class CachedDecoder:
         )
         self.position += 1
         return network.head(hidden[:, -1])
-
-

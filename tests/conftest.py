@@ -50,7 +50,9 @@ def merged(settings: dict, changes: dict) -> dict:
     """Nested dictionaries, the second over the first."""
     result = dict(settings)
     for key, value in changes.items():
-        result[key] = merged(result[key], value) if isinstance(result.get(key), dict) and isinstance(value, dict) else value
+        result[key] = (
+            merged(result[key], value) if isinstance(result.get(key), dict) and isinstance(value, dict) else value
+        )
     return result
 
 

@@ -48,10 +48,7 @@ def tiny_prior(
     network: str, grids: list[tuple[int, int]], codebook_sizes: list[int], num_classes: int = 3, scale: float = 0.3
 ) -> HierarchicalPrior:
     return HierarchicalPrior(
-        [
-            tiny_level(network, grids[: n + 1], codebook_sizes[: n + 1], num_classes, scale)
-            for n in range(len(grids))
-        ]
+        [tiny_level(network, grids[: n + 1], codebook_sizes[: n + 1], num_classes, scale) for n in range(len(grids))]
     ).eval()
 
 
@@ -60,7 +57,7 @@ def draw_codes(grids: list[tuple[int, int]], sizes: list[int], batch: int = 2) -
 
 
 @torch.no_grad()
-def assert_causal(logits_of, codes: torch.Tensor, codebook_size: int, next_sees: bool = True) -> None:  # noqa: ANN001
+def assert_causal(logits_of, codes: torch.Tensor, codebook_size: int, next_sees: bool = True) -> None:
     """Perturbing a code moves no logits at or before its position, and does move some after it.
 
     Without attention the first of a row does not see the last of the row above: `next_sees` is False there.

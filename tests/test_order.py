@@ -19,9 +19,7 @@ def test_the_global_batch_is_the_same_for_any_ranks_and_micro_batches(world: int
     batch = 24
     ranks = [list(TrainingBatches(start, 6, batch, micro, rank, world)) for rank in range(world)]
     for step in range(start, 6):
-        parts = [
-            ranks[rank][(step - start) * micro + part] for part in range(micro) for rank in range(world)
-        ]
+        parts = [ranks[rank][(step - start) * micro + part] for part in range(micro) for rank in range(world)]
         assert [draw for part in parts for draw in part] == list(range(step * batch, (step + 1) * batch))
 
 

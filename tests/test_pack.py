@@ -68,7 +68,9 @@ def test_too_many_bad_images_are_an_error(picture_folder: Path, tmp_path: Path) 
     (picture_folder / "cat" / "bad.png").write_bytes(b"")
     out = tmp_path / "images"
     out.mkdir()
-    with pytest.raises(StageError, match=r"1 images cannot be used, more than images.max_bad .0\.10%. .*cat/bad: empty"):
+    with pytest.raises(
+        StageError, match=r"1 images cannot be used, more than images.max_bad .0\.10%. .*cat/bad: empty"
+    ):
         pack(config_of(picture_folder), 0, COMPUTE, out)
     assert not (out / "manifest.json").exists()
 
@@ -101,7 +103,9 @@ def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> N
         ImagesConfig(**changes)
 
 
-def test_memory_holds_one_image_at_a_time(picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_holds_one_image_at_a_time(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A shard is written while it is read: never more than one decoded image waits."""
     from pipelines import pack as module
 

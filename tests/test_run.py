@@ -41,14 +41,32 @@ def run_of(config: Path) -> Path:
 
 def test_a_run_leaves_what_the_design_promises(tiny_run: Path) -> None:
     run = run_of(tiny_run)
-    for name in (
-        "images/train-000000.tar images/train-000000.json images/val-000000.tar images/manifest.json images/config.yaml "
-        "tokenizer/model.safetensors tokenizer/config.json tokenizer/config.yaml tokenizer/checkpoints/last.ckpt "
-        "tokenizer/metrics.csv tokenizer/metrics.json tokenizer/reconstructions.png codes/train-000002.tar "
-        "codes/manifest.json codes/config.yaml prior/level0/model.safetensors prior/level1/config.json "
-        "prior/level1/metrics.csv prior/level0/checkpoints/best.ckpt samples/grid.png samples/000001.tar "
-        "samples/manifest.json samples/config.yaml metrics.json"
-    ).split():
+    for name in [
+        "images/train-000000.tar",
+        "images/train-000000.json",
+        "images/val-000000.tar",
+        "images/manifest.json",
+        "images/config.yaml",
+        "tokenizer/model.safetensors",
+        "tokenizer/config.json",
+        "tokenizer/config.yaml",
+        "tokenizer/checkpoints/last.ckpt",
+        "tokenizer/metrics.csv",
+        "tokenizer/metrics.json",
+        "tokenizer/reconstructions.png",
+        "codes/train-000002.tar",
+        "codes/manifest.json",
+        "codes/config.yaml",
+        "prior/level0/model.safetensors",
+        "prior/level1/config.json",
+        "prior/level1/metrics.csv",
+        "prior/level0/checkpoints/best.ckpt",
+        "samples/grid.png",
+        "samples/000001.tar",
+        "samples/manifest.json",
+        "samples/config.yaml",
+        "metrics.json",
+    ]:
         assert (run / name).exists(), name
     assert not list(run.rglob("*.tmp*"))
 
@@ -61,7 +79,8 @@ def test_code_shards_mirror_image_shards(tiny_run: Path) -> None:
     assert manifest["tokenizer"] == fingerprint(tokenizer, tokenizer.settings)
     for shard in (run / "images").glob("*.tar"):
         images, codes = (
-            list(webdataset.WebDataset(str(run / kind / shard.name), shardshuffle=False)) for kind in ("images", "codes")
+            list(webdataset.WebDataset(str(run / kind / shard.name), shardshuffle=False))
+            for kind in ("images", "codes")
         )
         assert [i["__key__"] for i in images] == [c["__key__"] for c in codes]
         assert [i["cls"] for i in images] == [c["cls"] for c in codes]
@@ -75,7 +94,9 @@ def test_code_shards_mirror_image_shards(tiny_run: Path) -> None:
 
 def test_samples_are_what_python_draws_with_the_same_seed(tiny_run: Path) -> None:
     run = run_of(tiny_run)
-    samples = [s for n in (0, 1) for s in webdataset.WebDataset(str(run / "samples" / f"{n:06d}.tar"), shardshuffle=False)]
+    samples = [
+        s for n in (0, 1) for s in webdataset.WebDataset(str(run / "samples" / f"{n:06d}.tar"), shardshuffle=False)
+    ]
     assert [s["__key__"] for s in samples] == [f"{n:08d}" for n in range(7)]
     assert [int(s["cls"]) for s in samples] == list(range(7))
     prior = HierarchicalPrior.from_pretrained(run / "prior")
@@ -83,11 +104,17 @@ def test_samples_are_what_python_draws_with_the_same_seed(tiny_run: Path) -> Non
     drawn = [np.stack([np.load(io.BytesIO(s[f"level{level}.npy"])) for s in samples]) for level in (0, 1)]
     assert all(np.array_equal(a, b.numpy()) for a, b in zip(drawn, codes, strict=True))
     image = HierarchicalVQVAE.from_pretrained(run / "tokenizer").decode(codes)[3]
-    shown = next(iter(webdataset.WebDataset(str(run / "samples" / "000000.tar"), shardshuffle=False).decode("torchl").slice(3, 4)))
+    shown = next(
+        iter(
+            webdataset.WebDataset(str(run / "samples" / "000000.tar"), shardshuffle=False).decode("torchl").slice(3, 4)
+        )
+    )
     assert torch.allclose(shown["png"].view(1, 16, 16) * 2 - 1, image, atol=1 / 127)
 
 
-def test_a_complete_run_is_skipped_and_says_why(tiny_run: Path, smalti: Smalti, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_complete_run_is_skipped_and_says_why(
+    tiny_run: Path, smalti: Smalti, caplog: pytest.LogCaptureFixture
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_of(tiny_run).rglob("*.*") if path.name != "metrics.json"}
     with caplog.at_level("INFO"):
         code, _ = smalti("run", tiny_run)
@@ -198,7 +225,11 @@ def test_a_changed_seed_draws_all_samples_anew(copy_of: Callable[..., Path], sma
 def test_a_lost_or_damaged_shard_is_made_again_to_the_byte(copy_of: Callable[..., Path], smalti: Smalti) -> None:
     config = copy_of()
     run = run_of(config)
-    for stage, shard in (("encode", "codes/train-000001.tar"), ("sample", "samples/000001.tar"), ("pack", "images/val-000000.tar")):
+    for stage, shard in (
+        ("encode", "codes/train-000001.tar"),
+        ("sample", "samples/000001.tar"),
+        ("pack", "images/val-000000.tar"),
+    ):
         before = (run / shard).read_bytes()
         (run / shard).write_bytes(before[:100])
         (run / shard).parent.joinpath("manifest.json").unlink()
@@ -227,18 +258,26 @@ def test_views_are_written_one_after_the_other(copy_of: Callable[..., Path], sma
     plain = list(webdataset.WebDataset(str(run_of(config) / "codes" / "train-000000.tar"), shardshuffle=False))
     assert smalti("encode", config, *arguments)[0] == 0
     found = list(webdataset.WebDataset(str(run_of(config) / "codes" / "train-000000.tar"), shardshuffle=False))
-    assert [s["__key__"] for s in found[:4]] == [f"{plain[0]['__key__']}-{v}" for v in range(3)] + [f"{plain[1]['__key__']}-0"]
+    assert [s["__key__"] for s in found[:4]] == [f"{plain[0]['__key__']}-{v}" for v in range(3)] + [
+        f"{plain[1]['__key__']}-0"
+    ]
     assert found[3]["level1.npy"] == plain[1]["level1.npy"]
     assert len({sample["level1.npy"] for sample in found[:3]}) > 1
     val = list(webdataset.WebDataset(str(run_of(config) / "codes" / "val-000000.tar"), shardshuffle=False))
     assert not any(sample["__key__"].endswith("-0") for sample in val)
 
 
-def test_a_run_starts_from_anothers_work(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti) -> None:
+def test_a_run_starts_from_anothers_work(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
     run = run_of(tiny_run)
     config = write_config(
         tmp_path,
-        {"images": {"from": str(run / "images")}, "tokenizer": {"from": str(run / "tokenizer")}, "codes": {"from": str(run / "codes")}},
+        {
+            "images": {"from": str(run / "images")},
+            "tokenizer": {"from": str(run / "tokenizer")},
+            "codes": {"from": str(run / "codes")},
+        },
     )
     assert smalti("run", config)[0] == 0
     assert sorted(path.name for path in run_of(config).iterdir()) == ["metrics.json", "prior", "samples"]
@@ -306,7 +345,9 @@ def test_three_levels_go_through_every_stage(tmp_path: Path, write_config: Calla
     assert len(HierarchicalPrior.from_pretrained(run_of(config) / "prior").levels) == 3
 
 
-def test_an_unwritable_folder_is_an_error_of_one_line(tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti) -> None:
+def test_an_unwritable_folder_is_an_error_of_one_line(
+    tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
     (tmp_path / "file").write_text("")
     code, text = smalti("pack", write_config(tmp_path, {"run_dir": str(tmp_path / "file" / "run")}))
     assert code == 1
@@ -321,7 +362,14 @@ def test_metrics_and_config_tell_what_was_done(tiny_run: Path) -> None:
     assert "compute" not in settings
     with (run / "tokenizer" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for name in ("val_mse", "val_psnr", "level0_revived", "val_level0_commitment", "val_level1_perplexity", "val_level1_usage"):
+    for name in (
+        "val_mse",
+        "val_psnr",
+        "level0_revived",
+        "val_level0_commitment",
+        "val_level1_perplexity",
+        "val_level1_usage",
+    ):
         assert sum(bool(row[name]) for row in rows) == 2, name
     metrics = json.loads((run / "tokenizer" / "metrics.json").read_text())
     assert metrics["val_psnr"] == pytest.approx(10 * np.log10(4 / metrics["val_mse"]))

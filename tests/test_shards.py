@@ -36,7 +36,9 @@ def test_a_shard_reads_back_through_plain_webdataset(tmp_path: Path) -> None:
 
 @given(
     st.dictionaries(
-        st.text("abz/_-", min_size=1, max_size=130).filter(lambda k: not k.startswith("/") and "//" not in k and k[-1] != "/"),
+        st.text("abz/_-", min_size=1, max_size=130).filter(
+            lambda k: not k.startswith("/") and "//" not in k and k[-1] != "/"
+        ),
         st.dictionaries(st.sampled_from(["png", "cls", "level0.npy"]), st.binary(max_size=600), min_size=1),
         max_size=6,
     )
@@ -77,7 +79,7 @@ def test_a_shard_counts_only_if_its_receipt_fits(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
-    def broken():  # noqa: ANN202
+    def broken():
         yield SAMPLES[0]
         raise KeyboardInterrupt
 
@@ -119,6 +121,8 @@ def test_a_manifest_of_another_kind_or_format_is_refused(tmp_path: Path) -> None
         read_manifest(tmp_path, "codes", "encode")
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
 def test_codes_take_the_smallest_unsigned_type(size: int, dtype: str) -> None:
     assert code_dtype(size) == np.dtype(dtype)

@@ -30,7 +30,11 @@ def test_a_folder_takes_its_classes_from_the_first_level(tmp_path: Path) -> None
     source = open_source(f"folder:{tmp_path}")
     split = source.splits["train"]
     assert source.class_names == ["cat", "dog"]
-    assert [(split.read(i).key, split.read(i).label) for i in range(3)] == [("cat/a", 0), ("cat/deep/b", 0), ("dog/c", 1)]
+    assert [(split.read(i).key, split.read(i).label) for i in range(3)] == [
+        ("cat/a", 0),
+        ("cat/deep/b", 0),
+        ("dog/c", 1),
+    ]
     assert open_source(f"folder:{tmp_path}", classes=False).class_names == []
 
 
@@ -56,7 +60,7 @@ def test_folders_that_promise_what_they_do_not_hold_are_named(tmp_path: Path) ->
         open_source(f"folder:{tmp_path}")
     picture(tmp_path / "cat" / "a.png")
     (tmp_path / "dog").mkdir()
-    with pytest.raises(StageError, match="class folder .*dog holds no images"):
+    with pytest.raises(StageError, match=r"class folder .*dog holds no images"):
         open_source(f"folder:{tmp_path}")
     picture(tmp_path / "dog" / "b.png")
     picture(tmp_path / "loose.png")

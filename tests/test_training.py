@@ -21,6 +21,18 @@ class Killed(Exception):
     """Stands for the process ending here."""
 
 
+def dying_at(last: int) -> Callable[[int, int, int], int]:
+    """The order of training, until the process dies at a draw."""
+    honest = data.drawn_sample
+
+    def drawn_sample(seed: int, draw: int, count: int) -> int:
+        if draw >= last:
+            raise Killed
+        return honest(seed, draw, count)
+
+    return drawn_sample
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
@@ -29,7 +41,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("stage", ["train-tokenizer", "train-prior"])
 @pytest.mark.parametrize("killed_at", [4, 5])
 def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
-    stage: str, killed_at: int, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    killed_at: int,
+    tiny_run: Path,
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights bit for bit, and every row of metrics.csv; dropout, augmentation and weight averaging included."""
     run = tiny_run.parent / "run"
@@ -42,15 +59,8 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     for name in ("whole", "killed"):
         config = load_config(write_config(tmp_path / name, changes))
         if name == "killed":
-            honest = data.drawn_sample
-
-            def dying(seed: int, draw: int, count: int) -> int:
-                if draw >= killed_at * 32:
-                    raise Killed
-                return honest(seed, draw, count)
-
             with monkeypatch.context() as patch:
-                patch.setattr(data, "drawn_sample", dying)
+                patch.setattr(data, "drawn_sample", dying_at(killed_at * 32))
                 with pytest.raises(Killed):
                     Run(config).stage(stage, 0 if kind == "prior" else None)
             assert (tmp_path / name / "run").exists()
@@ -108,12 +118,14 @@ def test_a_loss_that_becomes_nan_stops_with_a_sentence_and_keeps_the_checkpoint(
     module = TokenizerTraining if kind == "tokenizer" else PriorTraining
     honest = module.training_step
 
-    def broken(self, batch, batch_idx):  # noqa: ANN001, ANN202
+    def broken(self, batch, batch_idx):
         loss = honest(self, batch, batch_idx)
         return loss * float("nan") if self.global_step >= 4 else loss
 
     monkeypatch.setattr(module, "training_step", broken)
-    with pytest.raises(StageError, match=r"became NaN or infinite by step 5; the last good checkpoint is kept in .*last"):
+    with pytest.raises(
+        StageError, match=r"became NaN or infinite by step 5; the last good checkpoint is kept in .*last"
+    ):
         Run(config).stage("train-tokenizer" if kind == "tokenizer" else "train-prior")
     folder = tmp_path / "run" / ("tokenizer" if kind == "tokenizer" else "prior/level0")
     assert not (folder / "model.safetensors").exists()
@@ -127,14 +139,21 @@ def test_early_stopping_ends_a_job_that_no_longer_improves(
 ) -> None:
     run = tiny_run.parent / "run"
     training = {"steps": 40, "val_every": 2, "patience": 1, "learning_rate": 5.0, "log_every": 2}
-    config = load_config(write_config(tmp_path, {"codes": {"from": str(run / "codes")}, "prior": {"training": training}}))
+    config = load_config(
+        write_config(tmp_path, {"codes": {"from": str(run / "codes")}, "prior": {"training": training}})
+    )
     Run(config).stage("train-prior", 0)
     assert (tmp_path / "run" / "prior" / "level0" / "model.safetensors").exists()
     assert int(rows(tmp_path / "run" / "prior" / "level0" / "metrics.csv")[-1]["step"]) < 39
 
 
 def test_a_collapsed_level_and_an_overfitted_prior_are_warned_of(
-    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    tiny_run: Path,
+    picture_folder: Path,
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tiny_run.parent / "run"
     changes = {
@@ -143,12 +162,16 @@ def test_a_collapsed_level_and_an_overfitted_prior_are_warned_of(
     }
     Run(load_config(write_config(tmp_path / "a", changes))).stage("train-tokenizer")
     assert "of its codes: it has collapsed" in caplog.text
-    training = {"steps": 300, "val_every": 100, "learning_rate": 1e-2, "log_every": 1}
+    training = {"steps": 100, "val_every": 50, "learning_rate": 1e-2, "log_every": 1}
     changes = {
-        "codes": {"from": str(run / "codes")},
-        "prior": {"network": "transformer", "dropout": 0.0, "transformer": {"width": 64, "depth": 2}, "training": training},
+        "images": {"source": f"folder:{picture_folder}", "channels": 3},
+        "prior": {"network": "transformer", "dropout": 0.0, "transformer": {"width": 32}, "training": training},
     }
-    Run(load_config(write_config(tmp_path / "b", changes))).stage("train-prior", 1)
+    noise = Run(load_config(write_config(tmp_path / "b", changes)))
+    for stage in ("pack", "train-tokenizer", "encode"):
+        noise.stage(stage)
+    monkeypatch.setattr("pipelines.train_prior.GAP_WARNED_OF", 0.05)
+    noise.stage("train-prior", 1)
     assert "they part, and the best checkpoint may be behind" in caplog.text
 
 

@@ -6,7 +6,7 @@ from prior.transformer import CodeTransformer, TransformerConfig, rotary_angles
 from tests.priors import randomize
 
 
-def decoded(decoder, codes: torch.Tensor) -> torch.Tensor:  # noqa: ANN001
+def decoded(decoder, codes: torch.Tensor) -> torch.Tensor:
     """Logits (B, T, K) of every position, stepped through with the given codes."""
     steps, previous = [], None
     for position in range(codes[0].numel()):

@@ -96,7 +96,7 @@ class Codebook(nn.Module):
             ValueError: a code is out of range.
         """
         size = len(self.vectors)
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < size):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < size):
             raise ValueError(
                 f"codes must lie in [0, {size}), got {int(codes.min())} to {int(codes.max())}; "
                 "were they made by another tokenizer?"

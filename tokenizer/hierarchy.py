@@ -4,6 +4,7 @@ B batch, C channels, H W pixels, D code_dim, K codebook_size, h w code grid.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -57,11 +58,13 @@ class TokenizerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if min(self.codebook_sizes) < 2 or min(self.code_dims) < 1:
             raise ValueError(
-                f"a codebook needs at least 2 codes of at least 1 dimension, got {self.codebook_size} of {self.code_dim}"
+                "a codebook needs at least 2 codes of at least 1 dimension, "
+                f"got {self.codebook_size} of {self.code_dim}"
             )
 
     @property
     def num_levels(self) -> int:
+        """N, the number of levels."""
         return len(self.strides)
 
     @property
@@ -114,6 +117,8 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
         ValueError: a stride does not divide the image size.
     """
 
+    codebooks: Sequence[Codebook]
+
     def __init__(self, config: TokenizerConfig, image_size: int, channels: int) -> None:
         super().__init__()
         self.config = config
@@ -127,7 +132,7 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
         seen = [sum(dims[: level + 1]) for level in range(levels)]  # code channels of the levels up to this one
         self.encoders = nn.ModuleList(encoder(config.width, *blocks, factor) for factor in factors)
         self.encoders.append(encoder(channels, *blocks, config.strides[-1]))
-        self.codebooks = nn.ModuleList(
+        self.codebooks = nn.ModuleList(  # type: ignore[assignment]  # a ModuleList of codebooks
             Codebook(size, dim, config.normalize) for size, dim in zip(config.codebook_sizes, dims, strict=True)
         )
         contexts = [0] + [config.width] * (levels - 1)
@@ -137,9 +142,7 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
         self.context_decoders = nn.ModuleList(
             decoder(seen[level], config.width, *blocks, factor) for level, factor in enumerate(factors)
         )
-        self.upsamplers = nn.ModuleList(
-            upsampling(seen[level], factor) for level, factor in enumerate(factors)
-        )
+        self.upsamplers = nn.ModuleList(upsampling(seen[level], factor) for level, factor in enumerate(factors))
         self.decoder = decoder(seen[-1], channels, *blocks, config.strides[-1])
 
     def forward(self, images: Tensor) -> Autoencoded:
@@ -242,7 +245,9 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
             parts = str(name).split("/")
             # "runs/digitz" is a misspelt path, not a repository, when there is a folder "runs".
             if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")) or folder.parent.exists():
-                raise ValueError(f"no tokenizer at {name}: there is no such folder; train one, or name a hub repository")
+                raise ValueError(
+                    f"no tokenizer at {name}: there is no such folder; train one, or name a hub repository"
+                )
             files = ["config.json", "model.safetensors"]
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
         try:
@@ -270,4 +275,3 @@ def upsampling(channels: int, factor: int) -> nn.Sequential:
     """Build log2(factor) 4x4 transposed convolutions that keep the channels and double the grid."""
     doublings = factor.bit_length() - 1
     return nn.Sequential(*[nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) for _ in range(doublings)])
-

@@ -3,6 +3,8 @@
 B batch, C channels, H W pixels or feature rows and columns.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ class ResidualBlock(nn.Module):
         self.expand = nn.Conv2d(residual_width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) to the same shape."""
         return x + self.expand(F.relu(self.squeeze(F.relu(x))))
 
 
@@ -29,7 +32,7 @@ def encoder(in_channels: int, width: int, residual_width: int, residual_blocks: 
     halvings = stride.bit_length() - 1
     widths = [in_channels, width // 2, *[width] * (halvings - 1)]
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
     layers += [nn.Conv2d(widths[-1], width, 3, padding=1)]
     layers += [ResidualBlock(width, residual_width) for _ in range(residual_blocks)]
@@ -47,6 +50,6 @@ def decoder(
     widths = [*[width] * (doublings - 1), width // 2, out_channels] if doublings > 1 else [width, out_channels]
     layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1)]
     layers += [ResidualBlock(width, residual_width) for _ in range(residual_blocks)]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.ReLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
     return nn.Sequential(*layers)

@@ -1,0 +1,1 @@
+"""The shipped configs, installed beside the code as `smalti_configs`."""
