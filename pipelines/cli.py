@@ -62,7 +62,7 @@ def _command(arguments: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in rest):
         from pipelines.config import make_parser
 
-        print(make_parser(f"smalti {stage} CONFIG.yaml").format_help())
+        print(make_parser(stage).format_help())
         return 0
     if not rest or rest[0].startswith("-"):
         raise ConfigError(f"name a config: smalti {stage} CONFIG.yaml")

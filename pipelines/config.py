@@ -63,9 +63,9 @@ class Config:
             self.tokenizer.model.grids(self.images.size)
 
 
-def make_parser(prog: str = "smalti STAGE CONFIG.yaml") -> ArgumentParser:
+def make_parser(stage: str = "STAGE") -> ArgumentParser:
     """Return the parser of all settings."""
-    parser = _Parser(prog=prog, exit_on_error=False)
+    parser = _Parser(usage=f"smalti {stage} CONFIG.yaml [--section.key value ...]", exit_on_error=False)
     parser.add_class_arguments(Config, sub_configs=False)
     return parser
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from pipelines.compute import ComputeConfig
 from pipelines.data import Codes, StepData, TrainingCodes, ValidationCodes, as_it_is
-from pipelines.shards import read_manifest, write_json
-from pipelines.stage import publish_model
+from pipelines.shards import read_manifest
 from pipelines.training import (
     TrainingConfig,
-    best_weights,
+    export,
     fit,
     keep_metrics,
     make_optimizer,
@@ -132,11 +131,7 @@ def train_prior(
     best = fit(module, data, training, compute, folder, "val_nats_per_code", f"train-prior level {level}")
     if module.global_rank > 0:
         return
-    model.load_state_dict(best_weights(best))
-    write_json(folder / "metrics.json", best["metrics"])
-    staging = folder / "export"
-    model.save_pretrained(staging)
-    publish_model(staging, folder)
+    export(model, best, folder)
 
 
 class PriorTraining(pl.LightningModule):

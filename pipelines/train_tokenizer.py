@@ -26,11 +26,9 @@ from pipelines.data import (
 from pipelines.metrics_log import log_picture
 from pipelines.pictures import picture_grid
 from pipelines.quality import TokenizerQuality
-from pipelines.shards import write_json
-from pipelines.stage import publish_model
 from pipelines.training import (
     TrainingConfig,
-    best_weights,
+    export,
     fit,
     keep_metrics,
     make_optimizer,
@@ -99,11 +97,7 @@ def train_tokenizer(
     best = fit(module, data, training, compute, folder, "val_loss", "train-tokenizer")
     if module.global_rank > 0:
         return
-    model.load_state_dict(best_weights(best))
-    write_json(folder / "metrics.json", best["metrics"])
-    staging = folder / "export"
-    model.save_pretrained(staging)
-    publish_model(staging, folder)
+    export(model, best, folder)
 
 
 class TokenizerTraining(pl.LightningModule):

@@ -19,6 +19,10 @@ from pipelines.data import StepData
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
 from pipelines.progress import progress_bar
+from pipelines.shards import write_json
+from pipelines.stage import publish_model
+from prior import LevelPrior
+from tokenizer import HierarchicalVQVAE
 
 logger = logging.getLogger(__name__)
 
@@ -208,10 +212,18 @@ def fit(
     return torch.load(best, map_location="cpu", weights_only=True)
 
 
-def best_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the model's tensors of a checkpoint."""
+def export(model: HierarchicalVQVAE | LevelPrior, checkpoint: dict[str, Any], folder: Path) -> None:
+    """Put a checkpoint's weights into the model, and its figures and files into the stage's folder.
+
+    `metrics.json` comes first, `model.safetensors`, which makes the stage complete, last.
+    """
     prefix = "model."
-    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    model.load_state_dict(weights)
+    write_json(folder / "metrics.json", checkpoint["metrics"])
+    staging = folder / "export"
+    model.save_pretrained(staging)
+    publish_model(staging, folder)
 
 
 def keep_metrics(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:

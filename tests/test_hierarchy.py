@@ -104,6 +104,7 @@ def test_saving_and_loading_gives_the_same_codes(tmp_path: Path) -> None:
     loaded = HierarchicalVQVAE.from_pretrained(tmp_path)
     assert not loaded.training
     assert loaded.settings == model.settings
+    assert "2x2 codes of 16, 4x4 codes of 16" in (tmp_path / "README.md").read_text()
     assert all(torch.equal(a, b) for a, b in zip(model.encode(images), loaded.encode(images), strict=True))
 
 

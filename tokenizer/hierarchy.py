@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -228,6 +228,19 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
         """Write `model.safetensors` and `config.json`; called by `save_pretrained` and `push_to_hub`."""
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, save_directory / "model.safetensors")
         (save_directory / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+
+    def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
+        """Return the card that `save_pretrained` puts beside the model: what it reads and gives, how to load it."""
+        levels = ", ".join(
+            f"{h}x{w} codes of {size}" for (h, w), size in zip(self.grids, self.config.codebook_sizes, strict=True)
+        )
+        return ModelCard(
+            "---\nlibrary_name: smalti\ntags: [image-tokenizer, vq-vae]\n---\n\n# A smalti tokenizer\n\n"
+            f"Images of {self.image_size}x{self.image_size} pixels and {self.channels} channels in [-1, 1] "
+            f"become, coarse to fine: {levels}.\n\n```python\nfrom tokenizer import HierarchicalVQVAE\n\n"
+            "tok = HierarchicalVQVAE.from_pretrained(FOLDER_OR_REPOSITORY)\n"
+            "codes = tok.encode(images)\nimages = tok.decode(codes)\n```\n"
+        )
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:  # type: ignore[override]
