@@ -16,15 +16,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from pipelines.shards import all_samples, read_manifest, read_member
+from pipelines.shards import index_shard, read_manifest, read_member, shard_names
 
 
 def read_folder(folder: Path, kind: str, split: str) -> list[dict[str, bytes]]:
     """Return the contents of every sample of a stage folder's split."""
     samples = []
-    for path, sample in all_samples(folder, read_manifest(folder, kind, kind), split):
-        with path.open("rb") as file:
-            samples.append({extension: read_member(file, member) for extension, member in sample.members.items()})
+    for name, _ in shard_names(read_manifest(folder, kind, kind), split):
+        with (folder / name).open("rb") as file:
+            for sample in index_shard(folder / name):
+                samples.append({extension: read_member(file, member) for extension, member in sample.members.items()})
     return samples
 
 

@@ -4,7 +4,9 @@ B batch, C channels, H W pixels, h w code grid, T = h*w.
 """
 
 import io
+import os
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -18,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipelines.errors import StageError
+from pipelines.fingerprint import digest
 from pipelines.order import TrainingBatches, ValidationBatches, drawn_sample
 from pipelines.pictures import FORMATS, BadImageError, pixels_of
 from pipelines.shards import (
     SampleIndex,
-    all_samples,
     code_dtype,
     index_shard,
     read_manifest,
@@ -170,8 +172,6 @@ def unpack_codes(folder: Path, manifest: dict, split: str, cache: Path) -> list[
     Raises:
         StageError: a shard is not what the manifest says.
     """
-    from pipelines.fingerprint import digest
-
     cache.mkdir(parents=True, exist_ok=True)
     receipts = manifest["splits"].get(split, [])
     stamp = digest([receipt["sha256"] for receipt in receipts])[:16]
@@ -181,33 +181,49 @@ def unpack_codes(folder: Path, manifest: dict, split: str, cache: Path) -> list[
     if all(path.exists() for path in paths):
         return paths
     count = sum(receipt["samples"] for receipt in receipts)
-    arrays = [
-        np.zeros((count, *level["grid"]), dtype=code_dtype(level["codebook_size"])) for level in manifest["levels"]
-    ]
-    labels = np.zeros(count, dtype=np.int32)
-    row = 0
-    for path, sample in all_samples(folder, manifest, split):
-        if row == count:
-            raise StageError(f"{path} holds more samples than {folder}/manifest.json says; run `smalti encode` again")
-        with path.open("rb") as file:
-            for level, array in enumerate(arrays):
+    shapes = [(count, *level["grid"]) for level in manifest["levels"]] + [(count,)]
+    dtypes = [code_dtype(level["codebook_size"]) for level in manifest["levels"]] + [np.dtype(np.int32)]
+    # Levels train as jobs of their own that may unpack at the same time: each writes its own files, and renames them.
+    written = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
+    try:
+        arrays = [
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            for path, dtype, shape in zip(written, dtypes, shapes, strict=True)
+        ]
+        row = 0
+        for name, samples in shard_names(manifest, split):
+            found = _unpack_shard(folder / name, manifest["levels"], arrays, row)
+            if found != samples:
+                raise StageError(f"{folder / name} holds {found} samples, not {samples}; run `smalti encode` again")
+            row += found
+        for array in arrays:
+            array.flush()
+        for source, path in zip(written, paths, strict=True):
+            source.replace(path)
+    finally:
+        for path in written:
+            path.unlink(missing_ok=True)
+    for stale in cache.glob(f"{split}-*.npy"):
+        if stamp not in stale.name:
+            stale.unlink(missing_ok=True)
+    return paths
+
+
+def _unpack_shard(path: Path, levels: list[dict], arrays: Sequence[np.ndarray], row: int) -> int:
+    """Copy a code shard's grids and classes into the arrays from a row on; return how many samples it has."""
+    samples = index_shard(path)
+    if row + len(samples) > len(arrays[-1]):
+        return len(samples)
+    with path.open("rb") as file:
+        for number, sample in enumerate(samples, row):
+            for level, array in enumerate(arrays[:-1]):
                 member = sample.members.get(f"level{level}.npy")
                 if member is None:
                     raise StageError(f"sample {sample.key} of {path} lacks level{level}.npy; run `smalti encode` again")
-                array[row] = _grid(read_member(file, member), manifest["levels"][level], f"{sample.key} of {path}")
+                array[number] = _grid(read_member(file, member), levels[level], f"{sample.key} of {path}")
             if "cls" in sample.members:
-                labels[row] = int(read_member(file, sample.members["cls"]))
-        row += 1
-    if row != count:
-        raise StageError(f"{folder} holds {row} {split} samples, its manifest says {count}; run `smalti encode` again")
-    for stale in cache.glob(f"{split}-*.npy"):
-        stale.unlink()
-    for path, array in zip(paths, [*arrays, labels], strict=True):
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.save(file, array)
-        temporary.replace(path)
-    return paths
+                arrays[-1][number] = int(read_member(file, sample.members["cls"]))
+    return len(samples)
 
 
 def _grid(data: bytes, level: dict, name: str) -> np.ndarray:

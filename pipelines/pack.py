@@ -1,8 +1,10 @@
 """Stage pack: an image source becomes image shards of one size."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -146,7 +148,7 @@ def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:
             images = source.splits[plan.source_split]
             for index in plan.indices:
                 key = images.key(int(index))
-                short = key.encode()[-64:] if len(key) < 64 else digest(key).encode()
+                short = hashlib.blake2b(key.encode(), digest_size=16).digest()  # a set of these stays small
                 if short in seen:
                     raise StageError(
                         f"keys must be unique, but {key} comes twice in {name}; rename one of the files "
@@ -165,7 +167,8 @@ def _start_worker(source: Source) -> None:
 
 def _pack_in_worker(task: tuple[Path, ShardPlan, dict[str, Any], ImagesConfig]) -> None:
     assert _source is not None
-    _pack_shard(_source, *task, lambda: None)
+    with suppress(KeyboardInterrupt):  # Ctrl-C reaches every process; the first one tells of it
+        _pack_shard(_source, *task, lambda: None)
 
 
 def _pack_shard(

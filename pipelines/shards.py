@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -205,10 +205,3 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def all_samples(folder: Path, manifest: dict, split: str) -> Iterator[tuple[Path, SampleIndex]]:
-    """Yield every sample of a split, in order."""
-    for name, _ in shard_names(manifest, split):
-        for sample in index_shard(folder / name):
-            yield folder / name, sample
