@@ -92,11 +92,11 @@ def encode(
     device = inference_device(compute, precise=config.precision == "float32")
     model = tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     todo = [job for job in worker.share(jobs) if not receipt_fits(folder / job[0], job[3])]
-    total = sum(samples for _, samples, _, _ in todo)
+    views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
+    total = sum(samples * len(views[split]) for _, samples, split, _ in todo)
     with progress_bar(total, "encode", "images", disable=worker.rank > 0) as bar:
         for name, _, split, provenance in todo:
-            views = config.views if split == "train" else ["image"]
-            samples = _encoded(images / name, model, views, config, seed, compute, bar.update)
+            samples = _encoded(images / name, model, views[split], config, seed, compute, bar.update)
             write_shard(folder / name, samples, provenance)
     if all(receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
         contents = {
@@ -175,4 +175,4 @@ def _encoded(
             if label is not None:
                 contents["cls"] = label
             yield key, contents
-        tick(len(batch) / len(views))
+        tick(len(batch))

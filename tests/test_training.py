@@ -103,6 +103,22 @@ def test_eval_changes_no_buffer_and_the_codebook_moves_in_training(tiny_run: Pat
     assert not [name for name in model.state_dict() if "counts" in name or "sums" in name]
 
 
+def test_weight_averaging_covers_the_codebooks_and_is_what_is_exported(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    changes = {
+        "images": {"from": str(tiny_run.parent / "run" / "images")},
+        "tokenizer": {"training": {"weight_ema": 0.9, "val_every": 6}},
+    }
+    Run(load_config(write_config(tmp_path, changes))).stage("train-tokenizer")
+    folder = tmp_path / "run" / "tokenizer"
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    exported = load_file(folder / "model.safetensors")
+    for name in ("codebooks.0.vectors", "encoders.0.0.weight"):
+        assert torch.equal(exported[name], checkpoint["state_dict"][f"model.{name}"])
+        assert not torch.equal(exported[name], checkpoint["current_model_state"][f"model.{name}"])
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "prior"])
 def test_a_loss_that_becomes_nan_stops_with_a_sentence_and_keeps_the_checkpoint(
     kind: str, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
