@@ -126,3 +126,17 @@ def test_a_manifest_of_another_kind_or_format_is_refused(tmp_path: Path) -> None
 )
 def test_codes_take_the_smallest_unsigned_type(size: int, dtype: str) -> None:
     assert code_dtype(size) == np.dtype(dtype)
+
+
+def test_an_old_receipt_never_vouches_for_a_new_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the shard and its receipt: the new shard has the old one's size, but no receipt at all."""
+    path = tmp_path / "a.tar"
+    write_shard(path, SAMPLES, PROVENANCE)
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.shards.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(path, SAMPLES[::-1], PROVENANCE | {"settings": "new"})
+    assert not receipt_fits(path, PROVENANCE)
