@@ -137,6 +137,10 @@ class TokenizerTraining(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_metrics(self, checkpoint)
+        checkpoint["revived"] = self.revived
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.revived = checkpoint["revived"]
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         seed_step(self.seed, self.global_step, self.micro, self.global_rank)

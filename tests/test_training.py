@@ -52,9 +52,11 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     run = tiny_run.parent / "run"
     kind = "tokenizer" if stage == "train-tokenizer" else "prior"
     training = {"weight_ema": 0.9, "log_every": 1, "warmup_steps": 2, "micro_batches": 2, "gradient_clip": 1.0}
-    changes = {"images": {"from": str(run / "images")}, kind: {"training": training}}
+    changes: dict = {"images": {"from": str(run / "images")}, kind: {"training": training}}
     if kind == "prior":
         changes |= {"codes": {"from": str(run / "codes")}}
+    else:
+        changes["tokenizer"]["codebook"] = {"ema_decay": 0.5, "revival_threshold": 0.5}
     found = []
     for name in ("whole", "killed"):
         config = load_config(write_config(tmp_path / name, changes))
@@ -71,6 +73,8 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
     assert metrics == resumed_metrics
     assert len(metrics) == 6
+    if kind == "tokenizer":
+        assert float(metrics[-1]["level1_revived"]) > 0
 
 
 def test_micro_batches_take_the_codebook_step_of_the_whole_batch(
