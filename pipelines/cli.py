@@ -77,6 +77,8 @@ def _command(arguments: list[str]) -> int:
     for name in redo:
         if name not in STAGES or name == "run":
             raise ConfigError(f"--redo must name a stage, got {name!r}; the stages are {', '.join(STAGES[:-1])}")
+        if stage not in ("run", name):
+            raise ConfigError(f"--redo {name} goes with {name} or run, not with {stage}")
     if options.level is not None and stage != "train-prior":
         raise ConfigError(f"--level goes with train-prior, not with {stage}")
     from pipelines.config import load_config
@@ -97,8 +99,10 @@ def _quiet() -> None:
     """Say what smalti says; leave out the libraries' chatter about themselves."""
     logging.basicConfig(level=logging.INFO, format="smalti: %(message)s", stream=sys.stderr)
     for name in list(logging.root.manager.loggerDict):
-        if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning", "wandb", "datasets", "httpx"):
+        if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("wandb", "datasets", "httpx", "fsspec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 

@@ -50,12 +50,20 @@ def this_worker() -> Worker:
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and size in os.environ:
             return Worker(int(os.environ[rank]), int(os.environ[size]))
-    return Worker(0, 1)
+    # Lightning's own launcher names the place in the node to the children that it starts.
+    return Worker(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def several_processes(compute: ComputeConfig) -> bool:
+    """Whether Lightning trains in more than one process."""
+    gpus = compute.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    devices = torch.cuda.device_count() if compute.devices == "auto" and gpus else compute.devices
+    return devices not in ("auto", "1", 1) or compute.num_nodes > 1 or this_worker().world_size > 1
 
 
 def num_processes(compute: ComputeConfig) -> int:
     """How many processes shall decode images beside this one."""
-    return (os.cpu_count() or 1) if compute.num_workers == -1 else compute.num_workers
+    return len(os.sched_getaffinity(0)) if compute.num_workers == -1 else compute.num_workers
 
 
 def inference_device(compute: ComputeConfig, precise: bool = True) -> torch.device:

@@ -1,11 +1,11 @@
 """The configuration of a run: one YAML file and the overrides of the command line, as one dataclass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -61,6 +61,15 @@ class Config:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
         if not self.tokenizer.from_ and not self.images.from_:
             self.tokenizer.model.grids(self.images.size)
+        if not self.tokenizer.from_ and not self.codes.from_:
+            for section in (self.prior, self.prior.transformer, self.prior.pixelsnail, self.prior.training):
+                at_level(section, 0, self.tokenizer.model.num_levels)
+            for name in ("temperature", "top_k", "top_p", "guidance"):
+                values = getattr(self.sample, name)
+                if isinstance(values, list) and len(values) != self.tokenizer.model.num_levels:
+                    raise ValueError(
+                        f"sample.{name} must be one value or a list of {self.tokenizer.model.num_levels}, got {values}"
+                    )
 
 
 def make_parser(stage: str = "STAGE") -> ArgumentParser:
@@ -88,12 +97,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
-    for key in [*_keys(settings), *overrides]:
-        if "class_path" in key or "init_args" in key:
-            raise ConfigError(f"{key.split('=')[0]} is not allowed: a config is plain data and cannot name code to run")
+    settings = _rename(settings, "from", "from_")
+    _check_sections(settings, Config)
+    _check_options(overrides)
     parser = make_parser()
     try:
-        namespace = parser.parse_object(_rename(settings, "from", "from_"))
+        namespace = parser.parse_object(settings)
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
         return Config(**vars(parser.instantiate(arguments)))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -106,6 +115,7 @@ def _find(path: Path) -> Traversable:
     return shipped if len(path.parts) == 1 and not path.exists() and shipped.is_file() else path
 
 
+FORBIDDEN = {"class_path", "init_args"}
 T = TypeVar("T")
 
 
@@ -125,6 +135,38 @@ def at_level(settings: T, level: int, num_levels: int) -> T:
     return replace(settings, **changes)
 
 
+def _check_sections(settings: dict, section: type, path: str = "") -> None:
+    """Refuse what names code to run, and whatever stands where a section must, before anything is parsed.
+
+    jsonargparse imports what a `class_path` names before it refuses it, and finds one in a string that holds YAML too.
+    """
+    for name in settings:
+        if name in FORBIDDEN:
+            raise ConfigError(f"{path}{name} is not allowed: a config is plain data and cannot name code to run")
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind) and name in settings:
+            if not isinstance(settings[name], dict):
+                raise ConfigError(f"{path}{name} must hold settings as `key: value`, got {settings[name]!r}")
+            _check_sections(settings[name], kind, f"{path}{name}.")  # type: ignore[arg-type]
+
+
+def _check_options(overrides: Sequence[str]) -> None:
+    """Refuse, on the command line, the same; a section is overridden setting by setting."""
+    for option in (argument.split("=")[0].removeprefix("--") for argument in overrides if argument.startswith("--")):
+        if set(option.split(".")) & FORBIDDEN:
+            raise ConfigError(f"--{option} is not allowed: a config is plain data and cannot name code to run")
+        if option.rstrip("+") in _sections(Config):
+            raise ConfigError(f"--{option} is a section; override its settings one by one, as --{option}.name value")
+
+
+def _sections(section: type, path: str = "") -> set[str]:
+    found = set()
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind):
+            found |= {f"{path}{name}"} | _sections(kind, f"{path}{name}.")  # type: ignore[arg-type]
+    return found
+
+
 class _Parser(ArgumentParser):
     """`from` is no name for a Python field, so it is `from_` inside and `from` to the user."""
 
@@ -141,13 +183,3 @@ def _rename(settings: Any, old: str, new: str) -> Any:
     if not isinstance(settings, dict):
         return settings
     return {new if key == old else key: _rename(value, old, new) for key, value in settings.items()}
-
-
-def _keys(settings: Any) -> Iterator[str]:
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            yield str(key)
-            yield from _keys(value)
-    elif isinstance(settings, list):
-        for value in settings:
-            yield from _keys(value)

@@ -45,6 +45,10 @@ class AugmentConfig:
     flip: bool = True
     shift: int = 0
 
+    def __post_init__(self) -> None:
+        if self.shift < 0:
+            raise ValueError(f"augment.shift must not be negative, got {self.shift}")
+
 
 class ImageShards:
     """One split of packed images, read by index; each shard is indexed when it is first touched.

@@ -24,13 +24,14 @@ from tokenizer import HierarchicalVQVAE
 
 # Images at once; nothing but rounding depends on it.
 BATCH_SIZE = 64
+SSIM_WINDOW = 11
 
 
 @torch.no_grad()
-def evaluate_tokenizer(tokenizer: HierarchicalVQVAE, images: Path, compute: ComputeConfig) -> dict[str, float]:
+def evaluate_tokenizer(tokenizer: HierarchicalVQVAE, images: Path, compute: ComputeConfig) -> dict[str, Any]:
     """Return MSE, PSNR, SSIM, and each level's perplexity and usage over the val split, in true float32.
 
-    SSIM is that of Wang et al. 2004 with its 11x11 Gaussian window, the mean over images.
+    SSIM is that of Wang et al. 2004 with its 11x11 Gaussian window, the mean over images; None for smaller ones.
     """
     device = inference_device(compute)
     tokenizer = tokenizer.to(device)
@@ -47,13 +48,15 @@ def evaluate_tokenizer(tokenizer: HierarchicalVQVAE, images: Path, compute: Comp
             output = tokenizer(images_)
             quality.add(images_, output, mask.to(device))
             kept = mask.bool()
-            scores = structural_similarity_index_measure(
-                output.reconstruction[kept], images_[kept], data_range=2.0, reduction="none"
-            )
-            similarity += float(scores.double().sum())  # type: ignore[union-attr]
+            if shards.size >= SSIM_WINDOW:
+                scores = structural_similarity_index_measure(
+                    output.reconstruction[kept], images_[kept], data_range=2.0, reduction="none"
+                )
+                similarity += float(scores.double().sum())  # type: ignore[union-attr]
             bar.update(int(mask.sum()))
     figures = quality.figures()
-    return {"mse": figures.pop("mse"), "psnr": figures.pop("psnr"), "ssim": similarity / len(shards), **figures}
+    ssim = similarity / len(shards) if shards.size >= SSIM_WINDOW else None
+    return {"mse": figures.pop("mse"), "psnr": figures.pop("psnr"), "ssim": ssim, **figures}
 
 
 @torch.no_grad()
@@ -102,7 +105,8 @@ def table(figures: dict[str, Any]) -> str:
     lines = []
     if "tokenizer" in figures:
         one = figures["tokenizer"]
-        lines.append(f"tokenizer (val)   MSE {one['mse']:.5f}   PSNR {one['psnr']:.2f} dB   SSIM {one['ssim']:.4f}")
+        ssim = "" if one["ssim"] is None else f"   SSIM {one['ssim']:.4f}"
+        lines.append(f"tokenizer (val)   MSE {one['mse']:.5f}   PSNR {one['psnr']:.2f} dB{ssim}")
         lines.append(f"{'level':>8} {'perplexity':>12} {'usage':>8} {'commitment':>12}")
         for level in range(sum(name.endswith("_usage") for name in one)):
             values = [one[f"level{level}_{name}"] for name in ("perplexity", "usage", "commitment")]

@@ -28,6 +28,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = path
         self.rows: dict[int, dict[str, str]] | None = None
+        self.names: list[str] = []  # columns of the file, once this process has written it
 
     @property
     def name(self) -> str:
@@ -42,19 +43,25 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add metrics to the row of a step and write the file anew, whole or not at all."""
+        """Add metrics to the row of a step: a line more, or the file anew where a column or a row changes."""
         step = int(step or 0)
         if self.rows is None:
             self.rows = {number: row for number, row in self._read().items() if number < step}
         values = {name: f"{float(value):.6g}" for name, value in metrics.items() if name != "epoch"}
+        fresh = step not in self.rows and set(values) <= set(self.names)
         self.rows.setdefault(step, {}).update(values)
-        names = sorted({name for row in self.rows.values() for name in row})
+        if fresh:
+            with self.path.open("a") as file:
+                self._writer(file).writerow({"step": step, **values})
+            return
+        self.names = sorted({name for row in self.rows.values() for name in row})
         text = io.StringIO()
-        writer = csv.DictWriter(text, ["step", *names], restval="", lineterminator="\n")
-        writer.writeheader()
-        for number, row in sorted(self.rows.items()):
-            writer.writerow({"step": number, **row})
+        self._writer(text).writeheader()
+        self._writer(text).writerows({"step": number, **row} for number, row in sorted(self.rows.items()))
         write_text(self.path, text.getvalue())
+
+    def _writer(self, file: Any) -> csv.DictWriter:
+        return csv.DictWriter(file, ["step", *self.names], restval="", lineterminator="\n")
 
     def _read(self) -> dict[int, dict[str, str]]:
         if not self.path.exists():
@@ -76,11 +83,9 @@ def make_loggers(kind: str, folder: Path) -> list[Logger]:
         loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
     if kind == "wandb":
         name = "-".join(folder.resolve().parts[-3:])
-        loggers.append(
-            WandbLogger(
-                name=name, id=digest(str(folder.resolve()))[:16], project="smalti", save_dir=str(folder), resume="allow"
-            )
-        )
+        begun = (folder / "config.yaml").stat().st_mtime_ns  # a stage made again is another run
+        identity = digest([str(folder.resolve()), begun])[:16]
+        loggers.append(WandbLogger(name=name, id=identity, project="smalti", save_dir=str(folder), resume="allow"))
     return loggers
 
 

@@ -120,7 +120,7 @@ def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPl
     plans = []
     for split, (source_split, indices) in chosen.items():
         if not len(indices):
-            raise StageError(f"{config.source} has {len(train)} images, too few for a {split} split")
+            raise StageError(f"{config.source} has {len(train)} images, too few for a {split} split; add some")
         for number, start in enumerate(range(0, len(indices), config.shard_size)):
             part = indices[start : start + config.shard_size]
             plans.append(ShardPlan(f"{split}-{number:06d}.tar", source_split, part))
@@ -136,7 +136,10 @@ def stratified_fraction(labels: np.ndarray | None, count: int, fraction: float, 
         members = np.flatnonzero(labels == label)
         wanted = max(round(fraction * len(members)), 1 if len(members) > 1 else 0)
         drawn.append(generator.permutation(members)[:wanted])
-    return np.sort(np.concatenate(drawn))
+    chosen = np.concatenate(drawn)
+    if not len(chosen) and count > 1:  # classes of one image each: none can be spared for all, so some are drawn
+        chosen = generator.permutation(count)[: max(1, round(fraction * count))]
+    return np.sort(chosen)
 
 
 def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:

@@ -45,7 +45,7 @@ def open_image(data: bytes) -> Image.Image:
         raise BadImageError(f"too many pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise BadImageError("not an image that Pillow knows") from error
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError, MemoryError) as error:
+    except Exception as error:  # Pillow's decoders raise anything on bytes that lie
         raise BadImageError(f"cannot be decoded: {error}") from error
     return image
 
@@ -78,15 +78,20 @@ def fit(data: bytes, size: int, channels: int, upscale: bool, output_format: str
     image = open_image(data)
     extension = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
     mode = "L" if channels == 1 else "RGB"
-    oriented = ImageOps.exif_transpose(image)
     plain = image.mode == mode and "transparency" not in image.info
-    if image.size == (size, size) and plain and extension and image.getexif().get(0x0112, 1) == 1:
-        return Fitted(extension, data)
-    width, height = oriented.size
-    if min(width, height) < size and not upscale:
-        raise BadImageError(f"{width}x{height} pixels are fewer than {size}; images.upscale: true would enlarge it")
-    pixels = to_mode(oriented, channels)
-    pixels = ImageOps.fit(pixels, (size, size), method=Image.Resampling.BICUBIC)
+    try:
+        if image.size == (size, size) and plain and extension and image.getexif().get(0x0112, 1) == 1:
+            return Fitted(extension, data)
+        upright = ImageOps.exif_transpose(image)
+        if min(upright.size) < size and not upscale:
+            raise BadImageError(
+                f"{upright.width}x{upright.height} pixels are fewer than {size}; images.upscale: true would enlarge it"
+            )
+        pixels = ImageOps.fit(to_mode(upright, channels), (size, size), method=Image.Resampling.BICUBIC)
+    except BadImageError:
+        raise
+    except Exception as error:  # metadata and colour profiles are decoded here, and their decoders raise anything
+        raise BadImageError(f"cannot be converted: {error}") from error
     return Fitted(output_format, encode_image(pixels, output_format))
 
 
@@ -116,32 +121,39 @@ def to_picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-def picture_grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), smallest: int = 48) -> Image.Image:
+def picture_grid(
+    rows: Sequence[Sequence[np.ndarray | None]], labels: Sequence[Sequence[str]] = (), smallest: int = 48
+) -> Image.Image:
     """Lay images out in rows on white, enlarged by a whole factor until a person can see them.
 
     Args:
-        rows: uint8 (C, H, W) images, all of one size.
-        labels: one a column, written above; none for no line of labels.
+        rows: uint8 (C, H, W) images, all of one size; None leaves a cell white.
+        labels: for the first rows, what is written above each of their cells.
         smallest: pixels a side that an image is enlarged to at least.
     """
-    side = rows[0][0].shape[-1]
+    side = next(pixels.shape[-1] for row in rows for pixels in row if pixels is not None)
     cell = side * max(1, -(-smallest // side))
     gap = max(2, cell // 24)
     text_height = max(10, min(16, cell // 4))
     font = ImageFont.load_default(size=text_height)
-    header = (text_height + 2 * gap) if labels else 0
+    header = text_height + 2 * gap
     columns = max(len(row) for row in rows)
-    canvas = Image.new("RGB", (gap + columns * (cell + gap), header + gap + len(rows) * (cell + gap)), "white")
+    height = gap + len(rows) * (cell + gap) + len(labels) * header
+    canvas = Image.new("RGB", (gap + columns * (cell + gap), height), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, label in enumerate(labels):
-        left = gap + column * (cell + gap)
-        while len(label) > 1 and draw.textlength(label, font=font) > cell:
-            label = label.rstrip("…")[:-1] + "…"
-        draw.text((left + cell / 2, gap), label, fill="black", font=font, anchor="ma")
-    for top, row in enumerate(rows):
-        for left, pixels in enumerate(row):
-            picture = to_picture(pixels).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(picture, (gap + left * (cell + gap), header + gap + top * (cell + gap)))
+    top = gap
+    for number, row in enumerate(rows):
+        if number < len(labels):
+            for column, label in enumerate(labels[number]):
+                while len(label) > 1 and draw.textlength(label, font=font) > cell:
+                    label = label.rstrip("…")[:-1] + "…"
+                draw.text((gap + column * (cell + gap) + cell / 2, top), label, fill="black", font=font, anchor="ma")
+            top += header
+        for column, pixels in enumerate(row):
+            if pixels is not None:
+                picture = to_picture(pixels).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
+                canvas.paste(picture, (gap + column * (cell + gap), top))
+        top += cell + gap
     return canvas
 
 

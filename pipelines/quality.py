@@ -46,7 +46,7 @@ class TokenizerQuality:
         per_image = [torch.ones_like(mask), errors.square().mean(1), errors.abs().mean(1)]
         for level, quantized in enumerate(output.levels):
             codes = quantized.codes.flatten(1)  # (B, h*w)
-            distances = (quantized.latents - self.model.codebooks[level].vectors[codes.flatten()]).double()
+            distances = (quantized.latents - self.model.codebooks[level].table[codes.flatten()]).double()
             per_image.append(distances.square().view(len(images), -1).mean(1))
             self.counts[level].index_add_(0, codes.flatten(), mask[:, None].expand_as(codes).flatten())
         self.sums += (torch.stack(per_image) * mask).sum(1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipelines.compute import ComputeConfig
+from pipelines.compute import ComputeConfig, several_processes, this_worker
 from pipelines.config import Config, at_level
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
@@ -17,7 +17,7 @@ from pipelines.shards import read_manifest, write_json
 from pipelines.stage import is_complete, open_stage
 from pipelines.train_prior import PriorConfig, train_prior
 from pipelines.train_tokenizer import train_tokenizer
-from prior import HierarchicalPrior
+from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,9 @@ class Run:
     def _train_level(self, level: int, manifest: dict) -> bool:
         config, stage = self.config, "train-prior"
         section = prior_at_level(config.prior, level, len(manifest["levels"]))
-        settings = {"seed": config.seed, "prior": section, "made_from": {"codes": digest(manifest)}}
+        prior = asdict(section)
+        del prior["pixelsnail" if section.network == "transformer" else "transformer"]  # the size that is not used
+        settings = {"seed": config.seed, "prior": prior, "made_from": {"codes": digest(manifest)}}
         folder = self._open(stage, self.root / "prior" / f"level{level}", settings)
         if is_complete(folder):
             return _skip(stage, f"{folder} is complete")
@@ -144,13 +146,20 @@ class Run:
 
     def all(self) -> None:
         """Do every stage in order; a stage that is made again takes those after it along."""
+        if self.config.codes.from_ and not self.config.tokenizer.from_:
+            raise ConfigError("codes.from goes with tokenizer.from, the tokenizer that wrote those codes; name it too")
+        if several_processes(self.config.compute):
+            raise ConfigError(
+                "run does one stage after the other in one process; with several, start the stages one by one"
+            )
         first = min((STAGES.index(stage) for stage in self.redo), default=len(STAGES))
         self.redo = set(STAGES[first:])
         for name in STAGES:
             self.stage(name)
 
     def _open(self, stage: str, folder: Path, settings: dict) -> Path:
-        open_stage(folder, stage, settings, redo=stage in self.redo)
+        if this_worker().rank == 0:  # the others come after it, or find its work
+            open_stage(folder, stage, settings, redo=stage in self.redo)
         return folder
 
     def _tokenizer(self) -> HierarchicalVQVAE:
@@ -170,10 +179,11 @@ class Run:
         return [self.root / "prior" / f"level{level}" for level in range(levels)]
 
     def _prior(self) -> HierarchicalPrior:
-        for folder in self._level_folders() or [self.root / "prior" / "level0"]:
+        folders = self._level_folders() or [self.root / "prior" / "level0"]
+        for folder in folders:
             if not is_complete(folder):
                 raise StageError(f"{folder} holds no finished prior; run `smalti train-prior` first")
-        return HierarchicalPrior.from_pretrained(self.root / "prior")
+        return HierarchicalPrior([LevelPrior.from_pretrained(folder) for folder in folders]).eval()
 
     def _checked_codes(self) -> dict:
         """The codes' manifest; where this run has the tokenizer too, they must belong together."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from tokenizer import HierarchicalVQVAE
 
 # Images in grid.png: at most ten rows of at most ten.
 GRID_SIDE = 10
+# Folders of a run that samples must not be written to.
+OTHER_STAGES = ("images", "tokenizer", "codes", "prior")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,12 @@ class SampleConfig:
             raise ValueError("sample.count, batch_size and shard_size must be at least 1")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"sample.precision must be float32 or bfloat16, got {self.precision}")
-        if not self.folder or Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
-            raise ValueError(f"sample.folder must name a folder inside the run folder, got {self.folder!r}")
+        parts = Path(self.folder).parts
+        if not parts or Path(self.folder).is_absolute() or ".." in parts or parts[0] in OTHER_STAGES:
+            raise ValueError(
+                f"sample.folder must name a folder of its own inside the run folder, got {self.folder!r}; "
+                "samples is the usual one"
+            )
         for name in ("temperature", "top_k", "top_p", "guidance"):
             values = getattr(self, name)
             for value in values if isinstance(values, list) else [values]:
@@ -123,7 +130,7 @@ def sample(
             write_shard(folder / name, drawn, provenance)
     if all(receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
         names = [name for name, _, _, _ in jobs]
-        _write_grid(folder, names[0], prior.class_names, tokenizer)
+        _write_grid(folder, names, prior.class_names, tokenizer)
         contents = {
             "kind": "samples",
             "fingerprints": marks,
@@ -193,26 +200,26 @@ def _drawn(
         tick(min(config.batch_size, stop - first))
 
 
-def _write_grid(folder: Path, name: str, class_names: list[str], tokenizer: HierarchicalVQVAE) -> None:
-    """Write grid.png: a column a class where there are at most ten classes, else samples in order."""
-    cells: list[tuple[int, np.ndarray]] = []
-    path = folder / name
-    with path.open("rb") as file:
-        for entry in index_shard(path)[:1000]:
-            label = int(read_member(file, entry.members["cls"])) if "cls" in entry.members else -1
-            if len(cells) >= GRID_SIDE**2 and label < 0:
-                break
-            cells.append(
-                (label, pixels_of(read_member(file, entry.members["png"]), tokenizer.image_size, tokenizer.channels))
-            )
-    drawn = sorted({label for label, _ in cells})
-    if drawn[0] >= 0 and len(drawn) <= GRID_SIDE:
-        columns = [[pixels for label, pixels in cells if label == wanted][:GRID_SIDE] for wanted in drawn]
-        rows = [[column[r] for column in columns if r < len(column)] for r in range(max(map(len, columns)))]
-        picture = picture_grid(rows, [class_names[label] for label in drawn])
+def _write_grid(folder: Path, names: list[str], class_names: list[str], tokenizer: HierarchicalVQVAE) -> None:
+    """Write grid.png: a column a class where there are at most ten, else samples in order, each with its class."""
+    drawn: list[tuple[int, np.ndarray]] = []
+    for name in names:
+        if len(drawn) >= GRID_SIDE**2:
+            break
+        with (folder / name).open("rb") as file:
+            for entry in index_shard(folder / name)[: GRID_SIDE**2]:
+                label = int(read_member(file, entry.members["cls"])) if "cls" in entry.members else -1
+                png = read_member(file, entry.members["png"])
+                drawn.append((label, pixels_of(png, tokenizer.image_size, tokenizer.channels)))
+    labels = sorted({label for label, _ in drawn})
+    if labels[0] >= 0 and len(labels) <= GRID_SIDE:
+        columns = [[pixels for label, pixels in drawn if label == wanted][:GRID_SIDE] for wanted in labels]
+        rows = list(zip_longest(*columns))
+        picture = picture_grid(rows, [[class_names[label] for label in labels]])
     else:
-        shown = [pixels for _, pixels in cells[: GRID_SIDE**2]]
-        picture = picture_grid([shown[i : i + GRID_SIDE] for i in range(0, len(shown), GRID_SIDE)])
+        lines = [drawn[i : i + GRID_SIDE] for i in range(0, min(len(drawn), GRID_SIDE**2), GRID_SIDE)]
+        titles = [[class_names[label] for label, _ in line] for line in lines] if labels[0] >= 0 else []
+        picture = picture_grid([[pixels for _, pixels in line] for line in lines], titles)
     temporary = folder / ".grid.tmp.png"
     picture.save(temporary)
     temporary.replace(folder / "grid.png")

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -63,7 +65,9 @@ def open_source(
     elif kind == "folder" and rest:
         found = _folder(Path(rest).expanduser(), classes)
     elif kind in ("parquet", "hf") and rest:
-        found = _dataset(kind, rest, image_column, label_column)
+        from pipelines.hub_source import open_dataset  # its library takes seconds to import
+
+        found = open_dataset(kind, rest, classes, image_column, label_column)
     elif kind == "shards" and rest:
         found = _shards(rest)
     else:
@@ -101,7 +105,7 @@ class _Digits:
     def read(self, index: int) -> Raw:
         buffer = io.BytesIO()
         Image.fromarray(self.pixels[index]).save(buffer, "PNG")
-        return Raw(self.key(index), buffer.getvalue(), _label(self.labels, index))
+        return Raw(self.key(index), buffer.getvalue(), label_at(self.labels, index))
 
 
 def _digits() -> Source:
@@ -120,7 +124,7 @@ class _Files:
         return safe_key(self.paths[index].rpartition(".")[0])
 
     def read(self, index: int) -> Raw:
-        return Raw(self.key(index), (self.root / self.paths[index]).read_bytes(), _label(self.labels, index))
+        return Raw(self.key(index), (self.root / self.paths[index]).read_bytes(), label_at(self.labels, index))
 
 
 def _folder(root: Path, classes: bool) -> Source:
@@ -132,10 +136,11 @@ def _folder(root: Path, classes: bool) -> Source:
     roots = {"train": root}
     if "train" in subfolders and validation:
         roots = {"train": root / "train", "val": root / validation}
+    elif subfolders == ["train"]:
+        roots = {"train": root / "train"}
     listed: dict[str, list[str]] = {}
     for split, folder in roots.items():
-        found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-        listed[split] = sorted(path.relative_to(folder).as_posix() for path in found)
+        listed[split] = sorted(_pictures_below(folder))
     names = sorted({path.split("/")[0] for paths in listed.values() for path in paths if "/" in path})
     if classes and names:
         for split, paths in listed.items():
@@ -162,98 +167,23 @@ def _folder(root: Path, classes: bool) -> Source:
     sha = hashlib.sha256()
     for split, paths in listed.items():
         for path in paths:
-            sha.update(f"{split}/{path}\n".encode())
+            sha.update(os.fsencode(f"{split}/{path}\n"))
     return Source(splits, names if classes else [], sha.hexdigest())
 
 
-class _Rows:
-    def __init__(self, dataset: Any, image_column: str, labels: np.ndarray | None) -> None:
-        self.dataset, self.image_column, self.labels = dataset, image_column, labels
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def key(self, index: int) -> str:
-        return f"{index:08d}"
-
-    def read(self, index: int) -> Raw:
-        value = self.dataset[int(index)][self.image_column]
-        data = value if isinstance(value, bytes) else (value or {}).get("bytes") or b""
-        return Raw(self.key(index), data, _label(self.labels, index))
+def _pictures_below(folder: Path) -> Iterator[str]:
+    """Yield the paths, below a folder, of what looks like a picture; links are followed, hidden folders are not."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
+                yield (Path(place) / name).relative_to(folder).as_posix()
 
 
-def _dataset(kind: str, name: str, image_column: str | None, label_column: str | None) -> Source:
-    """A Hugging Face data set: parquet files, or a hub repository."""
-    import glob
-
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if kind == "parquet":
-            paths = sorted(glob.glob(name, recursive=True))
-            if not paths:
-                raise StageError(f"parquet:{name} matches no file")
-            files: dict[str, list[str]] = {}
-            for path in paths:
-                files.setdefault(_split_of(Path(path).name), []).append(path)
-            loaded = dict(datasets.load_dataset("parquet", data_files=files))
-        else:
-            repository, _, split = name.partition(":")
-            found = datasets.load_dataset(repository, split=split or None)
-            loaded = {"train": found} if split else dict(found)
-    except StageError:
-        raise
-    except Exception as error:  # the library raises many kinds for what is missing or malformed
-        raise StageError(f"{kind}:{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    validation = next((split for split in VALIDATION_NAMES if split in loaded), None)
-    train = loaded.get("train", next(iter(loaded.values())))
-    chosen = {"train": train} | ({"val": loaded[validation]} if validation and loaded[validation] is not train else {})
-    features = train.features
-    image_column = image_column or _image_column(features)
-    if image_column not in features:
-        raise StageError(
-            f"{kind}:{name} must have an image column, but has {sorted(features)}; set images.image_column"
-        )
-    label_column = label_column or next((c for c, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
-    label_column = label_column or next((c for c in ("label", "labels", "class") if c in features), None)
-    if label_column is not None and label_column not in features:
-        raise StageError(f"images.label_column {label_column} is not among the columns {sorted(features)}")
-    names: list[str] = []
-    splits = {}
-    columns = {split: _column(data, label_column) for split, data in chosen.items()} if label_column else {}
-    if label_column:
-        feature = features[label_column]
-        values = sorted(set(np.concatenate([np.unique(column) for column in columns.values()]).tolist()))
-        if isinstance(feature, datasets.ClassLabel) and feature.names:
-            names, values = list(feature.names), list(range(len(feature.names)))
-        else:
-            names = [str(value) for value in values]
-        number = {value: index for index, value in enumerate(values)}
-        columns = {split: np.array([number[v] for v in column.tolist()]) for split, column in columns.items()}
-    for split, data in chosen.items():
-        if isinstance(features[image_column], datasets.Image):
-            data = data.cast_column(image_column, datasets.Image(decode=False))
-        splits[split] = _Rows(data.select_columns([image_column]), image_column, columns.get(split))
-    fingerprints = "".join(f"{split}{len(data)}" for split, data in chosen.items())
-    return Source(splits, names, hashlib.sha256(f"{kind}:{name}:{fingerprints}".encode()).hexdigest())
-
-
-def _split_of(filename: str) -> str:
+def split_of(filename: str) -> str:
     """Return the split that a parquet file's name begins with, as the hub names them; "train" if none."""
     stem = filename.lower()
     return next((name for name in (*VALIDATION_NAMES, "train") if stem.startswith(name)), "train")
-
-
-def _image_column(features: Any) -> str:
-    import datasets
-
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    return images[0] if images else next((name for name in ("image", "img", "jpg", "png") if name in features), "image")
-
-
-def _column(data: Any, name: str) -> np.ndarray:
-    return np.asarray(data.with_format("numpy")[name][:])
 
 
 class _Members:
@@ -270,7 +200,7 @@ class _Members:
         path, sample, extension = self.found[index]
         with path.open("rb") as file:
             data = read_member(file, sample.members[extension])
-        return Raw(self.key(index), data, _label(self.labels, index))
+        return Raw(self.key(index), data, label_at(self.labels, index))
 
 
 def _shards(urls: str) -> Source:
@@ -279,7 +209,11 @@ def _shards(urls: str) -> Source:
 
     from webdataset.shardlists import expand_urls
 
-    names = [name for url in expand_urls(urls) for name in (sorted(glob.glob(url)) if "*" in url else [url])]
+    names = [
+        name
+        for url in map(os.path.expanduser, expand_urls(urls))
+        for name in (sorted(glob.glob(url)) if "*" in url else [url])
+    ]
     for name in names:
         scheme, colon, _ = name.partition(":")
         if colon and scheme != "file":
@@ -291,7 +225,7 @@ def _shards(urls: str) -> Source:
     found: dict[str, list] = {}
     classes: dict[str, list[int | None]] = {}
     for path in paths:
-        split = "val" if _split_of(path.name) in VALIDATION_NAMES else "train"
+        split = "val" if split_of(path.name) in VALIDATION_NAMES else "train"
         with path.open("rb") as file:
             for sample in index_shard(path):
                 extension = next((e for e in sample.members if f".{e.lower()}" in EXTENSIONS), None)
@@ -318,5 +252,6 @@ def _shards(urls: str) -> Source:
     return Source(splits, class_names, identity)
 
 
-def _label(labels: np.ndarray | None, index: int) -> int | None:
+def label_at(labels: np.ndarray | None, index: int) -> int | None:
+    """Return the class of an image, None when there are no classes."""
     return None if labels is None else int(labels[index])

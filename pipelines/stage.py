@@ -42,7 +42,7 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
         redo: empty the folder first.
 
     Raises:
-        StageError: the folder holds work of other settings, or cannot be written.
+        StageError: the folder holds finished work or checkpoints of other settings, or cannot be written.
     """
     settings = plain(settings)
     try:
@@ -50,7 +50,8 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.yaml"
-        if path.exists():
+        # Shards without a manifest are judged one by one by their receipts; weights have nothing but their config.
+        if path.exists() and (is_complete(folder) or (folder / "checkpoints").exists()):
             found = differences(yaml.safe_load(path.read_text()), settings)
             if found:
                 shown = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pipelines.compute import ComputeConfig
+from pipelines.compute import ComputeConfig, several_processes
 from pipelines.data import StepData
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
@@ -73,6 +73,8 @@ class TrainingConfig:
         rates = self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
         if not min(rates) > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must lie in [0, 1), got {self.beta2}")
         if not 0 <= self.weight_ema < 1:
             raise ValueError(f"weight_ema must lie in [0, 1), got {self.weight_ema}")
         if self.compile not in (True, False, "auto"):
@@ -163,22 +165,36 @@ def fit(
         stop_on_nan,
         _Progress(title, monitor),
         ModelCheckpoint(checkpoints, "best", monitor=monitor, enable_version_counter=False),
-        ModelCheckpoint(
-            checkpoints,
-            "last",
-            every_n_train_steps=config.checkpoint_every,
-            enable_version_counter=False,
-        ),
+        _KeepLast(last, config.checkpoint_every, min(config.val_every, config.steps)),
     ]
     if config.weight_ema:
-        callbacks.insert(0, WeightAveraging(avg_fn=_averaging(config.weight_ema)))
+        callbacks.insert(0, WeightAveraging(multi_avg_fn=_averaging(config.weight_ema)))
     if config.patience:
         callbacks.append(EarlyStopping(monitor, patience=config.patience, min_delta=0.0))
     if config.compile is True or (config.compile == "auto" and _on_gpu(compute)):
         model = module.model
         assert isinstance(model, nn.Module)
         model.compile()
-    trainer = pl.Trainer(
+    try:
+        trainer = _trainer(config, compute, folder, callbacks)
+    except (MisconfigurationException, ImportError, ValueError) as error:
+        raise ConfigError(f"compute cannot be had here: {error}") from error
+    if data.batch_size % (trainer.world_size * config.micro_batches):
+        raise ConfigError(
+            f"batch_size must be a multiple of processes * micro_batches, got {data.batch_size} for "
+            f"{trainer.world_size} * {config.micro_batches}"
+        )
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+    except SystemExit as error:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from error
+    stop_on_nan.check(trainer.global_step)
+    return torch.load(best, map_location="cpu", weights_only=True)
+
+
+def _trainer(config: TrainingConfig, compute: ComputeConfig, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
+    assert isinstance(config.steps, int)
+    return pl.Trainer(
         accelerator=compute.accelerator,
         devices=compute.devices,
         num_nodes=compute.num_nodes,
@@ -199,17 +215,6 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    if data.batch_size % (trainer.world_size * config.micro_batches):
-        raise ConfigError(
-            f"batch_size must be a multiple of processes * micro_batches, got {data.batch_size} for "
-            f"{trainer.world_size} * {config.micro_batches}"
-        )
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-    except SystemExit as error:  # Lightning's answer to Ctrl-C
-        raise KeyboardInterrupt from error
-    stop_on_nan.check(trainer.global_step)
-    return torch.load(best, map_location="cpu", weights_only=True)
 
 
 def export(model: HierarchicalVQVAE | LevelPrior, checkpoint: dict[str, Any], folder: Path) -> None:
@@ -230,6 +235,29 @@ def keep_metrics(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None
     """Put the validation figures into a checkpoint, for the export of the best."""
     figures = module.trainer.callback_metrics
     checkpoint["metrics"] = {name: float(value) for name, value in figures.items() if name.startswith("val_")}
+
+
+class _KeepLast(Checkpoint):
+    """Writes the checkpoint to go on from: every so many steps, and after each validation.
+
+    Where both fall together the validation comes first, so that going on never skips one.
+    """
+
+    def __init__(self, path: Path, every: int, val_every: int) -> None:
+        self.path, self.every, self.val_every = path, every, val_every
+        self.saved = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        step = trainer.global_step
+        if step != self.saved and step % self.every == 0 and step % self.val_every:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self.saved = trainer.global_step
+        trainer.save_checkpoint(self.path)
 
 
 class _StopOnNonFinite(Callback):
@@ -255,7 +283,8 @@ class _StopOnNonFinite(Callback):
         if self.bad is not None and bool(self.bad):
             kept = f"the last good checkpoint is kept in {self.last}" if self.last.exists() else "no checkpoint yet"
             raise StageError(
-                f"the loss became NaN or infinite by step {step}; {kept}; lower the learning rate or set gradient_clip"
+                f"the loss became NaN or infinite by step {step}; {kept}; begin again with --redo and a lower "
+                "learning_rate or a gradient_clip"
             )
 
 
@@ -273,7 +302,8 @@ class _Progress(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor in trainer.callback_metrics:
-            self.bar.set_postfix_str(f"{self.monitor} {float(trainer.callback_metrics[self.monitor]):.4g}")
+            figure = float(trainer.callback_metrics[self.monitor])
+            self.bar.set_postfix_str(f"{self.monitor} {figure:.4g}", refresh=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bar.close()
@@ -286,9 +316,9 @@ class _Progress(Callback):
 def _averaging(decay: float) -> Any:
     """Return an average that forgets its start sooner while it is young: decay min(d, (1 + n) / (10 + n))."""
 
-    def average(averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
         young = (1 + int(num_averaged)) / (10 + int(num_averaged))
-        return averaged.lerp(current, 1 - min(decay, young))
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, young))
 
     return average
 
@@ -308,6 +338,4 @@ def _precision(precision: str, compute: ComputeConfig) -> str:
 
 def _strategy(compute: ComputeConfig) -> Any:
     """DDP for several processes. Buffers are not broadcast: every rank computes the same codebooks by itself."""
-    devices = torch.cuda.device_count() if compute.devices == "auto" and _on_gpu(compute) else compute.devices
-    several = devices not in ("auto", "1", 1) or compute.num_nodes > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return DDPStrategy(broadcast_buffers=False) if several else "auto"
+    return DDPStrategy(broadcast_buffers=False) if several_processes(compute) else "auto"

@@ -60,13 +60,17 @@ class HierarchicalPrior(nn.Module):
         """Names of the classes, empty when there are none."""
         return self.levels[0].config.class_names
 
-    def nll(self, codes: list[Tensor], classes: Tensor | None = None) -> Tensor:
+    def nll(self, codes: list[Tensor], classes: Sequence[int] | Tensor | None = None) -> Tensor:
         """Return the exact negative log-likelihood in nats, float64 (B,), summed over levels and positions.
 
         Args:
             codes: int64 (B, h, w) a level, coarse to fine.
-            classes: int64 (B,), or None where no class is given.
+            classes: class index of each, or None where no class is given.
+
+        Raises:
+            ValueError: a class does not exist.
         """
+        classes = self._class_tensor(classes)
         return torch.stack([level.nll(codes[n], codes[:n], classes) for n, level in enumerate(self.levels)]).sum(0)
 
     @torch.no_grad()
@@ -103,10 +107,7 @@ class HierarchicalPrior(nn.Module):
         Source: Ho and Salimans 2022 (guidance without a classifier), on logits.
         """
         device = next(self.parameters()).device
-        if classes is not None:
-            classes = torch.as_tensor(classes, dtype=torch.int64, device=device)
-            if len(classes) and not (int(classes.min()) >= 0 and int(classes.max()) < len(self.class_names)):
-                raise ValueError(f"classes must lie in [0, {len(self.class_names)}), got {classes.tolist()}")
+        classes = self._class_tensor(classes)
         if indices is None:
             indices = range(1 if classes is None else len(classes))
         if classes is not None and len(indices) != len(classes):
@@ -115,6 +116,8 @@ class HierarchicalPrior(nn.Module):
         streams = torch.from_numpy(np.stack([uniforms(seed, index, sum(sizes)) for index in indices])).to(device)
         codes: list[Tensor] = []
         given = (temperature, top_k, top_p, guidance)
+        if any(isinstance(setting, Sequence) and len(setting) != len(self.levels) for setting in given):
+            raise ValueError(f"settings must be one value or one a level ({len(self.levels)}), got {given}")
         for number, (level, stream) in enumerate(zip(self.levels, streams.split(sizes, 1), strict=True)):
             settings = LevelSampling(
                 *(setting[number] if isinstance(setting, Sequence) else setting for setting in given)  # type: ignore[arg-type]
@@ -124,6 +127,15 @@ class HierarchicalPrior(nn.Module):
                 raise ValueError("guidance needs classes; leave it at 1 where no class is given")
             codes.append(_sample_level(level, codes, classes, stream, settings))
         return codes
+
+    def _class_tensor(self, classes: Sequence[int] | Tensor | None) -> Tensor | None:
+        if classes is None:
+            return None
+        device = next(self.parameters()).device
+        classes = torch.as_tensor(classes, dtype=torch.int64, device=device)
+        if len(classes) and not (int(classes.min()) >= 0 and int(classes.max()) < len(self.class_names)):
+            raise ValueError(f"classes must lie in [0, {len(self.class_names)}), got {classes.tolist()}")
+        return classes
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write one folder a level: level0, level1, …"""

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prior.decoding import RecomputingDecoder
+from prior.sizes import check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,13 @@ class PixelSNAILConfig:
     heads: int | list[int] = 8
     attention_width: int | list[int] = 128
     conditioning_blocks: int | list[int] = 4
+
+    def __post_init__(self) -> None:
+        check_sizes(self, at_least={"conditioning_blocks": 0})
+        if isinstance(self.attention_width, int) and isinstance(self.heads, int) and self.attention_width % self.heads:
+            raise ValueError(
+                f"attention_width must be a multiple of heads, got {self.attention_width} with {self.heads} heads"
+            )
 
 
 class CausalConv2d(nn.Module):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from x_transformers import Decoder as DecoderStack
 from x_transformers.x_transformers import LayerIntermediates
 
+from prior.sizes import check_sizes
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
@@ -26,6 +28,11 @@ class TransformerConfig:
     depth: int | list[int] = 12
     heads: int | list[int] = 8
     conditioning_blocks: int | list[int] = 2
+
+    def __post_init__(self) -> None:
+        check_sizes(self, at_least={"conditioning_blocks": 0})
+        if isinstance(self.width, int) and isinstance(self.heads, int) and self.width % (4 * self.heads):
+            raise ValueError(f"width must be a multiple of 4 * heads, got {self.width} with {self.heads} heads")
 
 
 def rotary_angles(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Tensor:
@@ -52,9 +59,6 @@ class CodeTransformer(nn.Module):
         dropout: after the embeddings, in attention and in feed-forward.
 
     Source: Vaswani et al. 2017; feed-forward of Shazeer 2020 (SwiGLU), norm of Zhang and Sennrich 2019 (RMSNorm).
-
-    Raises:
-        ValueError: width is not a multiple of 4 * heads.
     """
 
     angles: Tensor
@@ -62,8 +66,6 @@ class CodeTransformer(nn.Module):
     def __init__(self, codebook_size: int, grid: tuple[int, int], config: TransformerConfig, dropout: float) -> None:
         super().__init__()
         assert isinstance(config.width, int) and isinstance(config.heads, int)
-        if config.width % (4 * config.heads):
-            raise ValueError(f"width must be a multiple of 4 * heads, got {config.width} with {config.heads} heads")
         head_dim = config.width // config.heads
         self.embedding = nn.Embedding(codebook_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)

@@ -30,6 +30,7 @@ def test_help_names_every_stage_and_every_setting(smalti: Smalti) -> None:
         (["pack"], "name a config: smalti pack CONFIG.yaml"),
         (["pack", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
         (["run", "x.yaml", "--redo", "paint"], "--redo must name a stage, got 'paint'"),
+        (["pack", "x.yaml", "--redo", "encode"], "--redo encode goes with encode or run, not with pack"),
         (["pack", "x.yaml", "--level", "1"], "--level goes with train-prior, not with pack"),
         (["train-prior", "x.yaml", "--level", "one"], "invalid int value"),
     ],

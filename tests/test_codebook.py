@@ -51,6 +51,15 @@ def test_normalized_latents_find_the_code_at_the_smallest_angle() -> None:
     assert torch.equal(codebook(latents).codes, angles.argmax(1))
 
 
+def test_normalized_codes_stay_of_unit_length_when_weights_are_averaged() -> None:
+    codebook = Codebook(32, 4, normalize=True)
+    codebook.vectors.mul_(torch.rand(32, 1) + 0.5)
+    assert torch.allclose(codebook.lookup(torch.arange(32).view(1, 4, 8)).norm(dim=1), torch.ones(1, 4, 8))
+    latents = torch.randn(3, 4, 2, 2)
+    angles = F.cosine_similarity(latents[:, None], codebook.vectors[None, :, :, None, None], dim=2)
+    assert torch.equal(codebook(latents).codes, angles.argmax(1))
+
+
 def test_wrong_channels_and_codes_out_of_range_are_refused() -> None:
     codebook = Codebook(16, 4)
     with pytest.raises(ValueError, match="must have code_dim 4 channels, got 5"):

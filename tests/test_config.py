@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from prior import TransformerConfig
 
 def test_overrides_win_over_the_file(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     path = write_config(tmp_path)
-    config = load_config(path, ["--seed", "3", "--tokenizer.model.strides=[4]", "--tokenizer.model.codebook_size=9"])
+    one_level = ["--tokenizer.model.strides=[4]", "--tokenizer.model.codebook_size=9", "--prior.network", "transformer"]
+    config = load_config(path, ["--seed", "3", *one_level])
     assert config.seed == 3
     assert config.tokenizer.model.strides == [4]
     assert config.tokenizer.model.codebook_sizes == [9]
@@ -43,10 +45,25 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         ({}, ["--tokenizer.training.steps", "7"], r"steps must be a multiple of val_every \(3\), got 7"),
         ({}, ["--encode.views=[upside-down]"], "encode.views must name one or more of image, flip"),
         ({}, ["--compute.logger", "paper"], "compute.logger must be csv, wandb or tensorboard"),
-        ({}, ["--sample.folder", "../elsewhere"], "sample.folder must name a folder inside"),
+        ({}, ["--sample.folder", "../elsewhere"], "sample.folder must name a folder of its own inside"),
         ({"tokenizer": {"class_path": "os.system"}}, [], "class_path is not allowed"),
         ({"prior": {"training": {"init_args": {}}}}, [], "init_args is not allowed"),
         ({}, ["--tokenizer.model.class_path=os.system"], "class_path is not allowed"),
+        ({"images": "{class_path: trap.Anything}"}, [], "images must hold settings as"),
+        ({"tokenizer": 5}, [], "tokenizer must hold settings as .*, got 5"),
+        ({"images": None}, [], "images must hold settings as .*, got None"),
+        ({"prior": {"training": [1]}}, [], "prior.training must hold settings as"),
+        ({}, ["--images={source: digits}"], "--images is a section; override its settings one by one"),
+        ({}, ["--prior.dropout=[0.1]"], r"dropout must be one value or a list of 2, one a level, got \[0.1\]"),
+        ({}, ["--sample.temperature=[1,1,1]"], "sample.temperature must be one value or a list of 2"),
+        ({}, ["--prior.transformer.heads=0"], "heads must be at least 1, got 0"),
+        ({}, ["--prior.transformer.depth=[1,0]"], "depth must be at least 1, got 0"),
+        ({}, ["--prior.pixelsnail.heads=3"], "attention_width must be a multiple of heads, got 8 with 3"),
+        ({}, ["--prior.pixelsnail.conditioning_blocks=-1"], "conditioning_blocks must be at least 0, got -1"),
+        ({}, ["--tokenizer.augment.shift=-1"], "augment.shift must not be negative"),
+        ({}, ["--prior.training.beta2=1.5"], r"beta2 must lie in \[0, 1\), got 1.5"),
+        ({}, ["--sample.folder=."], "sample.folder must name a folder of its own"),
+        ({}, ["--sample.folder=images/x"], "sample.folder must name a folder of its own"),
         ({"seed": -1}, [], "seed must lie in"),
     ],
 )
@@ -71,15 +88,29 @@ def test_files_that_are_no_config_are_errors(tmp_path: Path) -> None:
         load_config(tmp_path / "a.yaml")
 
 
-def test_a_class_path_imports_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ["{class_path: trap.Anything}", "'{class_path: trap.Anything}'", '"{class\\u005fpath: trap.Anything}"'],
+)
+@pytest.mark.parametrize("key", ["tokenizer", "images", "compute"])
+def test_a_class_path_imports_nothing(text: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
-    (tmp_path / "a.yaml").write_text("run_dir: x\ntokenizer: {class_path: trap.Anything}")
-    with pytest.raises(ConfigError, match="class_path is not allowed"):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a.yaml").write_text(f"run_dir: x\n{key}: {text}")
+    with pytest.raises(ConfigError, match=r"is not allowed|must hold settings"):
         load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("run_dir: x")
+    with pytest.raises(ConfigError, match="is a section"):
+        load_config(tmp_path / "a.yaml", [f"--{key}={text}"])
+    assert "trap" not in sys.modules
+
+
+def test_a_run_dir_may_be_called_anything(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    assert load_config(write_config(tmp_path), ["--run_dir=my_class_path_runs"]).run_dir == "my_class_path_runs"
 
 
 def test_lists_are_one_value_a_level() -> None:
-    section = TransformerConfig(width=[8, 16], depth=3)
+    section = TransformerConfig(width=[8, 16], depth=3, heads=2)
     assert at_level(section, 1, 2).width == 16
     assert at_level(section, 1, 2).depth == 3
     with pytest.raises(ConfigError, match="width must be one value or a list of 3"):

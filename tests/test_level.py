@@ -48,7 +48,7 @@ def test_a_tiny_prior_learns_eight_grids_by_heart(network: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < first / 10
+    assert float(loss.detach()) < first / 10
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -88,6 +88,10 @@ def test_too_few_images_for_a_split_are_an_error(tmp_path: Path) -> None:
         pack(config_of(tmp_path / "one"), 0, COMPUTE, tmp_path)
 
 
+def test_classes_of_one_image_each_still_make_a_val_split() -> None:
+    assert len(stratified_fraction(np.arange(20), 20, 0.1, 0)) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

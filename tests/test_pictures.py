@@ -1,4 +1,5 @@
 import io
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -111,6 +112,17 @@ def test_a_gigapixel_image_is_refused_before_memory_is_taken() -> None:
         open_image(data)
 
 
+def test_metadata_that_lies_makes_a_bad_image_not_a_crash() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("WEBP", "JPEG", "PNG"):
+        whole = data_of(Image.fromarray(noise(32, 32)), kind, exif=exif)
+        for place in range(0, len(whole), 7):
+            data = whole[:place] + b"\xff\x00Z" + whole[place + 3 :]
+            with suppress(BadImageError):
+                assert fit(data, 16, 3, False, "png").data
+
+
 def test_resized_png_is_lossless_and_formats_are_as_asked() -> None:
     image = Image.fromarray(noise(16, 16))
     for extension in ("png", "webp"):
@@ -122,6 +134,14 @@ def test_resized_png_is_lossless_and_formats_are_as_asked() -> None:
 
 def test_a_grid_holds_every_picture_and_its_labels() -> None:
     rows = [[np.full((1, 8, 8), value, dtype=np.uint8) for value in row] for row in ([0, 85], [170, 200])]
-    grid = np.asarray(picture_grid(rows, ["zero", "a very long class name"]))
+    grid = np.asarray(picture_grid(rows, [["zero", "a very long class name"]]))
     assert grid.shape[1] > 2 * 48
     assert {0, 85, 170, 200} <= set(np.unique(grid))
+
+
+def test_a_missing_picture_leaves_its_cell_white() -> None:
+    black = np.zeros((1, 8, 8), dtype=np.uint8)
+    grid = np.asarray(picture_grid([[black, black], [None, black]]))
+    half = grid.shape[1] // 2
+    assert grid[-48:-4, 4 : half - 4].min() == 255
+    assert grid[-48:-4, half + 4 : -4].max() == 0

@@ -139,6 +139,11 @@ def test_saving_and_loading_gives_the_same_samples(tmp_path: Path) -> None:
         HierarchicalPrior.from_pretrained(tmp_path / "nowhere")
 
 
+def test_classes_may_be_a_list() -> None:
+    prior, codes = tiny_prior("transformer", [(2, 2)], [16]), draw_codes([(2, 2)], [16])
+    assert torch.equal(prior.nll(codes, [1, 2]), prior.nll(codes, torch.tensor([1, 2])))
+
+
 def test_an_unconditional_prior_samples_without_classes() -> None:
     prior = tiny_prior("transformer", [(2, 2)], [16], num_classes=0)
     assert prior.sample(indices=range(4))[0].shape == (4, 2, 2)
@@ -155,6 +160,10 @@ def test_what_does_not_belong_together_is_refused() -> None:
     prior = tiny_prior("transformer", grids, [16, 16])
     with pytest.raises(ValueError, match=r"classes must lie in \[0, 3\), got \[3\]"):
         prior.sample([3])
+    with pytest.raises(ValueError, match=r"classes must lie in \[0, 3\), got \[0, 5\]"):
+        prior.nll(draw_codes(grids, [16, 16]), [0, 5])
+    with pytest.raises(ValueError, match=r"one value or one a level \(2\)"):
+        prior.sample([0], temperature=[1.0])
     with pytest.raises(ValueError, match="guidance needs classes"):
         prior.sample(indices=range(2), guidance=2.0)
     with pytest.raises(ValueError, match="equally many, got 3 and 2"):

@@ -345,6 +345,42 @@ def test_three_levels_go_through_every_stage(tmp_path: Path, write_config: Calla
     assert len(HierarchicalPrior.from_pretrained(run_of(config) / "prior").levels) == 3
 
 
+def test_a_tokenizer_of_fewer_levels_leaves_no_prior_of_the_old_ones_in_the_way(
+    copy_of: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = copy_of()
+    arguments = ("--tokenizer.model.strides=[4]", "--tokenizer.model.codebook_size=16", "--prior.network=transformer")
+    assert smalti("run", config, *arguments, "--redo=train-tokenizer")[0] == 0
+    sample = next(iter(webdataset.WebDataset(str(run_of(config) / "samples" / "000000.tar"), shardshuffle=False)))
+    assert "level1.npy" not in sample
+
+
+def test_a_run_with_codes_from_elsewhere_needs_their_tokenizer(tiny_run: Path, smalti: Smalti) -> None:
+    code, text = smalti("run", tiny_run, f"--codes.from={run_of(tiny_run) / 'codes'}")
+    assert code == 2
+    assert "codes.from goes with tokenizer.from" in text
+
+
+def test_a_device_that_is_not_there_is_an_error_of_one_line(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = write_config(tmp_path, {"images": {"from": str(run_of(tiny_run) / "images")}})
+    code, text = smalti("train-tokenizer", config, "--compute.accelerator=mps")
+    assert code == 2
+    assert "compute cannot be had here" in text
+
+
+def test_images_too_small_for_ssim_are_evaluated_without_it(
+    tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = write_config(tmp_path, {"images": {"size": 8}, "tokenizer": {"model": {"strides": [4, 2]}}})
+    for stage in ("pack", "train-tokenizer"):
+        assert smalti(stage, config)[0] == 0
+    code, text = smalti("evaluate", config)
+    assert code == 0
+    assert "SSIM" not in text
+
+
 def test_an_unwritable_folder_is_an_error_of_one_line(
     tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
 ) -> None:

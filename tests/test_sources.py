@@ -68,6 +68,61 @@ def test_folders_that_promise_what_they_do_not_hold_are_named(tmp_path: Path) ->
         open_source(f"folder:{tmp_path}")
 
 
+def test_folders_are_listed_as_people_expect(tmp_path: Path) -> None:
+    """Links are followed, hidden folders are not, odd names are names, and a lone train folder is no class."""
+    picture(tmp_path / "elsewhere" / "a.png")
+    for name in ("set/train/dog/b.png", "set/train/.ipynb_checkpoints/c.png", "set/train/dog/名前.png"):
+        picture(tmp_path / name)
+    (tmp_path / "set" / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train" / "dog" / b"\xe9.png".decode("utf-8", "surrogateescape")).write_bytes(b"")
+    source = open_source(f"folder:{tmp_path}/set")
+    assert source.class_names == ["cat", "dog"]
+    split = source.splits["train"]
+    assert len(split) == 4
+    assert {split.key(index) for index in range(4)} >= {"cat/a", "dog/b", "dog/名前"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, None, 2], "must hold a whole number or a name for every image"),
+        (["a", None, "b"], "must hold a whole number or a name for every image"),
+        ([[1], [2], [3]], "must hold a whole number or a name for every image"),
+        ([0.5, 1.0, 2.0], "must hold a whole number or a name for every image"),
+    ],
+)
+def test_labels_that_are_none_are_refused(
+    labels: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = data_of(Image.fromarray(noise(8, 8)))
+    datasets.Dataset.from_dict({"image": [data] * 3, "label": labels}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(StageError, match=message):
+        open_source(f"parquet:{tmp_path}/a.parquet")
+    assert open_source(f"parquet:{tmp_path}/a.parquet", classes=False).class_names == []
+
+
+def test_an_unlabelled_split_is_refused_and_names_make_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=["x", "y"])})
+    rows = {"image": [data_of(Image.fromarray(noise(8, 8)))] * 3}
+    datasets.Dataset.from_dict(rows | {"label": [0, -1, 1]}, features=features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(StageError, match=r"leaves images unlabelled \(-1\)"):
+        open_source(f"parquet:{tmp_path}/a.parquet")
+    datasets.Dataset.from_dict(rows | {"label": ["b", "a", "b"]}).to_parquet(tmp_path / "b.parquet")
+    source = open_source(f"parquet:{tmp_path}/b.parquet")
+    assert source.class_names == ["a", "b"]
+    assert [source.splits["train"].read(index).label for index in range(3)] == [1, 0, 1]
+
+
+def test_a_parquet_file_cannot_name_files_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    picture(tmp_path / "secret.png")
+    rows = {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}] * 2}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
+    assert open_source(f"parquet:{tmp_path}/a.parquet").splits["train"].read(0).data == b""
+
+
 @pytest.fixture
 def hub_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     repository = tmp_path / "repository"

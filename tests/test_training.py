@@ -33,6 +33,10 @@ def dying_at(last: int) -> Callable[[int, int, int], int]:
     return drawn_sample
 
 
+def killed(*arguments: object) -> None:
+    raise Killed
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
@@ -75,6 +79,31 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     assert len(metrics) == 6
     if kind == "tokenizer":
         assert float(metrics[-1]["level1_revived"]) > 0
+
+
+@pytest.mark.parametrize("val_every", [3, 6])
+def test_a_job_killed_while_it_validates_validates_again(
+    val_every: int, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.train_prior import PriorTraining
+
+    changes = {
+        "codes": {"from": str(tiny_run.parent / "run" / "codes")},
+        "prior": {"training": {"val_every": val_every, "checkpoint_every": 1, "log_every": 1}},
+    }
+    found = []
+    for name in ("whole", "killed"):
+        job = Run(load_config(write_config(tmp_path / name, changes)))
+        if name == "killed":
+            with monkeypatch.context() as patch:
+                patch.setattr(PriorTraining, "validation_step", killed)
+                with pytest.raises(Killed):
+                    job.stage("train-prior", 0)
+        job.stage("train-prior", 0)
+        folder = tmp_path / name / "run" / "prior" / "level0"
+        found.append((load_file(folder / "model.safetensors"), rows(folder / "metrics.csv")))
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
 
 
 def test_micro_batches_take_the_codebook_step_of_the_whole_batch(

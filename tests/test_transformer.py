@@ -36,4 +36,4 @@ def test_rotary_positions_know_rows_and_columns() -> None:
 
 def test_a_width_that_does_not_split_into_rotary_pairs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"multiple of 4 \* heads, got 20 with 2 heads"):
-        CodeTransformer(7, (2, 2), TransformerConfig(width=20, depth=1, heads=2), 0.0)
+        TransformerConfig(width=20, depth=1, heads=2)

@@ -47,6 +47,11 @@ class Codebook(nn.Module):
         vectors = torch.randn(codebook_size, code_dim)
         self.register_buffer("vectors", F.normalize(vectors, dim=1) if normalize else vectors)
 
+    @property
+    def table(self) -> Tensor:
+        """The code vectors (K, D); of unit length when normalised, which averaging weights would undo."""
+        return F.normalize(self.vectors, dim=1) if self.normalize else self.vectors
+
     def forward(self, latents: Tensor) -> Quantized:
         """Replace each latent vector by its nearest code.
 
@@ -70,8 +75,9 @@ class Codebook(nn.Module):
             flat = rearrange(latents.float(), "b d h w -> (b h w) d")
             if self.normalize:
                 flat = F.normalize(flat, dim=1)
-            codes = nearest_code(flat.detach(), self.vectors)
-            nearest = self.vectors[codes]
+            table = self.table
+            codes = nearest_code(flat.detach(), table)
+            nearest = table[codes]
             commitment = F.mse_loss(flat, nearest)
             # The value is exactly the code vector (x - x is 0), the gradient is that of the latent.
             straight_through = nearest + (flat - flat.detach())
@@ -101,4 +107,4 @@ class Codebook(nn.Module):
                 f"codes must lie in [0, {size}), got {int(codes.min())} to {int(codes.max())}; "
                 "were they made by another tokenizer?"
             )
-        return rearrange(self.vectors[codes], "b h w d -> b d h w")
+        return rearrange(self.table[codes], "b h w d -> b d h w")

@@ -188,7 +188,7 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
                 raise ValueError(f"level {level} codes must be (B, {grid[0]}, {grid[1]}), got {tuple(code.shape)}")
         quantized = [book.lookup(code) for book, code in zip(self.codebooks, codes, strict=False)]
         for book, grid in list(zip(self.codebooks, self.grids, strict=True))[len(codes) :]:
-            quantized.append(book.vectors.mean(0)[None, :, None, None].expand(len(codes[0]), -1, *grid))
+            quantized.append(book.table.mean(0)[None, :, None, None].expand(len(codes[0]), -1, *grid))
         return self._reconstruct(quantized).clamp(-1, 1)
 
     def _quantize(self, images: Tensor) -> list[Quantized]:
@@ -272,7 +272,10 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
         if not isinstance(settings, dict) or set(settings) != known:
             raise ValueError(f"{folder}/config.json must hold exactly the settings {sorted(known)}")
         image_size, channels = settings.pop("image_size"), settings.pop("channels")
-        model = cls(TokenizerConfig(**settings), image_size, channels)
+        try:
+            model = cls(TokenizerConfig(**settings), image_size, channels)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}/config.json holds settings that cannot be: {error}") from error
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
         if wrong:
