@@ -42,7 +42,7 @@ def test_a_tiny_prior_learns_eight_grids_by_heart(network: str) -> None:
     level = tiny_level(network, GRIDS, SIZES, scale=0.1).train()
     codes, classes = draw_codes(GRIDS, SIZES, batch=8), torch.arange(8) % 3
     optimizer = torch.optim.Adam(level.parameters(), 1e-2)
-    first = float(level.nll(codes[1], codes[:1], classes).mean())
+    first = float(level.nll(codes[1], codes[:1], classes).mean().detach())
     for _ in range(150):
         loss = level.nll(codes[1], codes[:1], classes).mean()
         optimizer.zero_grad()
