@@ -158,8 +158,10 @@ class Run:
             self.stage(name)
 
     def _open(self, stage: str, folder: Path, settings: dict) -> Path:
-        if this_worker().rank == 0:  # the others come after it, or find its work
+        if this_worker().rank == 0:
             open_stage(folder, stage, settings, redo=stage in self.redo)
+        else:  # the first worker judges the settings for all
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def _tokenizer(self) -> HierarchicalVQVAE:

@@ -237,6 +237,30 @@ def test_a_lost_or_damaged_shard_is_made_again_to_the_byte(copy_of: Callable[...
         assert (run / shard).read_bytes() == before
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_workers_share_shards_and_the_last_one_writes_the_same_manifest(
+    order: tuple[int, ...],
+    tiny_run: Path,
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    smalti: Smalti,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three workers, as torchrun names them, whichever comes first: the bytes of one."""
+    run = run_of(tiny_run)
+    config = write_config(tmp_path, {"tokenizer": {"from": str(run / "tokenizer")}, "sample": {"shard_size": 4}})
+    shutil.copytree(run / "prior", run_of(config) / "prior")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for stage, folder in (("pack", "images"), ("encode", "codes"), ("sample", "samples")):
+        for rank in order:
+            monkeypatch.setenv("RANK", str(rank))
+            assert rank != order[0] or not (run_of(config) / folder / "manifest.json").exists()
+            assert smalti(stage, config)[0] == 0
+        for path in (run / folder).iterdir():
+            if path.suffix in (".tar", ".json", ".png"):
+                assert (run_of(config) / folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_several_sets_of_samples_lie_side_by_side(copy_of: Callable[..., Path], smalti: Smalti) -> None:
     config = copy_of()
     arguments = ("--sample.folder=threes", "--sample.classes=['3']", "--sample.guidance=[2,1]", "--sample.count=3")
