@@ -59,6 +59,9 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
+        guidance = self.sample.guidance if isinstance(self.sample.guidance, list) else [self.sample.guidance]
+        if self.prior.class_dropout == 0 and any(value != 1 for value in guidance):
+            raise ValueError("sample.guidance needs a prior that knows no class too: set prior.class_dropout above 0")
         if not self.tokenizer.from_ and not self.images.from_:
             self.tokenizer.model.grids(self.images.size)
         if not self.tokenizer.from_ and not self.codes.from_:

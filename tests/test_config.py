@@ -62,6 +62,7 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         ({}, ["--prior.pixelsnail.conditioning_blocks=-1"], "conditioning_blocks must be at least 0, got -1"),
         ({}, ["--tokenizer.augment.shift=-1"], "augment.shift must not be negative"),
         ({}, ["--prior.training.beta2=1.5"], r"beta2 must lie in \[0, 1\), got 1.5"),
+        ({}, ["--prior.class_dropout=0", "--sample.guidance=2"], "sample.guidance needs a prior that knows no class"),
         ({}, ["--sample.folder=."], "sample.folder must name a folder of its own"),
         ({}, ["--sample.folder=images/x"], "sample.folder must name a folder of its own"),
         ({"seed": -1}, [], "seed must lie in"),
