@@ -5,12 +5,16 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+# A slow machine is no failed law.
+hypothesis.settings.register_profile("smalti", deadline=None)
+hypothesis.settings.load_profile("smalti")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
