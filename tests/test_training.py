@@ -275,6 +275,7 @@ def test_a_step_is_seeded_by_its_place() -> None:
     assert len({draw(0, 1, 0, 0), draw(1, 1, 0, 0), draw(0, 2, 0, 0), draw(0, 1, 1, 0), draw(0, 1, 0, 1)}) == 5
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
 @pytest.mark.skipif(not os.environ.get("SMALTI_COMPILE"), reason="takes a minute; set SMALTI_COMPILE=1")
 def test_a_compiled_job_trains(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> None:
     training = {"compile": True, "weight_ema": 0.9}
