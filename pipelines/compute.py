@@ -54,10 +54,14 @@ def this_worker() -> Worker:
     return Worker(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
+def on_gpu(compute: ComputeConfig) -> bool:
+    """Whether this section means a CUDA GPU, and there is one."""
+    return compute.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
 def several_processes(compute: ComputeConfig) -> bool:
     """Whether Lightning trains in more than one process."""
-    gpus = compute.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    devices = torch.cuda.device_count() if compute.devices == "auto" and gpus else compute.devices
+    devices = torch.cuda.device_count() if compute.devices == "auto" and on_gpu(compute) else compute.devices
     return devices not in ("auto", "1", 1) or compute.num_nodes > 1 or this_worker().world_size > 1
 
 
@@ -77,6 +81,6 @@ def inference_device(compute: ComputeConfig, precise: bool = True) -> torch.devi
         torch.set_num_threads(compute.threads)
     torch.backends.cuda.matmul.allow_tf32 = not precise
     torch.backends.cudnn.allow_tf32 = not precise
-    if compute.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if on_gpu(compute):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")

@@ -12,7 +12,7 @@ from pipelines.errors import ConfigError, StageError
 from pipelines.evaluate import evaluate_prior, evaluate_tokenizer, table
 from pipelines.fingerprint import digest, fingerprint
 from pipelines.pack import pack
-from pipelines.sample import sample
+from pipelines.sample import model_fingerprints, sample
 from pipelines.shards import read_manifest, write_json
 from pipelines.stage import is_complete, open_stage
 from pipelines.train_prior import PriorConfig, train_prior
@@ -208,11 +208,7 @@ class Run:
         return manifest["tokenizer"] == mark and manifest["made_from"] == digest(images)
 
     def _samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:
-        marks = read_manifest(folder, "samples", "sample")["fingerprints"]
-        found = {"tokenizer": fingerprint(tokenizer, tokenizer.settings)} | {
-            f"prior{number}": fingerprint(level, asdict(level.config)) for number, level in enumerate(prior.levels)
-        }
-        return marks == found
+        return read_manifest(folder, "samples", "sample")["fingerprints"] == model_fingerprints(tokenizer, prior)
 
 
 def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorConfig:

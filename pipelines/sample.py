@@ -96,17 +96,14 @@ def sample(
     Raises:
         StageError: tokenizer and prior do not belong together, or a class does not exist.
     """
-    mark = fingerprint(tokenizer, tokenizer.settings)
-    check_belong_together(prior, mark)
+    marks = model_fingerprints(tokenizer, prior)
+    check_belong_together(prior, marks["tokenizer"])
     classes = _class_indices(config.classes, prior.class_names)
     for name in ("temperature", "top_k", "top_p", "guidance"):
         values = getattr(config, name)
         if isinstance(values, list) and len(values) != len(prior.levels):
             raise StageError(f"sample.{name} must be one value or one a level ({len(prior.levels)}), got {values}")
     device = inference_device(compute, precise=config.precision == "float32")
-    marks = {"tokenizer": mark} | {
-        f"prior{number}": fingerprint(level, asdict(level.config)) for number, level in enumerate(prior.levels)
-    }
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     how = {"seed": seed, "device": device.type, "threads": threads, **asdict(config)}
     del how["folder"], how["count"]
@@ -141,6 +138,12 @@ def sample(
             "channels": tokenizer.channels,
         }
         write_manifest(folder, {"samples": names}, contents)
+
+
+def model_fingerprints(tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:
+    """Return what receipts and manifest of samples name their models by: "tokenizer", "prior0", "prior1", …"""
+    levels = {f"prior{number}": fingerprint(level, asdict(level.config)) for number, level in enumerate(prior.levels)}
+    return {"tokenizer": fingerprint(tokenizer, tokenizer.settings), **levels}
 
 
 def check_belong_together(prior: HierarchicalPrior, tokenizer_fingerprint: str) -> None:

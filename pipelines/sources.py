@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -39,7 +39,7 @@ class Split(Protocol):
 class Source(NamedTuple):
     """Splits by name ("train", perhaps "val"), the class names, and a digest of what is listed."""
 
-    splits: dict[str, Any]
+    splits: Mapping[str, Split]
     class_names: list[str]
     identity: str
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pipelines.compute import ComputeConfig, several_processes
+from pipelines.compute import ComputeConfig, on_gpu, several_processes
 from pipelines.data import StepData
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
@@ -171,7 +171,7 @@ def fit(
         callbacks.insert(0, WeightAveraging(multi_avg_fn=_averaging(config.weight_ema)))
     if config.patience:
         callbacks.append(EarlyStopping(monitor, patience=config.patience, min_delta=0.0))
-    if config.compile is True or (config.compile == "auto" and _on_gpu(compute)):
+    if config.compile is True or (config.compile == "auto" and on_gpu(compute)):
         model = module.model
         assert isinstance(model, nn.Module)
         model.compile()
@@ -323,15 +323,11 @@ def _averaging(decay: float) -> Any:
     return average
 
 
-def _on_gpu(compute: ComputeConfig) -> bool:
-    return compute.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-
-
 def _precision(precision: str, compute: ComputeConfig) -> str:
     """bfloat16 where it is fast: on GPUs that have it, and on CPUs with matrix or vector units for it."""
     if precision != "auto":
         return precision
-    if _on_gpu(compute):
+    if on_gpu(compute):
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "32-true"
 
