@@ -16,15 +16,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from pipelines.shards import index_shard, read_manifest, read_member, shard_names
+from pipelines.manifest import read_manifest, receipts_of
+from pipelines.shards import index_shard, read_member
 
 
 def read_folder(folder: Path, kind: str, split: str) -> list[dict[str, bytes]]:
     """Return the contents of every sample of a stage folder's split."""
     samples = []
-    for name, _ in shard_names(read_manifest(folder, kind, kind), split):
-        with (folder / name).open("rb") as file:
-            for sample in index_shard(folder / name):
+    for receipt in receipts_of(read_manifest(folder, kind, kind), split):
+        path = folder / receipt["shard"]
+        with path.open("rb") as file:
+            for sample in index_shard(path):
                 samples.append({extension: read_member(file, member) for extension, member in sample.members.items()})
     return samples
 

@@ -2,6 +2,9 @@
 
 import argparse
 import logging
+import os
+import signal
+import subprocess
 import sys
 import traceback
 import warnings
@@ -28,6 +31,9 @@ options:
   --traceback           show where an error comes from
   -h, --help            this text; after a stage, every setting with its default
 """
+SAME_COMMAND = "the same command goes on from there"
+# Packages whose errors tell of a store that does not answer or does not let us in.
+STORES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "s3fs")
 STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate", "run")
 
 
@@ -39,18 +45,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     show_traceback = "--traceback" in arguments
     from pipelines.errors import ConfigError
+    from pipelines.signals import Interrupted, end_with_parent, leave, requeue, signals_handled_by
 
+    end_with_parent()
+    code = 1
     try:
-        return _command([argument for argument in arguments if argument != "--traceback"])
+        with signals_handled_by(leave):
+            code = _command([argument for argument in arguments if argument != "--traceback"])
     except KeyboardInterrupt:
         print("\nsmalti: interrupted; the same command goes on from what is done", file=sys.stderr)
-        return 1
+    except Interrupted as stop:
+        asked = signal.Signals(stop.signum).name
+        print(f"\nsmalti: stopped by {asked}{stop.done and ', '}{stop.done}; {SAME_COMMAND}", file=sys.stderr)
+        if stop.signum == signal.SIGUSR1:  # the time is up; one who preempts a job puts it back himself
+            requeue()
     except ConfigError as error:
         _report(error, show_traceback)
-        return 2
+        code = 2
     except (ValueError, OSError) as error:
         _report(error, show_traceback)
-        return 1
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in STORES:
+            raise
+        _report(error, show_traceback)
+    if code and "torch" in sys.modules:
+        _leave_process_group(code)
+    return code
+
+
+def _leave_process_group(code: int) -> None:
+    """End at once where other processes of a job may be waiting, or never answer again."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _command(arguments: list[str]) -> int:
@@ -81,6 +111,7 @@ def _command(arguments: list[str]) -> int:
             raise ConfigError(f"--redo {name} goes with {name} or run, not with {stage}")
     if options.level is not None and stage != "train-prior":
         raise ConfigError(f"--level goes with train-prior, not with {stage}")
+    from pipelines.compute import several_processes
     from pipelines.config import load_config
     from pipelines.run import Run
 
@@ -88,10 +119,32 @@ def _command(arguments: list[str]) -> int:
     config = load_config(rest[0], overrides)
 
     run = Run(config, redo)
-    if stage == "run":
-        run.all()
-    else:
+    if stage != "run":
         run.stage(stage, options.level)
+    elif several_processes(config.compute):
+        run.check_order()
+        return _one_by_one(rest[0], overrides, redo)
+    else:
+        run.all()
+    return 0
+
+
+def _one_by_one(config: str, overrides: list[str], redo: list[str]) -> int:
+    """Do the stages as commands of their own, each of which starts its processes and ends with them."""
+    from pipelines.processes import end
+
+    stages = STAGES[: STAGES.index("run")]
+    first = min((stages.index(stage) for stage in redo), default=len(stages))
+    for number, stage in enumerate(stages):
+        again = ["--redo", stage] if number >= first and stage != "evaluate" else []
+        command = [sys.executable, "-m", "pipelines.cli", stage, config, *overrides, *again]
+        child = subprocess.Popen(command)
+        try:
+            code = child.wait()
+        finally:
+            end([child])
+        if code:
+            return code if code > 0 else 1
     return 0
 
 

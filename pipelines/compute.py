@@ -2,9 +2,12 @@
 
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+
+from pipelines.cache import Cache, default_cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,11 @@ class ComputeConfig:
         num_nodes: nodes of a training job.
         num_workers: processes that decode images; -1 chooses.
         threads: CPU threads of this process; 0 leaves them as they are.
+        timeout_s: seconds that a training process waits for another before it gives the job up; longer than any step,
+            validation or fetch may take.
+        strategy: "ddp", or "fsdp" (GPUs only) for a prior whose training does not fit on one device.
+        cache_dir: folder on local disk for fetched shards; empty for the user's cache folder.
+        cache_gb: what fetched shards may take there.
         logger: where training reports besides metrics.csv: "csv" (nowhere else), "wandb" or "tensorboard".
     """
 
@@ -25,13 +33,27 @@ class ComputeConfig:
     num_nodes: int = 1
     num_workers: int = -1
     threads: int = 0
+    timeout_s: int = 1800
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    cache_dir: str = ""
+    cache_gb: float = 100.0
     logger: str = "csv"
 
     def __post_init__(self) -> None:
+        if isinstance(self.devices, str) and self.devices != "auto" and not self.devices.lstrip("-").isdigit():
+            raise ValueError(f"compute.devices must be auto or a number, got {self.devices}")
         if self.logger not in ("csv", "wandb", "tensorboard"):
             raise ValueError(f"compute.logger must be csv, wandb or tensorboard, got {self.logger}")
         if self.num_workers < -1 or self.threads < 0 or self.num_nodes < 1:
             raise ValueError("compute.num_workers, threads and num_nodes must not be negative")
+        if self.timeout_s < 1 or not self.cache_gb > 0:
+            raise ValueError("compute.timeout_s must be at least 1, and cache_gb above 0")
+
+    @property
+    def cache(self) -> Cache:
+        """The local disk's share in reading shards."""
+        folder = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder()
+        return Cache(folder, int(self.cache_gb * 2**30))
 
 
 class Worker(NamedTuple):
@@ -50,8 +72,9 @@ def this_worker() -> Worker:
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and size in os.environ:
             return Worker(int(os.environ[rank]), int(os.environ[size]))
-    # Lightning's own launcher names the place in the node to the children that it starts.
-    return Worker(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    # Lightning's own launcher names the place in the node to the processes that it starts, and the user the node.
+    local, node, per_node = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "NODE_RANK", "LOCAL_WORLD_SIZE"))
+    return Worker(node * max(1, per_node) + local, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def on_gpu(compute: ComputeConfig) -> bool:
@@ -59,10 +82,22 @@ def on_gpu(compute: ComputeConfig) -> bool:
     return compute.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
+def local_processes(compute: ComputeConfig) -> int:
+    """How many processes a stage has on this node."""
+    if compute.devices == "auto":
+        return max(1, torch.cuda.device_count()) if on_gpu(compute) else 1
+    devices = int(compute.devices)
+    return max(1, torch.cuda.device_count()) if devices == -1 else devices
+
+
 def several_processes(compute: ComputeConfig) -> bool:
-    """Whether Lightning trains in more than one process."""
-    devices = torch.cuda.device_count() if compute.devices == "auto" and on_gpu(compute) else compute.devices
-    return devices not in ("auto", "1", 1) or compute.num_nodes > 1 or this_worker().world_size > 1
+    """Whether a stage has more than one process."""
+    return local_processes(compute) > 1 or compute.num_nodes > 1 or this_worker().world_size > 1
+
+
+def started_by_a_launcher() -> bool:
+    """Whether somebody else, torchrun or Slurm, has started all processes of this job."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
 
 
 def num_processes(compute: ComputeConfig) -> int:

@@ -16,16 +16,16 @@ from pipelines.compute import ComputeConfig, inference_device, num_processes, th
 from pipelines.data import sample_pixels, shift_pixels, to_unit_range
 from pipelines.errors import StageError
 from pipelines.fingerprint import digest, fingerprint
+from pipelines.manifest import read_manifest, receipts_of, write_manifest
 from pipelines.progress import progress_bar
 from pipelines.shards import (
+    ShardJob,
     array_bytes,
     code_dtype,
     index_shard,
-    read_manifest,
+    outstanding,
     read_member,
-    receipt_fits,
-    shard_names,
-    write_manifest,
+    this_workers,
     write_shard,
 )
 from tokenizer import HierarchicalVQVAE
@@ -65,7 +65,7 @@ def encode(
     """Write code shards, receipts and the manifest; shards whose receipt fits stay.
 
     Raises:
-        StageError: the tokenizer is for other images.
+        StageError: the tokenizer is for other images, or an image shard is not what its manifest says.
     """
     manifest = read_manifest(images, "images", "pack")
     found = (manifest["image_size"], manifest["channels"])
@@ -77,28 +77,29 @@ def encode(
         )
     mark = fingerprint(tokenizer, tokenizer.settings)
     settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision])
-    jobs = []
+    views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
+    jobs, sources = [], []
     for split in manifest["splits"]:
-        for receipt in manifest["splits"][split]:
+        for receipt in receipts_of(manifest, split):
             provenance = {
                 "made_from": receipt["sha256"],
                 "fingerprints": {"tokenizer": mark},
                 "settings": settings,
             }
-            jobs.append((receipt["shard"], receipt["samples"], split, provenance))
-    if any(not receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
-        (folder / "manifest.json").unlink(missing_ok=True)  # not complete any more
-    worker = this_worker()
+            jobs.append(ShardJob(folder / receipt["shard"], receipt["samples"] * len(views[split]), provenance))
+            sources.append((receipt, views[split]))
+    cache = compute.cache
+    todo = this_workers(jobs, folder, cache)
     device = inference_device(compute, precise=config.precision == "float32")
     model = tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    todo = [job for job in worker.share(jobs) if not receipt_fits(folder / job[0], job[3])]
-    views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
-    total = sum(samples * len(views[split]) for _, samples, split, _ in todo)
-    with progress_bar(total, "encode", "images", disable=worker.rank > 0) as bar:
-        for name, _, split, provenance in todo:
-            samples = _encoded(images / name, model, views[split], config, seed, compute, bar.update)
-            write_shard(folder / name, samples, provenance)
-    if all(receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
+    total = sum(jobs[number].samples for number in todo)
+    with progress_bar(total, "encode", "images", disable=this_worker().rank > 0) as bar:
+        for number in todo:
+            receipt, shown = sources[number]
+            shard = cache.shard(images / receipt["shard"], receipt)
+            samples = _encoded(shard, model, shown, config, seed, compute, bar.update)
+            write_shard(jobs[number].path, samples, jobs[number].provenance)
+    if not outstanding(jobs, cache):
         contents = {
             "kind": "codes",
             "tokenizer": mark,
@@ -114,9 +115,8 @@ def encode(
             "precision": config.precision,
             "made_from": digest(manifest),
         }
-        write_manifest(
-            folder, {split: [n for n, _ in shard_names(manifest, split)] for split in manifest["splits"]}, contents
-        )
+        names = {split: [receipt["shard"] for receipt in receipts_of(manifest, split)] for split in manifest["splits"]}
+        write_manifest(folder, names, contents)
 
 
 class _Views:

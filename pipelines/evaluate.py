@@ -11,14 +11,15 @@ import torch
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from pipelines.codes import Codes
 from pipelines.compute import ComputeConfig, inference_device
-from pipelines.data import Codes, ImageShards, ValidationImages, to_unit_range
+from pipelines.data import ImageShards, ValidationImages, to_unit_range
 from pipelines.errors import StageError
+from pipelines.manifest import read_manifest
 from pipelines.order import ValidationBatches
 from pipelines.progress import progress_bar
 from pipelines.quality import TokenizerQuality, entropy
 from pipelines.sample import check_belong_together
-from pipelines.shards import read_manifest
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -35,7 +36,7 @@ def evaluate_tokenizer(tokenizer: HierarchicalVQVAE, images: Path, compute: Comp
     """
     device = inference_device(compute)
     tokenizer = tokenizer.to(device)
-    shards = ImageShards(images, "val")
+    shards = ImageShards(images, "val", compute.cache)
     if (shards.size, shards.channels) != (tokenizer.image_size, tokenizer.channels):
         raise StageError(f"the tokenizer does not read images of {images}: other size or channels")
     quality = TokenizerQuality(tokenizer)
@@ -61,7 +62,7 @@ def evaluate_tokenizer(tokenizer: HierarchicalVQVAE, images: Path, compute: Comp
 
 @torch.no_grad()
 def evaluate_prior(
-    prior: HierarchicalPrior, codes: Path, cache: Path, compute: ComputeConfig
+    prior: HierarchicalPrior, codes: Path, unpacked: Path, compute: ComputeConfig
 ) -> dict[str, dict[str, float]]:
     """Return, for each level, exact nats and bits per code beside what knowing nothing or the histogram gives.
 
@@ -72,7 +73,7 @@ def evaluate_prior(
     prior = prior.to(device)
     manifest = read_manifest(codes, "codes", "encode")
     check_belong_together(prior, manifest["tokenizer"])
-    val = Codes(codes, "val", cache)
+    val = Codes(codes, "val", unpacked, compute.cache)
     levels = len(prior.levels)
     nats = torch.zeros(levels, dtype=torch.float64)
     counts = [torch.zeros(size, dtype=torch.float64) for size in val.codebook_sizes]

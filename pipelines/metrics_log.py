@@ -2,6 +2,7 @@
 
 import csv
 import io
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from pipelines.fingerprint import digest
-from pipelines.shards import write_text
+from pipelines.places import is_local, write_text
 
 
 class MetricsCSV(Logger):
     """One row a step in a CSV file that a resumed run goes on with.
 
-    Rows at or after the first step that this process logs belong to a life that was cut short, and give way.
+    Rows after the first step that this process logs belong to a life that was cut short, and give way.
 
     Args:
         path: of metrics.csv.
@@ -46,11 +47,11 @@ class MetricsCSV(Logger):
         """Add metrics to the row of a step: a line more, or the file anew where a column or a row changes."""
         step = int(step or 0)
         if self.rows is None:
-            self.rows = {number: row for number, row in self._read().items() if number < step}
+            self.rows = {number: row for number, row in self._read().items() if number <= step}
         values = {name: f"{float(value):.6g}" for name, value in metrics.items() if name != "epoch"}
         fresh = step not in self.rows and set(values) <= set(self.names)
         self.rows.setdefault(step, {}).update(values)
-        if fresh:
+        if fresh and is_local(self.path):
             with self.path.open("a") as file:
                 self._writer(file).writerow({"step": step, **values})
             return
@@ -82,10 +83,12 @@ def make_loggers(kind: str, folder: Path) -> list[Logger]:
     if kind == "tensorboard":
         loggers.append(TensorBoardLogger(str(folder), name="tensorboard", version=""))
     if kind == "wandb":
-        name = "-".join(folder.resolve().parts[-3:])
-        begun = (folder / "config.yaml").stat().st_mtime_ns  # a stage made again is another run
-        identity = digest([str(folder.resolve()), begun])[:16]
-        loggers.append(WandbLogger(name=name, id=identity, project="smalti", save_dir=str(folder), resume="allow"))
+        place = folder.resolve() if is_local(folder) else folder
+        name = "-".join(str(place).split("/")[-3:])
+        begun = (folder / "config.yaml").stat().st_mtime  # a stage made again is another run
+        identity = digest([str(place), begun])[:16]
+        save_dir = str(folder) if is_local(folder) else tempfile.gettempdir()
+        loggers.append(WandbLogger(name=name, id=identity, project="smalti", save_dir=save_dir, resume="allow"))
     return loggers
 
 

@@ -12,15 +12,30 @@ import numpy as np
 
 
 @lru_cache(maxsize=4)
-def epoch_permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Return the order of one epoch, int64 (num_samples,)."""
-    return np.random.default_rng((seed, epoch)).permutation(num_samples)
+def epoch_permutation(seed: int, epoch: int, shards: tuple[int, ...], window: int = 0) -> np.ndarray:
+    """Return the order of one epoch, int64 (N,).
+
+    Args:
+        seed: of the run.
+        epoch: number of the pass over the data.
+        shards: samples in each shard, N in all.
+        window: shards mixed with one another at a time, in a random order of shards, so that few are read at once; 0
+            mixes all.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    if not window or window >= len(shards):
+        return generator.permutation(sum(shards))
+    starts = np.cumsum([0, *shards[:-1]])
+    order = generator.permutation(len(shards))
+    windows = [order[first : first + window] for first in range(0, len(shards), window)]
+    parts = [np.concatenate([starts[shard] + np.arange(shards[shard]) for shard in part]) for part in windows]
+    return np.concatenate([generator.permutation(part) for part in parts])
 
 
-def drawn_sample(seed: int, draw: int, num_samples: int) -> int:
-    """Return the sample at a draw."""
-    epoch, place = divmod(draw, num_samples)
-    return int(epoch_permutation(seed, epoch, num_samples)[place])
+def drawn_sample(seed: int, draw: int, shards: tuple[int, ...], window: int = 0) -> int:
+    """Return the sample at a draw; the other arguments are those of `epoch_permutation`."""
+    epoch, place = divmod(draw, sum(shards))
+    return int(epoch_permutation(seed, epoch, shards, window)[place])
 
 
 class TrainingBatches(NamedTuple):

@@ -2,11 +2,13 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +17,12 @@ import numpy as np
 from pipelines.compute import ComputeConfig, num_processes, this_worker
 from pipelines.errors import StageError
 from pipelines.fingerprint import digest
+from pipelines.manifest import write_manifest
 from pipelines.pictures import BadImageError, fit
+from pipelines.places import write_text
 from pipelines.progress import progress_bar
-from pipelines.shards import read_receipt, receipt_fits, write_manifest, write_shard
+from pipelines.shards import ShardJob, outstanding, read_receipt, this_workers, write_shard
+from pipelines.signals import PARENT, end_with_parent
 from pipelines.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
@@ -92,20 +97,18 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
         chosen = digest([plan.source_split, plan.indices.tolist()])
         return {"made_from": None, "fingerprints": {}, "settings": digest([identity, chosen])}
 
-    worker = this_worker()
-    todo = [plan for plan in worker.share(plans) if not receipt_fits(folder / plan.name, provenance(plan))]
-    tasks = [(folder / plan.name, plan, provenance(plan), config) for plan in todo]
+    jobs = [ShardJob(folder / plan.name, len(plan.indices), provenance(plan)) for plan in plans]
+    todo = this_workers(jobs, folder, compute.cache)
+    tasks = [(jobs[number], plans[number], config) for number in todo]
     processes = min(num_processes(compute), len(tasks))
-    bar = progress_bar(sum(len(plan.indices) for plan in todo), "pack", "images", disable=worker.rank > 0)
-    with bar:
+    total = sum(jobs[number].samples for number in todo)
+    with progress_bar(total, "pack", "images", disable=this_worker().rank > 0) as bar:
         if processes > 1:
-            with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (source,)) as pool:
-                for task, _ in zip(tasks, pool.map(_pack_in_worker, tasks), strict=True):
-                    bar.update(len(task[1].indices))
+            _pack_in_processes(processes, source, tasks, bar.update)
         else:
             for task in tasks:
                 _pack_shard(source, *task, bar.update)
-    if all(receipt_fits(folder / plan.name, provenance(plan)) for plan in plans):
+    if not outstanding(jobs, compute.cache):
         _finish(folder, plans, source, config, settings)
 
 
@@ -160,28 +163,39 @@ def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:
                 seen.add(short)
 
 
+Task = tuple[ShardJob, ShardPlan, ImagesConfig]
 _source: Source | None = None
 
 
-def _start_worker(source: Source) -> None:
+def _pack_in_processes(processes: int, source: Source, tasks: list[Task], tick: Callable[[int], Any]) -> None:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (source, os.getpid())) as pool:
+        try:
+            for task, _ in zip(tasks, pool.map(_pack_in_worker, tasks), strict=True):
+                tick(task[0].samples)
+        except BrokenProcessPool as error:
+            raise StageError(
+                "a process that packs was killed, by lack of memory perhaps; set compute.num_workers lower"
+            ) from error
+        except BaseException:  # nobody waits for shards that nobody wants any more
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+def _start_worker(source: Source, parent: int) -> None:
     global _source
     _source = source
+    os.environ[PARENT] = str(parent)
+    end_with_parent()
 
 
-def _pack_in_worker(task: tuple[Path, ShardPlan, dict[str, Any], ImagesConfig]) -> None:
+def _pack_in_worker(task: Task) -> None:
     assert _source is not None
     with suppress(KeyboardInterrupt):  # Ctrl-C reaches every process; the first one tells of it
         _pack_shard(_source, *task, lambda: None)
 
 
-def _pack_shard(
-    source: Source,
-    path: Path,
-    plan: ShardPlan,
-    provenance: dict[str, Any],
-    config: ImagesConfig,
-    tick: Callable[[], Any],
-) -> None:
+def _pack_shard(source: Source, job: ShardJob, plan: ShardPlan, config: ImagesConfig, tick: Callable[[], Any]) -> None:
     """Write one shard, calling tick once an image."""
     skipped: list[dict[str, str]] = []
     allowed = config.max_bad * sum(len(split) for split in source.splits.values())
@@ -202,7 +216,7 @@ def _pack_shard(
                 contents["cls"] = str(raw.label).encode()
             yield raw.key, contents
 
-    write_shard(path, samples(), provenance | {"skipped": skipped})
+    write_shard(job.path, samples(), job.provenance | {"skipped": skipped})
 
 
 def _too_many_bad(skipped: list[dict[str, str]], config: ImagesConfig) -> StageError:
@@ -227,7 +241,7 @@ def _finish(folder: Path, plans: list[ShardPlan], source: Source, config: Images
     if skipped:
         logger.warning("%d images skipped; %s and the manifest name them", len(skipped), folder / "skipped.txt")
         report = "".join(f"{entry['key']}\t{entry['reason']}\n" for entry in skipped)
-        (folder / "skipped.txt").write_text(report)
+        write_text(folder / "skipped.txt", report)
     contents = {
         "kind": "images",
         "image_size": config.size,

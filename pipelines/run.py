@@ -2,19 +2,24 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipelines.compute import ComputeConfig, several_processes, this_worker
+from pipelines.cache import Cache
+from pipelines.compute import ComputeConfig, this_worker
 from pipelines.config import Config, at_level
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
 from pipelines.evaluate import evaluate_prior, evaluate_tokenizer, table
 from pipelines.fingerprint import digest, fingerprint
+from pipelines.manifest import read_manifest, receipts_of
 from pipelines.pack import pack
+from pipelines.places import is_local, make_folder, place
+from pipelines.processes import workers_of
 from pipelines.sample import model_fingerprints, sample
-from pipelines.shards import read_manifest, write_json
-from pipelines.stage import is_complete, open_stage
+from pipelines.shards import write_json
+from pipelines.stage import is_complete, only_process, open_stage
 from pipelines.train_prior import PriorConfig, train_prior
 from pipelines.train_tokenizer import train_tokenizer
 from prior import HierarchicalPrior, LevelPrior
@@ -36,7 +41,9 @@ class Run:
     def __init__(self, config: Config, redo: Sequence[str] = ()) -> None:
         self.config = config
         self.redo = set(redo)
-        self.root = Path(config.run_dir).expanduser()
+        self.root = place(config.run_dir, writable=True)
+        if self.redo and this_worker().world_size > 1:
+            raise ConfigError("--redo empties folders, so it goes with one process; remove the stage's folder instead")
 
     @property
     def images(self) -> Path:
@@ -47,6 +54,12 @@ class Run:
     def codes(self) -> Path:
         """The `codes` folder: this run's, or the one that codes.from names."""
         return _existing(self.config.codes.from_, "codes.from") or self.root / "codes"
+
+    @property
+    def unpacked(self) -> Path:
+        """Where codes are unpacked: in the run, or on local disk when that is elsewhere."""
+        local = is_local(self.root)
+        return self.root / "prior" / "codes" if local else self.config.compute.cache.folder / "codes"
 
     def stage(self, name: str, level: int | None = None) -> bool:
         """Do one stage."""
@@ -68,9 +81,10 @@ class Run:
             read_manifest(self.images, "images", "pack")
             return _skip("pack", f"images come from {self.images}")
         folder = self._open("pack", self.root / "images", {"seed": config.seed, "images": config.images})
-        if is_complete(folder):
+        if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
             return _skip("pack", f"{folder} is complete")
-        pack(config.images, config.seed, config.compute, folder)
+        with workers_of(config.compute):
+            pack(config.images, config.seed, config.compute, folder)
         return True
 
     def train_tokenizer(self) -> bool:
@@ -81,11 +95,12 @@ class Run:
             return _skip("train-tokenizer", f"the tokenizer comes from {config.tokenizer.from_}")
         made_from = {"images": digest(read_manifest(self.images, "images", "pack"))}
         settings = {"seed": config.seed, "tokenizer": config.tokenizer, "made_from": made_from}
-        folder = self._open("train-tokenizer", self.root / "tokenizer", settings)
-        if is_complete(folder):
-            return _skip("train-tokenizer", f"{folder} is complete")
-        training = at_level(config.tokenizer.training, 0, 1)
-        train_tokenizer(config.tokenizer, training, config.seed, config.compute, self.images, folder)
+        with self._alone(self.root / "tokenizer"):
+            folder = self._open("train-tokenizer", self.root / "tokenizer", settings)
+            if is_complete(folder):
+                return _skip("train-tokenizer", f"{folder} is complete")
+            training = at_level(config.tokenizer.training, 0, 1)
+            train_tokenizer(config.tokenizer, training, config.seed, config.compute, self.images, folder)
         return True
 
     def encode(self) -> bool:
@@ -98,7 +113,8 @@ class Run:
         folder = self._open("encode", self.root / "codes", {"seed": config.seed, "encode": config.encode})
         if is_complete(folder) and self._codes_fit(tokenizer):
             return _skip("encode", f"{folder} is complete")
-        encode(config.encode, config.seed, config.compute, tokenizer, self.images, folder)
+        with workers_of(config.compute):
+            encode(config.encode, config.seed, config.compute, tokenizer, self.images, folder)
         return True
 
     def train_prior(self, level: int | None = None) -> bool:
@@ -116,11 +132,12 @@ class Run:
         prior = asdict(section)
         del prior["pixelsnail" if section.network == "transformer" else "transformer"]  # the size that is not used
         settings = {"seed": config.seed, "prior": prior, "made_from": {"codes": digest(manifest)}}
-        folder = self._open(stage, self.root / "prior" / f"level{level}", settings)
-        if is_complete(folder):
-            return _skip(stage, f"{folder} is complete")
-        cache = self.root / "prior" / "codes"
-        train_prior(section, level, config.seed, config.compute, self.codes, cache, folder)
+        folder = self.root / "prior" / f"level{level}"
+        with self._alone(folder):
+            self._open(stage, folder, settings)
+            if is_complete(folder):
+                return _skip(stage, f"{folder} is complete")
+            train_prior(section, level, config.seed, config.compute, self.codes, self.unpacked, folder)
         return True
 
     def sample(self) -> bool:
@@ -131,47 +148,58 @@ class Run:
         folder = self._open("sample", self.root / config.sample.folder, settings)
         if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):
             return _skip("sample", f"{folder} is complete")
-        sample(config.sample, config.seed, config.compute, tokenizer, prior, folder)
+        with workers_of(config.compute):
+            sample(config.sample, config.seed, config.compute, tokenizer, prior, folder)
         return True
 
     def evaluate(self) -> bool:
         """Measure whatever is there: the tokenizer, and the priors if they are trained."""
+        if this_worker().rank > 0:
+            return _skip("evaluate", "the first process does it")
         compute: ComputeConfig = self.config.compute
         figures: dict = {"tokenizer": evaluate_tokenizer(self._tokenizer(), self.images, compute)}
         if all(is_complete(folder) for folder in self._level_folders()) and self._level_folders():
-            figures["prior"] = evaluate_prior(self._prior(), self.codes, self.root / "prior" / "codes", compute)
+            figures["prior"] = evaluate_prior(self._prior(), self.codes, self.unpacked, compute)
         write_json(self.root / "metrics.json", figures)
         print(table(figures))
         return True
 
     def all(self) -> None:
-        """Do every stage in order; a stage that is made again takes those after it along."""
-        if self.config.codes.from_ and not self.config.tokenizer.from_:
-            raise ConfigError("codes.from goes with tokenizer.from, the tokenizer that wrote those codes; name it too")
-        if several_processes(self.config.compute):
-            raise ConfigError(
-                "run does one stage after the other in one process; with several, start the stages one by one"
-            )
+        """Do every stage in order in this process; a stage that is made again takes those after it along."""
+        self.check_order()
         first = min((STAGES.index(stage) for stage in self.redo), default=len(STAGES))
         self.redo = set(STAGES[first:])
         for name in STAGES:
             self.stage(name)
 
+    def check_order(self) -> None:
+        """Raise ConfigError for what cannot be done in order."""
+        if self.config.codes.from_ and not self.config.tokenizer.from_:
+            raise ConfigError("codes.from goes with tokenizer.from, the tokenizer that wrote those codes; name it too")
+        if this_worker().world_size > 1:
+            raise ConfigError("run starts its processes itself; under torchrun or Slurm start the stages one by one")
+
     def _open(self, stage: str, folder: Path, settings: dict) -> Path:
         if this_worker().rank == 0:
             open_stage(folder, stage, settings, redo=stage in self.redo)
         else:  # the first worker judges the settings for all
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         return folder
+
+    def _alone(self, folder: Path) -> AbstractContextManager[None]:
+        return only_process(folder) if this_worker().rank == 0 else nullcontext()
 
     def _tokenizer(self) -> HierarchicalVQVAE:
         name = self.config.tokenizer.from_
-        if not name:
-            folder = self.root / "tokenizer"
-            if not is_complete(folder):
-                raise StageError(f"{folder} holds no finished tokenizer; run `smalti train-tokenizer` first")
-            name = str(folder)
-        return HierarchicalVQVAE.from_pretrained(name)
+        if name and "://" not in name:
+            return HierarchicalVQVAE.from_pretrained(name)
+        folder = place(name) if name else self.root / "tokenizer"
+        if not is_complete(folder):
+            raise StageError(f"{folder} holds no finished tokenizer; run `smalti train-tokenizer` first")
+        return HierarchicalVQVAE.from_pretrained(self._model(folder))
+
+    def _model(self, folder: Path) -> Path:
+        return self.config.compute.cache.files(folder, ["config.json", "model.safetensors"])
 
     def _level_folders(self) -> list[Path]:
         try:
@@ -185,7 +213,7 @@ class Run:
         for folder in folders:
             if not is_complete(folder):
                 raise StageError(f"{folder} holds no finished prior; run `smalti train-prior` first")
-        return HierarchicalPrior([LevelPrior.from_pretrained(folder) for folder in folders]).eval()
+        return HierarchicalPrior([LevelPrior.from_pretrained(self._model(folder)) for folder in folders]).eval()
 
     def _checked_codes(self) -> dict:
         """The codes' manifest; where this run has the tokenizer too, they must belong together."""
@@ -205,10 +233,13 @@ class Run:
         manifest = read_manifest(self.codes, "codes", "encode")
         images = read_manifest(self.images, "images", "pack")
         mark = fingerprint(tokenizer, tokenizer.settings)
-        return manifest["tokenizer"] == mark and manifest["made_from"] == digest(images)
+        fits = manifest["tokenizer"] == mark and manifest["made_from"] == digest(images)
+        return fits and shards_hold(manifest, self.codes, self.config.compute.cache)
 
     def _samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:
-        return read_manifest(folder, "samples", "sample")["fingerprints"] == model_fingerprints(tokenizer, prior)
+        manifest = read_manifest(folder, "samples", "sample")
+        fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
+        return fits and shards_hold(manifest, folder, self.config.compute.cache)
 
 
 def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorConfig:
@@ -222,11 +253,20 @@ def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorCon
     )
 
 
+def shards_hold(manifest: dict, folder: Path, cache: Cache) -> bool:
+    """Whether all shards of a manifest are what it says; one that is not is made again by the stage."""
+    receipts = [receipt for split in manifest["splits"] for receipt in receipts_of(manifest, split)]
+    wrong = next((receipt for receipt in receipts if not cache.holds(folder / receipt["shard"], receipt)), None)
+    if wrong:
+        logger.warning("%s is missing or damaged", folder / wrong["shard"])
+    return wrong is None
+
+
 def _existing(name: str, setting: str) -> Path | None:
     if not name:
         return None
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = place(name)
+    if is_local(folder) and not folder.is_dir():
         raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
     return folder
 

@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines.cache import Cache
 from pipelines.compute import ComputeConfig, inference_device, this_worker
 from pipelines.data import to_uint8
 from pipelines.errors import StageError
 from pipelines.fingerprint import digest, fingerprint
+from pipelines.manifest import write_manifest
 from pipelines.pictures import encode_image, picture_grid, pixels_of, to_picture
+from pipelines.places import whole
 from pipelines.progress import progress_bar
 from pipelines.shards import (
+    ShardJob,
     array_bytes,
     code_dtype,
     index_shard,
+    outstanding,
     read_member,
-    receipt_fits,
-    write_manifest,
+    this_workers,
     write_shard,
 )
 from prior import HierarchicalPrior
@@ -110,24 +114,22 @@ def sample(
     tokenizer, prior = tokenizer.to(device), prior.to(device)
     per_shard = -(-config.shard_size // config.batch_size) * config.batch_size
     starts = range(0, config.count, per_shard)
-    jobs = []
+    jobs, ranges = [], []
     for number, start in enumerate(starts):
         stop = min(start + per_shard, config.count)
         provenance = {"made_from": None, "fingerprints": marks, "settings": digest([how, start, stop])}
-        jobs.append((f"{number:06d}.tar", start, stop, provenance))
-    if any(not receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
-        (folder / "manifest.json").unlink(missing_ok=True)
-    worker = this_worker()
-    todo = [job for job in worker.share(jobs) if not receipt_fits(folder / job[0], job[3])]
-    with progress_bar(
-        sum(stop - start for _, start, stop, _ in todo), "sample", "images", disable=worker.rank > 0
-    ) as bar:
-        for name, start, stop, provenance in todo:
-            drawn = _drawn(config, seed, classes, tokenizer, prior, start, stop, bar.update)
-            write_shard(folder / name, drawn, provenance)
-    if all(receipt_fits(folder / name, provenance) for name, _, _, provenance in jobs):
-        names = [name for name, _, _, _ in jobs]
-        _write_grid(folder, names, prior.class_names, tokenizer)
+        jobs.append(ShardJob(folder / f"{number:06d}.tar", stop - start, provenance))
+        ranges.append((start, stop))
+    cache = compute.cache
+    todo = this_workers(jobs, folder, cache)
+    total = sum(jobs[number].samples for number in todo)
+    with progress_bar(total, "sample", "images", disable=this_worker().rank > 0) as bar:
+        for number in todo:
+            drawn = _drawn(config, seed, classes, tokenizer, prior, *ranges[number], bar.update)
+            write_shard(jobs[number].path, drawn, jobs[number].provenance)
+    if not outstanding(jobs, cache):
+        names = [job.path.name for job in jobs]
+        _write_grid(folder, names, prior.class_names, tokenizer, cache)
         contents = {
             "kind": "samples",
             "fingerprints": marks,
@@ -203,14 +205,17 @@ def _drawn(
         tick(min(config.batch_size, stop - first))
 
 
-def _write_grid(folder: Path, names: list[str], class_names: list[str], tokenizer: HierarchicalVQVAE) -> None:
+def _write_grid(
+    folder: Path, names: list[str], class_names: list[str], tokenizer: HierarchicalVQVAE, cache: Cache
+) -> None:
     """Write grid.png: a column a class where there are at most ten, else samples in order, each with its class."""
     drawn: list[tuple[int, np.ndarray]] = []
     for name in names:
         if len(drawn) >= GRID_SIDE**2:
             break
-        with (folder / name).open("rb") as file:
-            for entry in index_shard(folder / name)[: GRID_SIDE**2]:
+        local = cache.files(folder, [name]) / name
+        with local.open("rb") as file:
+            for entry in index_shard(local)[: GRID_SIDE**2]:
                 label = int(read_member(file, entry.members["cls"])) if "cls" in entry.members else -1
                 png = read_member(file, entry.members["png"])
                 drawn.append((label, pixels_of(png, tokenizer.image_size, tokenizer.channels)))
@@ -223,6 +228,5 @@ def _write_grid(folder: Path, names: list[str], class_names: list[str], tokenize
         lines = [drawn[i : i + GRID_SIDE] for i in range(0, min(len(drawn), GRID_SIDE**2), GRID_SIDE)]
         titles = [[class_names[label] for label, _ in line] for line in lines] if labels[0] >= 0 else []
         picture = picture_grid([[pixels for _, pixels in line] for line in lines], titles)
-    temporary = folder / ".grid.tmp.png"
-    picture.save(temporary)
-    temporary.replace(folder / "grid.png")
+    with whole(folder / "grid.png") as temporary:
+        picture.save(temporary, "PNG")

@@ -1,22 +1,28 @@
-"""Shards, receipts and manifests: webdataset tars that are either whole under their name or not there.
+"""Shards and their receipts: webdataset tars that are either whole under their name or not there.
 
-A shard is written to a temporary name and renamed when whole; its receipt follows; the manifest comes last.
+A shard is written to a temporary name and renamed when whole; its receipt follows.
 """
 
 import hashlib
 import io
 import json
-import os
+import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from pipelines.cache import Cache
+from pipelines.compute import this_worker
 from pipelines.errors import StageError
+from pipelines.places import read_bytes, whole, write_text
 
-FORMAT_VERSION = 1
+# No sample of ours comes near; a member that claims more is not read.
+MAX_MEMBER_BYTES = 2**28
+# What shards may be called: nothing that leads out of their folder.
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 
 class Member(NamedTuple):
@@ -39,7 +45,7 @@ def index_shard(path: Path) -> list[SampleIndex]:
     Webdataset's rule: files that follow one another and share the name up to the first dot are one sample.
 
     Raises:
-        StageError: not a whole tar.
+        StageError: not a whole tar, or a member is too large to be believed.
     """
     samples: list[SampleIndex] = []
     try:
@@ -47,6 +53,8 @@ def index_shard(path: Path) -> list[SampleIndex]:
             for info in tar:
                 if not info.isfile():
                     continue
+                if not 0 <= info.size <= MAX_MEMBER_BYTES:
+                    raise StageError(f"{info.name} of {path} claims {info.size} bytes; members hold {MAX_MEMBER_BYTES}")
                 folder, _, name = info.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
@@ -54,7 +62,9 @@ def index_shard(path: Path) -> list[SampleIndex]:
                     samples.append(SampleIndex(key, {}))
                 samples[-1].members[extension] = Member(info.offset_data, info.size)
             end = tar.offset
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except StageError:
+        raise
+    except Exception as error:  # tarfile raises many kinds on headers that lie
         raise StageError(f"{path} is not a whole tar ({error}); make or copy it again") from error
     with path.open("rb") as file:
         file.seek(end)
@@ -95,26 +105,21 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], pro
     """
     import webdataset  # takes seconds, and reading needs none of it
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        with temporary.open("wb") as file:
-            with webdataset.TarWriter(
+    with whole(path) as temporary:
+        with (
+            temporary.open("wb") as file,
+            webdataset.TarWriter(
                 file, encoder=False, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT"
-            ) as tar:
-                for key, contents in samples:
-                    tar.write({"__key__": key, **contents})
-                    count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        with temporary.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            ) as tar,
+        ):
+            for key, contents in samples:
+                tar.write({"__key__": key, **contents})
+                count += 1
+        with temporary.open("rb") as written:
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
         size = temporary.stat().st_size
         receipt_path(path).unlink(missing_ok=True)  # an old receipt must not vouch for the new shard
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     receipt = {"shard": path.name, "sha256": sha256, "bytes": size, "samples": count, **provenance}
     write_json(receipt_path(path), receipt)
     return receipt
@@ -125,83 +130,47 @@ def receipt_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def receipt_fits(shard: Path, provenance: dict[str, Any]) -> bool:
-    """Whether the shard is there, whole by size, and made from and with what provenance says."""
+def receipt_fits(shard: Path, provenance: dict[str, Any], cache: Cache) -> bool:
+    """Whether the shard is there, is what its receipt says, and is made from and with what provenance says."""
     receipt = read_receipt(shard)
-    if receipt is None or not shard.exists() or shard.stat().st_size != receipt.get("bytes"):
-        return False
-    return all(receipt.get(key) == value for key, value in provenance.items())
+    fits = receipt is not None and all(receipt.get(key) == value for key, value in provenance.items())
+    return fits and cache.holds(shard, receipt)  # type: ignore[arg-type]  # a dict if it fits
 
 
 def read_receipt(shard: Path) -> dict | None:
     """Return a shard's receipt, or None if there is none that can be read."""
     try:
-        receipt = json.loads(receipt_path(shard).read_text())
-    except (OSError, ValueError):
+        receipt = json.loads(read_bytes(receipt_path(shard)))
+    except (OSError, ValueError, RecursionError):
         return None
-    return receipt if isinstance(receipt, dict) and receipt.get("shard") == shard.name else None
+    whole_receipt = isinstance(receipt, dict) and receipt.get("shard") == shard.name and "sha256" in receipt
+    return receipt if whole_receipt else None
 
 
-def write_manifest(folder: Path, splits: dict[str, list[str]], contents: dict[str, Any]) -> dict:
-    """Merge the receipts of a folder's shards into `manifest.json`; it makes the stage complete.
+class ShardJob(NamedTuple):
+    """A shard to be written: its path, how many samples it will hold, and what it is made from and with."""
 
-    Shards that are not named, left by other settings, are removed first.
+    path: Path
+    samples: int
+    provenance: dict[str, Any]
+
+
+def outstanding(jobs: Sequence[ShardJob], cache: Cache) -> list[int]:
+    """Return which jobs have no shard that fits; the others stay as they are."""
+    return [number for number, job in enumerate(jobs) if not receipt_fits(job.path, job.provenance, cache)]
+
+
+def this_workers(jobs: Sequence[ShardJob], folder: Path, cache: Cache) -> list[int]:
+    """Return the jobs that this worker has to do. A folder where something is to be done is not complete any more.
+
+    Which worker a shard belongs to depends on its place alone: others may be at work already.
     """
-    named = {name for names in splits.values() for name in names}
-    for path in folder.glob("*.tar"):
-        if path.name not in named:
-            receipt_path(path).unlink(missing_ok=True)
-            path.unlink()
-    receipts = {split: [read_receipt(folder / name) for name in names] for split, names in splits.items()}
-    manifest = {"format": FORMAT_VERSION, **contents, "splits": receipts}
-    write_json(folder / "manifest.json", manifest)
-    return manifest
-
-
-def read_manifest(folder: Path, kind: str, stage: str) -> dict:
-    """Read a stage folder's manifest.
-
-    Args:
-        folder: of images, codes or samples.
-        kind: which of them it must be.
-        stage: the command that makes it.
-
-    Raises:
-        StageError: none there, or not one of this kind and format.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise StageError(f"{folder} holds no finished {kind}; run `smalti {stage}` first") from error
-    except (OSError, ValueError) as error:
-        raise StageError(f"{path} cannot be read ({error}); run `smalti {stage}` again") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind or manifest.get("format") != FORMAT_VERSION:
-        raise StageError(
-            f"{path} must be a manifest of {kind} in format {FORMAT_VERSION}; is {folder} the right folder?"
-        )
-    return manifest
-
-
-def shard_names(manifest: dict, split: str) -> list[tuple[str, int]]:
-    """Return (name, samples) of each shard of a split."""
-    return [(receipt["shard"], receipt["samples"]) for receipt in manifest["splits"].get(split, [])]
+    missing = outstanding(jobs, cache)
+    if missing:
+        (folder / "manifest.json").unlink(missing_ok=True)
+    return [number for number in this_worker().share(list(range(len(jobs)))) if number in set(missing)]
 
 
 def write_json(path: Path, contents: Any) -> None:
     """Write JSON so that the file is either the old or the new one."""
     write_text(path, json.dumps(contents, indent=1, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text so that the file is either the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,14 +1,20 @@
 """Stage folders: what makes a stage complete, and whether it still fits its config."""
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from pipelines.errors import StageError
-from pipelines.shards import write_text
+from pipelines.places import is_local, make_folder, read_bytes, remove_folder, sweep, whole, write_text
+from prior import LevelPrior
+from tokenizer import HierarchicalVQVAE
 
 
 def plain(settings: Any) -> Any:
@@ -47,12 +53,13 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
     settings = plain(settings)
     try:
         if redo and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+            remove_folder(folder)
+        make_folder(folder)
+        sweep(folder)
         path = folder / "config.yaml"
         # Shards without a manifest are judged one by one by their receipts; weights have nothing but their config.
         if path.exists() and (is_complete(folder) or (folder / "checkpoints").exists()):
-            found = differences(yaml.safe_load(path.read_text()), settings)
+            found = differences(yaml.safe_load(read_bytes(path)), settings)
             if found:
                 shown = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
                 raise StageError(
@@ -70,8 +77,35 @@ def is_complete(folder: Path) -> bool:
     return (folder / "manifest.json").exists() or (folder / "model.safetensors").exists()
 
 
-def publish_model(staging: Path, folder: Path) -> None:
-    """Move a model's files from a staging folder into a stage's; `model.safetensors`, the last, completes the stage."""
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "model.safetensors"):
-        path.replace(folder / path.name)
-    staging.rmdir()
+def publish_model(model: HierarchicalVQVAE | LevelPrior, folder: Path) -> None:
+    """Write a model's files into a stage's folder; `model.safetensors`, the last, completes the stage."""
+    with tempfile.TemporaryDirectory() as staging:
+        model.save_pretrained(staging)
+        for source in sorted(Path(staging).iterdir(), key=lambda path: path.name == "model.safetensors"):
+            with whole(folder / source.name) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Keep other processes of this command out of a folder where they would write the same files.
+
+    Raises:
+        StageError: one is at work there.
+    """
+    if not is_local(folder):  # stores have no locks; what both write there is the same
+        yield
+        return
+    make_folder(folder.parent)
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StageError(f"another process is at work in {folder}; wait until it is done, or stop it") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

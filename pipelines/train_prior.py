@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.codes import Codes, TrainingCodes, ValidationCodes, as_it_is
 from pipelines.compute import ComputeConfig
-from pipelines.data import Codes, StepData, TrainingCodes, ValidationCodes, as_it_is
-from pipelines.shards import read_manifest
+from pipelines.data import StepData
+from pipelines.manifest import read_manifest
 from pipelines.training import (
     TrainingConfig,
     export,
@@ -96,7 +97,7 @@ def level_config(
 
 
 def train_prior(
-    config: PriorConfig, level: int, seed: int, compute: ComputeConfig, codes: Path, cache: Path, folder: Path
+    config: PriorConfig, level: int, seed: int, compute: ComputeConfig, codes: Path, unpacked: Path, folder: Path
 ) -> None:
     """Train one level's prior and export the checkpoint of the best validation likelihood.
 
@@ -106,11 +107,11 @@ def train_prior(
         seed: of weights, batches and dropout.
         compute: where.
         codes: the `codes` folder.
-        cache: folder for the unpacked codes.
+        unpacked: local folder for the unpacked codes.
         folder: of the stage and level.
     """
     manifest = read_manifest(codes, "codes", "encode")
-    train, val = Codes(codes, "train", cache), Codes(codes, "val", cache)
+    train, val = (Codes(codes, split, unpacked, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
     training = config.training
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)

@@ -23,8 +23,10 @@ from pipelines.data import (
     to_uint8,
     to_unit_range,
 )
+from pipelines.errors import ConfigError
 from pipelines.metrics_log import log_picture
 from pipelines.pictures import picture_grid
+from pipelines.places import whole
 from pipelines.quality import TokenizerQuality
 from pipelines.training import (
     TrainingConfig,
@@ -52,6 +54,8 @@ class TokenizerSection:
         from_: a tokenizer folder or hub id to use instead of training one.
         model: its levels and widths.
         codebook: how codebooks learn.
+        shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
+            disk that it is fetched to; 0 mixes all.
         loss: reconstruction loss.
         augment: what is done to training images at random.
         training: optimizer and schedule.
@@ -61,8 +65,13 @@ class TokenizerSection:
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     loss: Literal["mse", "l1"] = "mse"
+    shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if self.shuffle_shards < 0:
+            raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
 
 
 def train_tokenizer(
@@ -78,7 +87,9 @@ def train_tokenizer(
         images: the `images` folder.
         folder: of the stage.
     """
-    train, val = ImageShards(images, "train"), ImageShards(images, "val")
+    if compute.strategy == "fsdp":
+        raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
+    train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
     model = HierarchicalVQVAE(section.model, train.size, train.channels)
     module = TokenizerTraining(model, section, training, seed, folder)
@@ -86,7 +97,7 @@ def train_tokenizer(
     # On a CPU the loader's processes would only take cores from the training itself.
     workers = num_processes(compute) if compute.num_workers >= 0 or torch.cuda.is_available() else 0
     data = StepData(
-        TrainingImages(train, section.augment, seed),
+        TrainingImages(train, section.augment, seed, section.shuffle_shards),
         ValidationImages(val),
         len(val),
         training.steps,
@@ -244,5 +255,6 @@ class TokenizerTraining(pl.LightningModule):
                 )
         if self.global_rank == 0 and self.shown is not None:
             picture = picture_grid([list(to_uint8(row)) for row in self.shown])
-            picture.save(self.folder / "reconstructions.png")
+            with whole(self.folder / "reconstructions.png") as temporary:
+                picture.save(temporary, "PNG")
             log_picture(self.trainer.loggers, "reconstructions", picture, self.global_step)

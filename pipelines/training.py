@@ -2,29 +2,47 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from x_transformers.x_transformers import Attention, FeedForward
 
+from pipelines.callbacks import KeepLast, Leave, Progress, StopOnNonFinite, Together, WholeCheckpoints, averaging
 from pipelines.compute import ComputeConfig, on_gpu, several_processes
 from pipelines.data import StepData
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
-from pipelines.progress import progress_bar
+from pipelines.processes import GO_ON
 from pipelines.shards import write_json
+from pipelines.signals import PARENT
 from pipelines.stage import publish_model
 from prior import LevelPrior
+from prior.pixelsnail import CausalAttention, GatedResidualBlock
 from tokenizer import HierarchicalVQVAE
+from tokenizer.networks import ResidualBlock
 
 logger = logging.getLogger(__name__)
+
+# Parts of the networks that hold much between forward and backward: what activation checkpointing computes again, and
+# what FSDP shards one by one.
+BLOCKS = (ResidualBlock, GatedResidualBlock, CausalAttention, Attention, FeedForward)
+# Words in which gloo and NCCL say that another process is not there any more.
+LOST = ("onnection closed", "onnection reset", "onnection refused", "imed out", "imeout", "NCCL", "Broken pipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +63,7 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints to go on from.
         patience: validations without improvement after which training stops; 0 never stops early.
         log_every: steps between rows of metrics.csv.
+        activation_checkpointing: compute activations anew in the backward pass instead of keeping them; saves memory.
         precision: "auto" (bf16 where the hardware has it), "32-true", "bf16-mixed" or what else Lightning knows.
         compile: torch.compile the model; "auto" does on a GPU.
     """
@@ -62,6 +81,7 @@ class TrainingConfig:
     checkpoint_every: int = 1000
     patience: int = 0
     log_every: int = 50
+    activation_checkpointing: bool = False
     precision: str = "auto"
     compile: bool | str = "auto"
 
@@ -155,26 +175,32 @@ def fit(
     Raises:
         StageError: the loss became NaN or infinite.
     """
-    assert isinstance(config.steps, int)
+    assert isinstance(config.steps, int) and isinstance(module.model, nn.Module)
+    _check_strategy(config, compute)
     checkpoints = folder / "checkpoints"
     last, best = checkpoints / "last.ckpt", checkpoints / "best.ckpt"
     if compute.threads:
         torch.set_num_threads(compute.threads)
-    stop_on_nan = _StopOnNonFinite(last)
+    stop_on_nan, together = StopOnNonFinite(last), Together()
+    keep = KeepLast(last, config.checkpoint_every, min(config.val_every, config.steps))
     callbacks: list[Callback] = [
+        together,
         stop_on_nan,
-        _Progress(title, monitor),
-        ModelCheckpoint(checkpoints, "best", monitor=monitor, enable_version_counter=False),
-        _KeepLast(last, config.checkpoint_every, min(config.val_every, config.steps)),
+        Progress(title, monitor),
+        ModelCheckpoint(str(checkpoints), "best", monitor=monitor, enable_version_counter=False),
+        keep,
+        Leave(keep),
     ]
     if config.weight_ema:
-        callbacks.insert(0, WeightAveraging(multi_avg_fn=_averaging(config.weight_ema)))
+        callbacks.insert(0, WeightAveraging(multi_avg_fn=averaging(config.weight_ema)))
     if config.patience:
         callbacks.append(EarlyStopping(monitor, patience=config.patience, min_delta=0.0))
+    if config.activation_checkpointing:
+        apply_activation_checkpointing(
+            module.model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda part: isinstance(part, BLOCKS)
+        )
     if config.compile is True or (config.compile == "auto" and on_gpu(compute)):
-        model = module.model
-        assert isinstance(model, nn.Module)
-        model.compile()
+        module.model.compile()
     try:
         trainer = _trainer(config, compute, folder, callbacks)
     except (MisconfigurationException, ImportError, ValueError) as error:
@@ -184,21 +210,41 @@ def fit(
             f"batch_size must be a multiple of processes * micro_batches, got {data.batch_size} for "
             f"{trainer.world_size} * {config.micro_batches}"
         )
+    well = False
+    os.environ[PARENT] = str(os.getpid())  # the processes that Lightning starts end with this one
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        stop_on_nan.check(trainer.global_step)
+        well = True
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
-    stop_on_nan.check(trainer.global_step)
-    return torch.load(best, map_location="cpu", weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise StageError(
+            "the device's memory is full; raise micro_batches, turn on activation_checkpointing or lower batch_size"
+        ) from error
+    except RuntimeError as error:
+        if trainer.world_size > 1 and any(word in str(error) for word in LOST):
+            raise StageError(
+                f"another process of this job died, or has not answered for {compute.timeout_s} s "
+                f"(compute.timeout_s): {str(error).splitlines()[0]}; {GO_ON}"
+            ) from error
+        raise
+    finally:
+        together.end(well)
+    return WholeCheckpoints().load_checkpoint(best)
 
 
 def _trainer(config: TrainingConfig, compute: ComputeConfig, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
     assert isinstance(config.steps, int)
+    plugins: list[Any] = [WholeCheckpoints()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # `Leave` answers Slurm's signals between steps
     return pl.Trainer(
         accelerator=compute.accelerator,
         devices=compute.devices,
         num_nodes=compute.num_nodes,
         strategy=_strategy(compute),
+        plugins=plugins,
         precision=_precision(config.precision, compute),  # type: ignore[arg-type]
         max_steps=config.steps,
         max_epochs=-1,
@@ -213,7 +259,7 @@ def _trainer(config: TrainingConfig, compute: ComputeConfig, folder: Path, callb
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        default_root_dir=folder,
+        default_root_dir=str(folder),
     )
 
 
@@ -226,101 +272,13 @@ def export(model: HierarchicalVQVAE | LevelPrior, checkpoint: dict[str, Any], fo
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     model.load_state_dict(weights)
     write_json(folder / "metrics.json", checkpoint["metrics"])
-    staging = folder / "export"
-    model.save_pretrained(staging)
-    publish_model(staging, folder)
+    publish_model(model, folder)
 
 
 def keep_metrics(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Put the validation figures into a checkpoint, for the export of the best."""
     figures = module.trainer.callback_metrics
     checkpoint["metrics"] = {name: float(value) for name, value in figures.items() if name.startswith("val_")}
-
-
-class _KeepLast(Checkpoint):
-    """Writes the checkpoint to go on from: every so many steps, and after each validation.
-
-    Where both fall together the validation comes first, so that going on never skips one.
-    """
-
-    def __init__(self, path: Path, every: int, val_every: int) -> None:
-        self.path, self.every, self.val_every = path, every, val_every
-        self.saved = 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        step = trainer.global_step
-        if step != self.saved and step % self.every == 0 and step % self.val_every:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        self.saved = trainer.global_step
-        trainer.save_checkpoint(self.path)
-
-
-class _StopOnNonFinite(Callback):
-    """Ends training with a sentence when the loss is NaN or infinite, before such weights reach a checkpoint.
-
-    The losses are looked at when something is logged or saved, not at every step, which would stall a GPU.
-    """
-
-    def __init__(self, last: Path) -> None:
-        self.last = last
-        self.bad: Tensor | None = None
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        finite = torch.isfinite(outputs["loss"].detach())
-        self.bad = ~finite if self.bad is None else self.bad | ~finite
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.check(trainer.global_step)
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.check(trainer.global_step)
-
-    def check(self, step: int) -> None:
-        if self.bad is not None and bool(self.bad):
-            kept = f"the last good checkpoint is kept in {self.last}" if self.last.exists() else "no checkpoint yet"
-            raise StageError(
-                f"the loss became NaN or infinite by step {step}; {kept}; begin again with --redo and a lower "
-                "learning_rate or a gradient_clip"
-            )
-
-
-class _Progress(Callback):
-    def __init__(self, title: str, monitor: str) -> None:
-        self.title, self.monitor = title, monitor
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bar = progress_bar(
-            trainer.max_steps, self.title, "steps", initial=trainer.global_step, disable=not trainer.is_global_zero
-        )
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.bar.update(trainer.global_step - self.bar.n)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.monitor in trainer.callback_metrics:
-            figure = float(trainer.callback_metrics[self.monitor])
-            self.bar.set_postfix_str(f"{self.monitor} {figure:.4g}", refresh=False)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bar.close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "bar"):
-            self.bar.close()
-
-
-def _averaging(decay: float) -> Any:
-    """Return an average that forgets its start sooner while it is young: decay min(d, (1 + n) / (10 + n))."""
-
-    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        young = (1 + int(num_averaged)) / (10 + int(num_averaged))
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, young))
-
-    return average
 
 
 def _precision(precision: str, compute: ComputeConfig) -> str:
@@ -334,4 +292,14 @@ def _precision(precision: str, compute: ComputeConfig) -> str:
 
 def _strategy(compute: ComputeConfig) -> Any:
     """DDP for several processes. Buffers are not broadcast: every rank computes the same codebooks by itself."""
-    return DDPStrategy(broadcast_buffers=False) if several_processes(compute) else "auto"
+    patience = timedelta(seconds=compute.timeout_s)
+    if compute.strategy == "fsdp":
+        return FSDPStrategy(auto_wrap_policy=set(BLOCKS), state_dict_type="full", timeout=patience)
+    return DDPStrategy(broadcast_buffers=False, timeout=patience) if several_processes(compute) else "auto"
+
+
+def _check_strategy(config: TrainingConfig, compute: ComputeConfig) -> None:
+    if compute.strategy == "fsdp" and not on_gpu(compute):
+        raise ConfigError("compute.strategy fsdp needs GPUs, and there are none here; use ddp")
+    if compute.strategy == "fsdp" and config.weight_ema:
+        raise ConfigError("compute.strategy fsdp keeps no averaged weights; set weight_ema to 0")

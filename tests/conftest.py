@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,18 +13,30 @@ import torch
 import yaml
 from PIL import Image
 
+from pipelines.cache import Cache
+
 # A slow machine is no failed law.
 hypothesis.settings.register_profile("smalti", deadline=None)
 hypothesis.settings.load_profile("smalti")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="smalti-tests-")  # nobody's own cache
 
+# In float32, so that laws of equality hold on machines with bfloat16 too.
+TRAINING = {
+    "steps": 6,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "val_every": 3,
+    "checkpoint_every": 3,
+    "precision": "32-true",
+}
 TINY = {
     "images": {"source": "digits", "size": 16, "channels": 1, "upscale": True, "shard_size": 700},
     "tokenizer": {
         "model": {"strides": [8, 4], "codebook_size": [16, 32], "code_dim": 8, "width": 16, "residual_width": 8},
         "augment": {"flip": False, "shift": 1},
-        "training": {"steps": 6, "batch_size": 32, "learning_rate": 1e-3, "val_every": 3, "checkpoint_every": 3},
+        "training": TRAINING,
     },
     "prior": {
         "network": ["transformer", "pixelsnail"],
@@ -36,7 +49,7 @@ TINY = {
             "attention_width": 8,
             "conditioning_blocks": 1,
         },
-        "training": {"steps": 6, "batch_size": 32, "learning_rate": 1e-3, "val_every": 3, "checkpoint_every": 3},
+        "training": TRAINING,
     },
     "sample": {"count": 7, "batch_size": 4, "shard_size": 4},
     "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},
@@ -81,6 +94,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..
     config = write_config(tmp_path_factory.mktemp("tiny"))
     assert main(["run", str(config), "--traceback"]) == 0
     return config
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """A cache of its own for a test."""
+    return Cache(tmp_path / "cache of this test", 2**30)
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ def test_packing_keeps_classes_and_keys_and_splits_by_class(picture_folder: Path
     out = tmp_path / "images"
     out.mkdir()
     pack(config_of(picture_folder), 0, COMPUTE, out)
-    train, val = ImageShards(out, "train"), ImageShards(out, "val")
+    train, val = (ImageShards(out, split, COMPUTE.cache) for split in ("train", "val"))
     assert (len(train), len(val)) == (36, 4)
     assert train.class_names == ["cat", "dog"]
     assert train.pixels(35).shape == (3, 16, 16)
-    keys = [s.key for name, _ in val.shards for s in index_shard(out / name)]
+    keys = [s.key for receipt in val.receipts for s in index_shard(out / receipt["shard"])]
     assert Counter(key.split("/")[0] for key in keys) == {"cat": 2, "dog": 2}
 
 

@@ -1,9 +1,12 @@
+import errno
 from pathlib import Path
 
 import pytest
 
+from pipelines import stage
 from pipelines.errors import StageError
-from pipelines.stage import differences, is_complete, open_stage, publish_model
+from pipelines.stage import differences, is_complete, only_process, open_stage, publish_model
+from tokenizer import HierarchicalVQVAE, TokenizerConfig
 
 
 def test_a_stage_keeps_its_settings_and_refuses_others(tmp_path: Path) -> None:
@@ -32,12 +35,33 @@ def test_differences_name_the_key() -> None:
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
 
 
-def test_a_model_is_published_whole(tmp_path: Path) -> None:
-    staging = tmp_path / "export"
-    staging.mkdir()
-    for name in ("model.safetensors", "config.json"):
-        (staging / name).write_text(name)
+def test_a_model_is_published_with_its_tensors_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HierarchicalVQVAE(TokenizerConfig(strides=[4], width=8, codebook_size=8, code_dim=4), 8, 1)
+    honest = stage.whole
+
+    def no_room(path: Path) -> object:
+        if path.name == "model.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return honest(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "whole", no_room)
+        with pytest.raises(OSError, match="No space"):
+            publish_model(model, tmp_path)
+    assert (tmp_path / "config.json").exists()
     assert not is_complete(tmp_path)
-    publish_model(staging, tmp_path)
+    publish_model(model, tmp_path)
     assert is_complete(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_second_process_is_told_that_one_is_at_work(tmp_path: Path) -> None:
+    with only_process(tmp_path / "stage"):
+        with (
+            pytest.raises(StageError, match=r"another process is at work in .*stage; wait"),
+            only_process(tmp_path / "stage"),
+        ):
+            pass
+        with only_process(tmp_path / "other"):
+            pass
+    with only_process(tmp_path / "stage"):
+        pass

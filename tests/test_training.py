@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines import data
+from pipelines import codes, data
 from pipelines.config import load_config
 from pipelines.errors import StageError
 from pipelines.run import Run
@@ -27,10 +27,10 @@ def dying_at(last: int) -> Callable[[int, int, int], int]:
     """The order of training, until the process dies at a draw."""
     honest = data.drawn_sample
 
-    def drawn_sample(seed: int, draw: int, count: int) -> int:
+    def drawn_sample(seed: int, draw: int, shards: tuple[int, ...], window: int = 0) -> int:
         if draw >= last:
             raise Killed
-        return honest(seed, draw, count)
+        return honest(seed, draw, shards, window)
 
     return drawn_sample
 
@@ -68,7 +68,8 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
         config = load_config(write_config(tmp_path / name, changes))
         if name == "killed":
             with monkeypatch.context() as patch:
-                patch.setattr(data, "drawn_sample", dying_at(killed_at * 32))
+                for module in (data, codes):
+                    patch.setattr(module, "drawn_sample", dying_at(killed_at * 32))
                 with pytest.raises(Killed):
                     Run(config).stage(stage, 0 if kind == "prior" else None)
             assert (tmp_path / name / "run").exists()

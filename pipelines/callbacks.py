@@ -1,0 +1,258 @@
+"""What happens between training steps: checkpoints, leaving when asked, stopping on NaN, the progress bar."""
+
+import subprocess
+import threading
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch import Tensor
+
+from pipelines.errors import StageError
+from pipelines.places import is_local, make_folder, place, retried, whole
+from pipelines.processes import end, take_over, watch
+from pipelines.progress import progress_bar
+from pipelines.signals import Interrupted, signals_handled_by
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are either the old or the new one, locally and in object stores; read as plain data."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        target = place(path)
+        make_folder(target.parent)
+        with whole(target) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        source = place(path)
+        try:
+            if is_local(source):
+                return torch.load(source, map_location=map_location, weights_only=True)
+            return retried(lambda: _load_remote(source, map_location), f"read {source}")
+        except OSError:
+            raise
+        except Exception as error:  # torch raises many kinds on files that are not its own
+            raise StageError(
+                f"{source} is no checkpoint that can be read ({str(error).splitlines()[0]}); "
+                "remove it to go on without, from the beginning"
+            ) from error
+
+
+def _load_remote(source: Path, map_location: Any) -> dict[str, Any]:
+    with source.open("rb") as file:
+        return torch.load(file, map_location=map_location, weights_only=True)
+
+
+class KeepLast(Checkpoint):
+    """Writes the checkpoint to go on from: every so many steps, one step before each validation, and after it.
+
+    Never between the last step before a validation and the validation itself, so that going on skips none.
+
+    Args:
+        path: of the checkpoint.
+        every: steps between checkpoints.
+        val_every: steps between validations.
+    """
+
+    def __init__(self, path: Path, every: int, val_every: int) -> None:
+        self.path, self.every, self.val_every = path, every, val_every
+        self.saved = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        step = trainer.global_step
+        if step % self.every == 0 or (step + 1) % self.val_every == 0:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.saved = 0  # whatever was saved at this step was not yet validated
+        trainer.save_checkpoint(str(self.path))
+        self.saved = trainer.global_step
+
+    def save(self, trainer: pl.Trainer) -> int:
+        """Save unless a validation is due or this step has been saved; return the step to go on from."""
+        if trainer.global_step != self.saved and trainer.global_step % self.val_every:
+            trainer.save_checkpoint(str(self.path))
+            self.saved = trainer.global_step
+        return self.saved
+
+
+class Leave(Callback):
+    """Ends training on a signal, all processes after the same step, with a checkpoint.
+
+    Each process may get the signal at another step, or not at all. So at every step each tells the others whether it
+    did, and all look at the answers one step later, when they have long been there: no process waits for them.
+
+    Args:
+        keep: saves the checkpoint.
+    """
+
+    def __init__(self, keep: KeepLast) -> None:
+        self.keep = keep
+        self.signum = 0
+        self.step = 0
+        self.answers: tuple[Any, Tensor] | None = None
+        self.group: Any = None
+        self.handlers: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+            # Lightning asks the first process at every micro-batch and waits for the answer, which would stall a GPU.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        self.handlers = signals_handled_by(self._note)
+        self.handlers.__enter__()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step != self.step:  # else inside a step of several micro-batches
+            self.step = trainer.global_step
+            if signum := self._asked():
+                raise Interrupted(signum, f"saved at step {self.keep.save(trainer)}")
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if signum := self._asked():
+            raise Interrupted(signum, f"saved at step {self.keep.saved}")
+
+    def _asked(self) -> int:
+        """The signal that any process had got when this was last called, 0 for none."""
+        if self.group is None:
+            return self.signum
+        asked = 0
+        if self.answers is not None:
+            work, answer = self.answers
+            work.wait()
+            asked = int(answer)
+        flag = torch.tensor(self.signum)
+        work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self.group, async_op=True)
+        self.answers = work, flag
+        return asked
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_listening()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self.handlers is not None:
+            self.handlers.__exit__(None, None, None)
+            self.handlers = None
+
+
+class Together(Callback):
+    """Keeps the processes that Lightning starts for a job together: when one fails, all end, and none is left over."""
+
+    def __init__(self) -> None:
+        self.children: list[subprocess.Popen] = []
+        self.over = threading.Event()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+            self.children = take_over(launcher)
+            self.over = watch(self.children)
+
+    def end(self, well: bool) -> None:
+        """Wait for the other processes if all went well, and end those that are still there."""
+        self.over.set()
+        for child in self.children if well else []:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(60)
+        end(self.children)
+
+
+class StopOnNonFinite(Callback):
+    """Ends training with a sentence when the loss is NaN or infinite, before such weights reach a checkpoint.
+
+    The losses are looked at when something is logged or saved, not at every step, which would stall a GPU; those of
+    all processes, because one that has met NaN spoils the weights of the others.
+
+    Args:
+        last: the checkpoint to go on from.
+    """
+
+    def __init__(self, last: Path) -> None:
+        self.last = last
+        self.bad: Tensor | None = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        finite = torch.isfinite(outputs["loss"].detach())
+        self.bad = ~finite if self.bad is None else self.bad | ~finite
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.check(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.check(trainer.global_step)
+        weights = [tensor for tensor in checkpoint["state_dict"].values() if tensor.is_floating_point()]
+        self.bad = torch.tensor(not all(bool(torch.isfinite(tensor).all()) for tensor in weights))
+        self.check(trainer.global_step)
+
+    def check(self, step: int) -> None:
+        """Raise StageError if a loss since the start was not finite; to be called by all processes."""
+        if self.bad is None:
+            return
+        if torch.distributed.is_initialized():
+            bad = self.bad.int()
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+            self.bad = bad.bool()
+        if bool(self.bad):
+            kept = f"the last good checkpoint is kept in {self.last}" if self.last.exists() else "no checkpoint yet"
+            raise StageError(
+                f"the loss became NaN or infinite by step {step}; {kept}; begin again with --redo and a lower "
+                "learning_rate or a gradient_clip"
+            )
+
+
+class Progress(Callback):
+    """The progress bar of a training job, on its first process.
+
+    Args:
+        title: what is trained.
+        monitor: the validation figure shown beside it.
+    """
+
+    def __init__(self, title: str, monitor: str) -> None:
+        self.title, self.monitor = title, monitor
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar = progress_bar(
+            trainer.max_steps, self.title, "steps", initial=trainer.global_step, disable=not trainer.is_global_zero
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor in trainer.callback_metrics:
+            figure = float(trainer.callback_metrics[self.monitor])
+            self.bar.set_postfix_str(f"{self.monitor} {figure:.4g}", refresh=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def averaging(decay: float) -> Any:
+    """Return an average of weights that forgets its start sooner while it is young: decay min(d, (1 + n) / (10 + n)).
+
+    Args:
+        decay: d, of the grown average.
+    """
+
+    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+        young = (1 + int(num_averaged)) / (10 + int(num_averaged))
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, young))
+
+    return average
