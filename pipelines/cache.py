@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from pipelines.errors import StageError
 from pipelines.fingerprint import digest
-from pipelines.places import is_local, retried, whole
+from pipelines.places import exists, is_local, retried, whole
 
 
 class Cache(NamedTuple):
@@ -56,7 +56,7 @@ class Cache(NamedTuple):
         """Whether a shard is what its receipt says; a remote one, which is written whole, is judged by its size."""
         if is_local(path):
             return path.is_file() and self._local_sha256(path) == receipt.get("sha256")
-        return path.exists() and path.stat().st_size == receipt.get("bytes")
+        return exists(path) and path.stat().st_size == receipt.get("bytes")
 
     def files(self, folder: Path, names: list[str]) -> Path:
         """Return a local folder that holds some files of a folder, fetched together if it is remote."""

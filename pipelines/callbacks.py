@@ -1,7 +1,6 @@
 """What happens between training steps: checkpoints, leaving when asked, stopping on NaN, the progress bar."""
 
-import subprocess
-import threading
+import signal
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -10,15 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from pipelines.errors import StageError
 from pipelines.places import is_local, make_folder, place, retried, whole
-from pipelines.processes import end, take_over, watch
 from pipelines.progress import progress_bar
-from pipelines.signals import Interrupted, signals_handled_by
+from pipelines.signals import Interrupted, requeue, signals_handled_by
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -116,11 +113,19 @@ class Leave(Callback):
         if trainer.global_step != self.step:  # else inside a step of several micro-batches
             self.step = trainer.global_step
             if signum := self._asked():
-                raise Interrupted(signum, f"saved at step {self.keep.save(trainer)}")
+                self._leave(signum, self.keep.save(trainer))
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if signum := self._asked():
-            raise Interrupted(signum, f"saved at step {self.keep.saved}")
+            self._leave(signum, self.keep.saved)
+
+    def _leave(self, signum: int, step: int) -> None:
+        requeued = signum == signal.SIGUSR1
+        if requeued:
+            requeue()
+            if self.group is not None:  # a job one of whose processes has ended may be taken for failed
+                torch.distributed.barrier(self.group)
+        raise Interrupted(signum, f"saved at step {step}", requeued)
 
     def _asked(self) -> int:
         """The signal that any process had got when this was last called, 0 for none."""
@@ -140,34 +145,13 @@ class Leave(Callback):
         self._stop_listening()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop_listening()
+        self._stop_listening(exception)
 
-    def _stop_listening(self) -> None:
+    def _stop_listening(self, exception: BaseException | None = None) -> None:
         if self.handlers is not None:
-            self.handlers.__exit__(None, None, None)
-            self.handlers = None
-
-
-class Together(Callback):
-    """Keeps the processes that Lightning starts for a job together: when one fails, all end, and none is left over."""
-
-    def __init__(self) -> None:
-        self.children: list[subprocess.Popen] = []
-        self.over = threading.Event()
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-            self.children = take_over(launcher)
-            self.over = watch(self.children)
-
-    def end(self, well: bool) -> None:
-        """Wait for the other processes if all went well, and end those that are still there."""
-        self.over.set()
-        for child in self.children if well else []:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(60)
-        end(self.children)
+            handlers, self.handlers = self.handlers, None
+            with suppress(BaseException):
+                handlers.__exit__(type(exception) if exception else None, exception, None)
 
 
 class StopOnNonFinite(Callback):

@@ -23,6 +23,7 @@ stages:
   sample           priors and tokenizer make new images
   evaluate         how well tokenizer and priors do on the val split
   run              all of these in order; what is complete is skipped
+  verify           whether every file of the run is what it was written as; the first that is not is named
 
 options:
   --section.key value   override a setting of CONFIG.yaml
@@ -34,7 +35,7 @@ options:
 SAME_COMMAND = "the same command goes on from there"
 # Packages whose errors tell of a store that does not answer or does not let us in.
 STORES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "s3fs")
-STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate", "run")
+STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate", "run", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     show_traceback = "--traceback" in arguments
     from pipelines.errors import ConfigError
-    from pipelines.signals import Interrupted, end_with_parent, leave, requeue, signals_handled_by
+    from pipelines.signals import PARENT, Interrupted, end_with_parent, leave, requeue, signals_handled_by
 
     end_with_parent()
     code = 1
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         asked = signal.Signals(stop.signum).name
         print(f"\nsmalti: stopped by {asked}{stop.done and ', '}{stop.done}; {SAME_COMMAND}", file=sys.stderr)
-        if stop.signum == signal.SIGUSR1:  # the time is up; one who preempts a job puts it back himself
+        if stop.signum == signal.SIGUSR1 and not stop.requeued:  # the time is up; who is preempted is put back by Slurm
             requeue()
     except ConfigError as error:
         _report(error, show_traceback)
@@ -68,19 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__module__.split(".")[0] not in STORES:
             raise
         _report(error, show_traceback)
-    if code and "torch" in sys.modules:
-        _leave_process_group(code)
-    return code
-
-
-def _leave_process_group(code: int) -> None:
-    """End at once where other processes of a job may be waiting, or never answer again."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if code and (PARENT in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        # The libraries' own way out waits for the other processes, of which some may never answer again.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    return code
 
 
 def _command(arguments: list[str]) -> int:
@@ -105,8 +99,8 @@ def _command(arguments: list[str]) -> int:
         raise ConfigError(str(error)) from error
     redo = [name for name in options.redo.split(",") if name]
     for name in redo:
-        if name not in STAGES or name == "run":
-            raise ConfigError(f"--redo must name a stage, got {name!r}; the stages are {', '.join(STAGES[:-1])}")
+        if name not in STAGES[:-2]:
+            raise ConfigError(f"--redo must name a stage, got {name!r}; the stages are {', '.join(STAGES[:-2])}")
         if stage not in ("run", name):
             raise ConfigError(f"--redo {name} goes with {name} or run, not with {stage}")
     if options.level is not None and stage != "train-prior":
@@ -157,6 +151,8 @@ def _quiet() -> None:
     for name in ("wandb", "datasets", "httpx", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    # DDP's advice on channels-last weights of 1x1 convolutions, whose two layouts are the same memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def _report(error: BaseException, show_traceback: bool) -> None:

@@ -93,10 +93,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, an unknown key, a wrong type, or a value that cannot work; names the key.
     """
     try:
-        settings = yaml.safe_load(_find(Path(path)).read_text())
+        text = _find(Path(path)).read_bytes()
+        if len(text) > MAX_BYTES:
+            raise ConfigError(f"{path} has {len(text)} bytes; a config has at most {MAX_BYTES}")
+        settings = yaml.load(text.decode(), _PlainData)
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
@@ -108,7 +111,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         namespace = parser.parse_object(settings)
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
         return Config(**vars(parser.instantiate(arguments)))
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         message = " ".join(str(error).replace("from_", "from").split())
         raise ConfigError(message.replace("Parser key", "setting")) from error
 
@@ -118,6 +121,17 @@ def _find(path: Path) -> Traversable:
     return shipped if len(path.parts) == 1 and not path.exists() and shipped.is_file() else path
 
 
+class _PlainData(yaml.SafeLoader):
+    """YAML without tags of Python and without aliases, of which a few lines can make gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed; write the value out")
+        return super().compose_node(parent, index)
+
+
+# A config is written by hand.
+MAX_BYTES = 2**20
 FORBIDDEN = {"class_path", "init_args"}
 T = TypeVar("T")
 

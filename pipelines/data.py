@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import numpy as np
@@ -89,8 +89,15 @@ class ImageShards:
         return path
 
 
-def sample_pixels(path: Path, sample: SampleIndex, size: int, channels: int) -> np.ndarray:
+def checked_pixels(file: BinaryIO, sample: SampleIndex, shard: Path, size: int, channels: int) -> np.ndarray:
     """Return the image of a sample as uint8 (C, H, W).
+
+    Args:
+        file: the open shard.
+        sample: which one.
+        shard: its name in messages.
+        size: of either side in pixels.
+        channels: 1 or 3.
 
     Raises:
         StageError: there is none, or it cannot be decoded; names shard and key.
@@ -99,11 +106,15 @@ def sample_pixels(path: Path, sample: SampleIndex, size: int, channels: int) -> 
     try:
         if extension is None:
             raise BadImageError(f"has no image among {sorted(sample.members)}")
-        with path.open("rb") as file:
-            data = read_member(file, sample.members[extension])
-        return pixels_of(data, size, channels)
+        return pixels_of(read_member(file, sample.members[extension]), size, channels)
     except BadImageError as error:
-        raise StageError(f"sample {sample.key} of {path}: {error}; run `smalti pack` again") from error
+        raise StageError(f"sample {sample.key} of {shard}: {error}; make that shard again") from error
+
+
+def sample_pixels(path: Path, sample: SampleIndex, size: int, channels: int) -> np.ndarray:
+    """Do the same with a shard that is not open."""
+    with path.open("rb") as file:
+        return checked_pixels(file, sample, path, size, channels)
 
 
 @lru_cache(maxsize=256)

@@ -1,15 +1,14 @@
 """Hugging Face data sets as image sources: parquet files, and repositories of the hub."""
 
-import glob
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from pipelines.errors import StageError
+from pipelines.errors import ConfigError, StageError
+from pipelines.places import matches
 from pipelines.sources import VALIDATION_NAMES, Raw, Source, label_at, split_of
 
 
@@ -41,18 +40,18 @@ def open_dataset(kind: str, name: str, classes: bool, image_column: str | None, 
     datasets.disable_progress_bars()
     try:
         if kind == "parquet":
-            paths = sorted(glob.glob(os.path.expanduser(name), recursive=True))
+            paths = matches(name)
             if not paths:
                 raise StageError(f"parquet:{name} matches no file")
             files: dict[str, list[str]] = {}
             for path in paths:
-                files.setdefault(split_of(Path(path).name), []).append(path)
+                files.setdefault(split_of(path.name), []).append(str(path))
             loaded = dict(datasets.load_dataset("parquet", data_files=files))
         else:
             repository, _, split = name.partition(":")
             found = datasets.load_dataset(repository, split=split or None)
             loaded = {"train": found} if split else dict(found)
-    except StageError:
+    except (ConfigError, StageError):
         raise
     except Exception as error:  # the library raises many kinds for what is missing or malformed
         raise StageError(f"{kind}:{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error

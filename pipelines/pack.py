@@ -87,7 +87,9 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
     Raises:
         StageError: an empty source, duplicate keys, or more bad images than max_bad allows.
     """
-    source = open_source(config.source, config.classes, config.image_column or None, config.label_column or None)
+    source = open_source(
+        config.source, compute.cache, config.classes, config.image_column or None, config.label_column or None
+    )
     plans = plan_shards(source, config, seed)
     _check_keys(source, plans, config.source)
     settings = {"size": config.size, "channels": config.channels, "upscale": config.upscale, "format": config.format}
@@ -185,6 +187,8 @@ def _pack_in_processes(processes: int, source: Source, tasks: list[Task], tick: 
 def _start_worker(source: Source, parent: int) -> None:
     global _source
     _source = source
+    if os.getppid() != parent:  # it is gone already
+        os._exit(1)
     os.environ[PARENT] = str(parent)
     end_with_parent()
 

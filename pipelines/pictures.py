@@ -26,11 +26,15 @@ class Fitted(NamedTuple):
     data: bytes
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, size: int | None = None) -> Image.Image:
     """Decode image bytes, bounded in pixels (Pillow's limit, 89 million) before memory is taken.
 
+    Args:
+        data: an image file.
+        size: what either side must be, in pixels, if that is known.
+
     Raises:
-        BadImageError: empty, corrupt, truncated, too large, or no image.
+        BadImageError: empty, corrupt, truncated, too large, of another size, or no image.
     """
     if not data:
         raise BadImageError("empty file")
@@ -40,7 +44,11 @@ def open_image(data: bytes) -> Image.Image:
             # Pillow warns of odd metadata, which pixels do not depend on.
             warnings.filterwarnings("ignore", category=UserWarning)
             image = Image.open(io.BytesIO(data))
+            if size and image.size != (size, size):
+                raise BadImageError(f"must be {size}x{size} pixels, is {image.size[0]}x{image.size[1]}")
             image.load()
+    except BadImageError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImageError(f"too many pixels: {error}") from error
     except UnidentifiedImageError as error:
@@ -109,10 +117,7 @@ def pixels_of(data: bytes, size: int, channels: int) -> np.ndarray:
     Raises:
         BadImageError: it cannot be decoded, or is not of this size.
     """
-    image = to_mode(open_image(data), channels)
-    if image.size != (size, size):
-        raise BadImageError(f"must be {size}x{size} pixels, is {image.size[0]}x{image.size[1]}")
-    pixels = np.asarray(image)
+    pixels = np.asarray(to_mode(open_image(data, size), channels))
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
 
 

@@ -77,6 +77,18 @@ def retried(action: Callable[[], T], what: str) -> T:
     raise AssertionError
 
 
+def exists(path: Path) -> bool:
+    """Whether a file is there; a store that does not answer is an error, not a no."""
+    if is_local(path):
+        return path.exists()
+    remote = cast(Any, path)
+    try:
+        retried(lambda: remote.fs.info(remote.path), f"read {path}")
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
     """Read a small file.
 
@@ -178,7 +190,7 @@ def matches(pattern: str) -> list[Path]:
     """Return the places that a path or URL with wildcards matches, sorted; "**" matches any folders."""
     if not re.search(r"[*?\[]", pattern):
         found = place(pattern)
-        return [found] if found.exists() else []
+        return [found] if exists(found) else []
     root = place(pattern)
     if is_local(root):
         import glob

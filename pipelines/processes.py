@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -37,7 +38,8 @@ def workers_of(compute: ComputeConfig) -> Iterator[None]:
     before = dict(os.environ)
     os.environ |= {PARENT: str(os.getpid()), "LOCAL_WORLD_SIZE": str(count)}
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), count, compute.num_nodes)
-    children = launcher.launch(lambda: take_over(launcher))
+    children: list[subprocess.Popen] = launcher.launch(launcher.procs.copy)
+    launcher.procs.clear()  # so that its observer, which kills this process when one of them fails, sees none
     try:
         yield
         codes = [child.wait() for child in children]
@@ -48,16 +50,6 @@ def workers_of(compute: ComputeConfig) -> Iterator[None]:
     failed = sum(code != 0 for code in codes)
     if failed:
         raise StageError(f"{failed} of {count} processes failed, see above; the same command does what they left")
-
-
-def take_over(launcher: _SubprocessScriptLauncher) -> list[subprocess.Popen]:
-    """Take the launcher's children into our own care.
-
-    Its observer would kill this process without a word when one of them fails.
-    """
-    children = list(launcher.procs)
-    launcher.procs.clear()
-    return children
 
 
 def end(children: list[subprocess.Popen]) -> None:
@@ -74,25 +66,49 @@ def end(children: list[subprocess.Popen]) -> None:
             child.wait()
 
 
-def watch(children: list[subprocess.Popen]) -> threading.Event:
-    """End this process when one of the children fails and this one does not notice, as in a collective on GPUs.
+class Together:
+    """Keeps the processes that Lightning starts for a job together: when one fails, all end, and none is left over.
 
-    Returns:
-        An event that ends the watch.
+    Lightning's own observer kills this process without a word when one of the others fails, so they are taken from it.
+
+    Args:
+        launcher: of Lightning, with the list of processes that it will have started; None if it starts none.
     """
-    over = threading.Event()
 
-    def look() -> None:
-        while not over.wait(0.5):
-            failed = next((number for number, child in enumerate(children, 1) if child.poll()), None)
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+        self.children: list[subprocess.Popen] = []
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Together":
+        if self.launcher is not None:
+            os.environ[PARENT] = str(os.getpid())  # they end with this one
+            threading.Thread(target=self._look, daemon=True, name="together").start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self.over.set()
+        self._take_over()
+        for child in self.children if kind is None else []:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(60)
+        end(self.children)
+
+    def _take_over(self) -> None:
+        started = getattr(self.launcher, "procs", [])
+        self.children += started
+        started.clear()
+
+    def _look(self) -> None:
+        """End this process when another fails and this one does not notice, as in a collective on GPUs."""
+        while not self.over.wait(0.2):
+            self._take_over()
+            failed = next((number for number, child in enumerate(self.children, 1) if child.poll()), None)
             if failed is None:
                 continue
-            if over.wait(PATIENCE_S):  # the failure came up here too
+            if self.over.wait(PATIENCE_S):  # the failure came up here too
                 return
-            code = children[failed - 1].returncode
+            code = self.children[failed - 1].returncode
             print(f"smalti: error: process {failed} of this job ended with code {code}; {GO_ON}", file=sys.stderr)
-            end(children)
+            end(self.children)
             os._exit(1)
-
-    threading.Thread(target=look, daemon=True, name="watch").start()
-    return over

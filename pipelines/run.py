@@ -22,6 +22,7 @@ from pipelines.shards import write_json
 from pipelines.stage import is_complete, only_process, open_stage
 from pipelines.train_prior import PriorConfig, train_prior
 from pipelines.train_tokenizer import train_tokenizer
+from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -71,8 +72,9 @@ class Run:
             "encode": self.encode,
             "sample": self.sample,
             "evaluate": self.evaluate,
+            "verify": self.verify,
         }
-        return stages[name]()
+        return bool(stages[name]())
 
     def pack(self) -> bool:
         """Images of a source to image shards."""
@@ -162,6 +164,31 @@ class Run:
             figures["prior"] = evaluate_prior(self._prior(), self.codes, self.unpacked, compute)
         write_json(self.root / "metrics.json", figures)
         print(table(figures))
+        return True
+
+    def verify(self) -> bool:
+        """Check what is there of a run, file by file, in the order in which it was made; models by loading them.
+
+        Raises:
+            StageError: the first thing that is not what it should be, named.
+        """
+        cache, images, tokenizer, codes, prior = self.config.compute.cache, None, None, None, None
+        if is_complete(self.images):
+            images = verify_images(self.images, cache)
+            _verified(self.images, _count(images))
+        if self.config.tokenizer.from_ or is_complete(self.root / "tokenizer"):
+            tokenizer = self._tokenizer()
+            _verified(self.root / "tokenizer", fingerprint(tokenizer, tokenizer.settings)[:12])
+        if is_complete(self.codes):
+            codes = verify_codes(self.codes, images, tokenizer, cache)
+            _verified(self.codes, _count(codes))
+        if codes and all(is_complete(folder) for folder in self._level_folders()):
+            prior = self._prior()
+            verify_priors(prior, codes)
+            _verified(self.root / "prior", f"{len(prior.levels)} levels")
+        samples = self.root / self.config.sample.folder
+        if tokenizer and prior and is_complete(samples):
+            _verified(samples, _count(verify_samples(samples, tokenizer, prior, cache)))
         return True
 
     def all(self) -> None:
@@ -269,6 +296,15 @@ def _existing(name: str, setting: str) -> Path | None:
     if is_local(folder) and not folder.is_dir():
         raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
     return folder
+
+
+def _verified(folder: Path, what: str) -> None:
+    logger.info("verify: %s holds what it says (%s)", folder, what)
+
+
+def _count(manifest: dict) -> str:
+    receipts = [receipt for split in manifest["splits"] for receipt in receipts_of(manifest, split)]
+    return f"{len(receipts)} shards, {sum(receipt['samples'] for receipt in receipts)} samples"
 
 
 def _skip(stage: str, why: str) -> bool:

@@ -23,22 +23,29 @@ class Interrupted(BaseException):
     Args:
         signum: which.
         done: what was saved before leaving.
+        requeued: whether the job has been put back into the queue already.
     """
 
-    def __init__(self, signum: int, done: str = "") -> None:
+    def __init__(self, signum: int, done: str = "", requeued: bool = False) -> None:
         super().__init__(signum, done)
-        self.signum, self.done = signum, done
+        self.signum, self.done, self.requeued = signum, done, requeued
 
 
 @contextmanager
 def signals_handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Let a handler answer `SIGNALS` in the block; only a main thread can, another leaves them as they are."""
+    """Let a handler answer `SIGNALS` in the block; only a main thread can, another leaves them as they are.
+
+    Once this process is leaving, further signals are not heard: schedulers send several.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         yield
+    except Interrupted:
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        raise
     finally:
         for signum, old in before.items():
             signal.signal(signum, old)
@@ -46,11 +53,13 @@ def signals_handled_by(handler: Callable[[int, FrameType | None], Any]) -> Itera
 
 def leave(signum: int, frame: FrameType | None) -> None:
     """Answer a signal by leaving at once."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     raise Interrupted(signum)
 
 
 def requeue() -> None:
-    """Put this job back into Slurm's queue, where it is one of Slurm's and allowed to come back."""
+    """Put this job back into Slurm's queue, if it is one of Slurm's and this is its first process."""
     from pipelines.compute import this_worker  # torch, which a command that fails at once need not load
 
     job = os.environ.get("SLURM_ARRAY_JOB_ID")

@@ -3,17 +3,21 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from PIL import Image
 
+from pipelines.cache import Cache
 from pipelines.errors import ConfigError, StageError
+from pipelines.places import is_local, matches, place, read_bytes, retried
 from pipelines.shards import index_shard, read_member
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# Class indices from here on are taken for damage.
+MAX_CLASSES = 10**6
 # What people call the split that is not trained on, best first.
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
@@ -45,12 +49,13 @@ class Source(NamedTuple):
 
 
 def open_source(
-    source: str, classes: bool = True, image_column: str | None = None, label_column: str | None = None
+    source: str, cache: Cache, classes: bool = True, image_column: str | None = None, label_column: str | None = None
 ) -> Source:
     """Open a source by its name.
 
     Args:
-        source: "digits", "folder:PATH", "parquet:GLOB", "hf:REPO[:SPLIT]" or "shards:URLS".
+        source: "digits", "folder:PATH", "parquet:GLOB", "hf:REPO[:SPLIT]" or "shards:URLS"; paths may be URLs.
+        cache: for remote shards.
         classes: False leaves the classes out.
         image_column: column of parquet and hf sources; found by its type if not given.
         label_column: likewise; without one there are no classes.
@@ -63,13 +68,13 @@ def open_source(
     if source == "digits":
         found = _digits()
     elif kind == "folder" and rest:
-        found = _folder(Path(rest).expanduser(), classes)
+        found = _folder(rest, classes)
     elif kind in ("parquet", "hf") and rest:
         from pipelines.hub_source import open_dataset  # its library takes seconds to import
 
         found = open_dataset(kind, rest, classes, image_column, label_column)
     elif kind == "shards" and rest:
-        found = _shards(rest)
+        found = _shards(rest, cache)
     else:
         raise ConfigError(
             f"images.source must be digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS, got {source!r}"
@@ -124,46 +129,38 @@ class _Files:
         return safe_key(self.paths[index].rpartition(".")[0])
 
     def read(self, index: int) -> Raw:
-        return Raw(self.key(index), (self.root / self.paths[index]).read_bytes(), label_at(self.labels, index))
+        return Raw(self.key(index), read_bytes(self.root / self.paths[index]), label_at(self.labels, index))
 
 
-def _folder(root: Path, classes: bool) -> Source:
+def _folder(name: str, classes: bool) -> Source:
     """A folder of images: the first-level folders are the classes, or first train and val and then the classes."""
-    if not root.is_dir():
+    root = place(name)
+    if is_local(root) and not root.is_dir():
         raise StageError(f"folder:{root} must be a folder that exists")
-    subfolders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found, folders = (_local_tree if is_local(root) else _remote_tree)(root)
+    subfolders = {folder.split("/")[0] for folder in folders}
     validation = next((name for name in VALIDATION_NAMES if name in subfolders), None)
-    roots = {"train": root}
+    prefixes = {"train": ""}
     if "train" in subfolders and validation:
-        roots = {"train": root / "train", "val": root / validation}
-    elif subfolders == ["train"]:
-        roots = {"train": root / "train"}
-    listed: dict[str, list[str]] = {}
-    for split, folder in roots.items():
-        listed[split] = sorted(_pictures_below(folder))
+        prefixes = {"train": "train/", "val": f"{validation}/"}
+    elif subfolders == {"train"}:
+        prefixes = {"train": "train/"}
+    listed = {
+        split: sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
+        for split, prefix in prefixes.items()
+    }
     names = sorted({path.split("/")[0] for paths in listed.values() for path in paths if "/" in path})
     if classes and names:
-        for split, paths in listed.items():
-            loose = next((path for path in paths if "/" not in path), None)
-            if loose:
-                raise StageError(
-                    f"{roots[split]}/{loose} lies beside class folders; move it into one, or set images.classes: false"
-                )
-            held = {path.split("/")[0] for path in paths}
-            there = {p.name for p in roots[split].iterdir() if p.is_dir() and not p.name.startswith(".")}
-            empty = sorted((there | set(names)) - held)
-            if empty and paths:
-                raise StageError(
-                    f"class folder {roots[split] / empty[0]} holds no images; add some, remove the folder, "
-                    "or set images.classes: false"
-                )
+        for split, prefix in prefixes.items():
+            below = {folder.removeprefix(prefix).split("/")[0] for folder in folders if folder.startswith(prefix)}
+            _check_class_folders(f"{root}/{prefix}", listed[split], (below - {""}) | set(names))
     splits = {}
     for split, paths in listed.items():
         labels = None
         if classes and names:
             number = {name: index for index, name in enumerate(names)}
             labels = np.array([number[path.split("/")[0]] for path in paths], dtype=np.int64)
-        splits[split] = _Files(roots[split], paths, labels)
+        splits[split] = _Files(root / prefixes[split] if prefixes[split] else root, paths, labels)
     sha = hashlib.sha256()
     for split, paths in listed.items():
         for path in paths:
@@ -171,13 +168,40 @@ def _folder(root: Path, classes: bool) -> Source:
     return Source(splits, names if classes else [], sha.hexdigest())
 
 
-def _pictures_below(folder: Path) -> Iterator[str]:
-    """Yield the paths, below a folder, of what looks like a picture; links are followed, hidden folders are not."""
-    for place, folders, names in os.walk(folder, followlinks=True):
+def _check_class_folders(root: str, paths: list[str], folders: set[str]) -> None:
+    """Raise StageError for an image beside class folders, or a class folder without images."""
+    loose = next((path for path in paths if "/" not in path), None)
+    if loose:
+        raise StageError(f"{root}{loose} lies beside class folders; move it into one, or set images.classes: false")
+    empty = sorted(folders - {path.split("/")[0] for path in paths})
+    if empty and paths:
+        raise StageError(
+            f"class folder {root}{empty[0]} holds no images; add some, remove the folder, or set images.classes: false"
+        )
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+
+
+def _local_tree(root: Path) -> tuple[list[str], set[str]]:
+    """The pictures below a folder, and the folders; links are followed, hidden folders are not."""
+    found, below = [], set()
+    for place_, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
-                yield (Path(place) / name).relative_to(folder).as_posix()
+        here = Path(place_).relative_to(root)
+        below |= {(here / name).as_posix() + "/" for name in folders}
+        found += [(here / name).as_posix() for name in names if _is_picture(name)]
+    return found, below
+
+
+def _remote_tree(root: Path) -> tuple[list[str], set[str]]:
+    """The same of a store, which knows no empty folders."""
+    remote = cast(Any, root)
+    base = remote.path.rstrip("/") + "/"
+    paths = [name.removeprefix(base) for name in retried(lambda: remote.fs.find(remote.path), f"list {root}")]
+    found = [path for path in paths if _is_picture(path.rpartition("/")[2]) and "/." not in f"/{path}"]
+    return found, {path.rpartition("/")[0] + "/" for path in found if "/" in path}
 
 
 def split_of(filename: str) -> str:
@@ -187,8 +211,9 @@ def split_of(filename: str) -> str:
 
 
 class _Members:
-    def __init__(self, found: list[tuple[Path, Any, str]], labels: np.ndarray | None) -> None:
-        self.found, self.labels = found, labels
+    def __init__(self, found: list[tuple[Path, Any, str]], labels: np.ndarray | None, cache: Cache) -> None:
+        self.found, self.labels, self.cache = found, labels, cache
+        self.local: dict[Path, Path] = {}
 
     def __len__(self) -> int:
         return len(self.found)
@@ -198,43 +223,46 @@ class _Members:
 
     def read(self, index: int) -> Raw:
         path, sample, extension = self.found[index]
-        with path.open("rb") as file:
+        local = self.local.get(path)
+        if local is None or not local.exists():  # the cache may have made room
+            local = self.local[path] = _on_disk(path, self.cache)
+        with local.open("rb") as file:
             data = read_member(file, sample.members[extension])
         return Raw(self.key(index), data, label_at(self.labels, index))
 
 
-def _shards(urls: str) -> Source:
-    """Somebody else's webdataset: local tars by brace expansion; class from `.cls`."""
-    import glob
+def _on_disk(path: Path, cache: Cache) -> Path:
+    return path if is_local(path) else cache.files(path.parent, [path.name]) / path.name
 
+
+def _shards(urls: str, cache: Cache) -> Source:
+    """Somebody else's webdataset, local or remote, by brace expansion and wildcards; class from `.cls`."""
     from webdataset.shardlists import expand_urls
 
-    names = [
-        name
-        for url in map(os.path.expanduser, expand_urls(urls))
-        for name in (sorted(glob.glob(url)) if "*" in url else [url])
-    ]
-    for name in names:
-        scheme, colon, _ = name.partition(":")
-        if colon and scheme != "file":
-            raise ConfigError(f"shards: URLs must be paths of local tars, got the scheme {scheme}: in {name}")
-    paths = [Path(name.removeprefix("file://").removeprefix("file:")) for name in names]
-    missing = next((path for path in paths if not path.is_file()), None)
-    if missing or not paths:
-        raise StageError(f"shards:{urls} must name tars that exist; there is no {missing or 'match'}")
+    paths = []
+    for url in expand_urls(urls):
+        if not (named := matches(url)):
+            raise StageError(f"shards:{urls} must name tars that exist; there is no {url}")
+        paths += named
     found: dict[str, list] = {}
     classes: dict[str, list[int | None]] = {}
     for path in paths:
         split = "val" if split_of(path.name) in VALIDATION_NAMES else "train"
-        with path.open("rb") as file:
-            for sample in index_shard(path):
+        local = _on_disk(path, cache)
+        with local.open("rb") as file:
+            for sample in index_shard(local):
                 extension = next((e for e in sample.members if f".{e.lower()}" in EXTENSIONS), None)
                 if extension is None:
                     continue
                 found.setdefault(split, []).append((path, sample, extension))
                 member = sample.members.get("cls")
                 text = read_member(file, member)[:32].strip() if member else b""
-                classes.setdefault(split, []).append(int(text) if text.isdigit() else None)
+                label = int(text) if text.isdigit() else None
+                if label is not None and label >= MAX_CLASSES:
+                    raise StageError(
+                        f"sample {sample.key} of {path} has class {label}; classes must lie below {MAX_CLASSES}"
+                    )
+                classes.setdefault(split, []).append(label)
     numbers = [number for labels in classes.values() for number in labels]
     labelled = bool(numbers) and all(number is not None for number in numbers)
     if not labelled and any(number is not None for number in numbers):
@@ -243,7 +271,7 @@ def _shards(urls: str) -> Source:
         [str(n) for n in range(max((n for n in numbers if n is not None), default=-1) + 1)] if labelled else []
     )
     splits = {
-        split: _Members(members, np.array(classes[split], dtype=np.int64) if labelled else None)
+        split: _Members(members, np.array(classes[split], dtype=np.int64) if labelled else None, cache)
         for split, members in found.items()
     }
     if "train" not in splits and splits:

@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from pipelines.errors import StageError
-from pipelines.places import is_local, make_folder, read_bytes, remove_folder, sweep, whole, write_text
+from pipelines.places import exists, is_local, make_folder, read_bytes, remove_folder, sweep, whole, write_text
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -74,7 +74,7 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
 
 def is_complete(folder: Path) -> bool:
     """Whether a stage's manifest or exported model is there; both are written last."""
-    return (folder / "manifest.json").exists() or (folder / "model.safetensors").exists()
+    return exists(folder / "manifest.json") or exists(folder / "model.safetensors")
 
 
 def publish_model(model: HierarchicalVQVAE | LevelPrior, folder: Path) -> None:

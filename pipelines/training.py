@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,14 +21,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from x_transformers.x_transformers import Attention, FeedForward
 
-from pipelines.callbacks import KeepLast, Leave, Progress, StopOnNonFinite, Together, WholeCheckpoints, averaging
+from pipelines.callbacks import KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints, averaging
 from pipelines.compute import ComputeConfig, on_gpu, several_processes
 from pipelines.data import StepData
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
-from pipelines.processes import GO_ON
+from pipelines.places import exists
+from pipelines.processes import GO_ON, Together
 from pipelines.shards import write_json
-from pipelines.signals import PARENT
 from pipelines.stage import publish_model
 from prior import LevelPrior
 from prior.pixelsnail import CausalAttention, GatedResidualBlock
@@ -181,10 +180,9 @@ def fit(
     last, best = checkpoints / "last.ckpt", checkpoints / "best.ckpt"
     if compute.threads:
         torch.set_num_threads(compute.threads)
-    stop_on_nan, together = StopOnNonFinite(last), Together()
+    stop_on_nan = StopOnNonFinite(last)
     keep = KeepLast(last, config.checkpoint_every, min(config.val_every, config.steps))
     callbacks: list[Callback] = [
-        together,
         stop_on_nan,
         Progress(title, monitor),
         ModelCheckpoint(str(checkpoints), "best", monitor=monitor, enable_version_counter=False),
@@ -210,12 +208,10 @@ def fit(
             f"batch_size must be a multiple of processes * micro_batches, got {data.batch_size} for "
             f"{trainer.world_size} * {config.micro_batches}"
         )
-    well = False
-    os.environ[PARENT] = str(os.getpid())  # the processes that Lightning starts end with this one
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-        stop_on_nan.check(trainer.global_step)
-        well = True
+        with Together(trainer.strategy.launcher):
+            trainer.fit(module, datamodule=data, ckpt_path=str(last) if exists(last) else None, weights_only=True)
+            stop_on_nan.check(trainer.global_step)
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
     except torch.OutOfMemoryError as error:
@@ -229,8 +225,6 @@ def fit(
                 f"(compute.timeout_s): {str(error).splitlines()[0]}; {GO_ON}"
             ) from error
         raise
-    finally:
-        together.end(well)
     return WholeCheckpoints().load_checkpoint(best)
 
 

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from prior.conditioning import Conditioning
 from prior.decoding import Decoder
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from prior.sizes import MAX_CODES
 from prior.transformer import CodeTransformer, TransformerConfig
+
+# Codes in one grid; more is damage or malice.
+MAX_POSITIONS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,13 @@ class LevelConfig:
     network: Literal["transformer", "pixelsnail"]
     size: TransformerConfig | PixelSNAILConfig
     tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        if not len(self.grids) == len(self.codebook_sizes) == self.level + 1:
+            raise ValueError(f"level {self.level} must know the grids and codebook sizes of {self.level + 1} levels")
+        for (h, w), size in zip(self.grids, self.codebook_sizes, strict=True):
+            if not (h >= 1 and w >= 1 and h * w <= MAX_POSITIONS and 2 <= size <= MAX_CODES):
+                raise ValueError(f"a level of {h}x{w} codes of {size} cannot be")
 
 
 class LevelPrior(nn.Module):
@@ -109,24 +120,37 @@ class LevelPrior(nn.Module):
         try:
             config = _level_config(json.loads((folder / "config.json").read_text()))
             tensors = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+            with torch.device("meta"):  # sizes are believed when the tensors are there, not before memory is taken
+                expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        except LOADING_ERRORS as error:
             raise ValueError(f"{folder} holds no readable prior ({error}); run `smalti train-prior`") from error
-        model = cls(config)
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
         if wrong:
             raise ValueError(
                 f"{folder}/model.safetensors lacks, adds or reshapes {len(wrong)} tensors, first {wrong[0]}; "
                 "it is not the file of this config.json"
             )
+        for key, tensor in tensors.items():
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{folder}/model.safetensors must hold finite numbers, but {key} does not; copy or train it again"
+                )
+        model = cls(config)
         with torch.no_grad():
             model.load_state_dict(tensors)
         return model.eval()
 
 
+# What a file that lies about a prior can raise on its way to one.
+LOADING_ERRORS = (
+    *(OSError, SafetensorError, ValueError, TypeError, KeyError),
+    *(RuntimeError, OverflowError, AttributeError, AssertionError, RecursionError),
+)
+
+
 def _level_config(settings: dict) -> LevelConfig:
     known = {field.name for field in fields(LevelConfig)}
-    if set(settings) != known:
+    if not isinstance(settings, dict) or set(settings) != known:
         raise ValueError(f"config.json must hold exactly the settings {sorted(known)}")
     size = TransformerConfig if settings["network"] == "transformer" else PixelSNAILConfig
     grids = [(h, w) for h, w in settings["grids"]]

@@ -36,7 +36,7 @@ TINY = {
     "tokenizer": {
         "model": {"strides": [8, 4], "codebook_size": [16, 32], "code_dim": 8, "width": 16, "residual_width": 8},
         "augment": {"flip": False, "shift": 1},
-        "training": TRAINING,
+        "training": dict(TRAINING),
     },
     "prior": {
         "network": ["transformer", "pixelsnail"],
@@ -49,7 +49,7 @@ TINY = {
             "attention_width": 8,
             "conditioning_blocks": 1,
         },
-        "training": TRAINING,
+        "training": dict(TRAINING),
     },
     "sample": {"count": 7, "batch_size": 4, "shard_size": 4},
     "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},

@@ -1,12 +1,9 @@
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 Smalti = Callable[..., tuple[int, str]]
 
@@ -61,33 +58,6 @@ def test_the_installed_command_answers(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("smalti: error: cannot read the config")
-
-
-def test_ctrl_c_in_training_says_how_to_go_on_and_the_same_command_does(
-    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
-) -> None:
-    training = {"steps": 100000, "val_every": 10, "checkpoint_every": 10}
-    images = str(tiny_run.parent / "run" / "images")
-    config = write_config(tmp_path, {"images": {"from": images}, "tokenizer": {"training": training}})
-    command = [Path(sys.executable).parent / "smalti", "train-tokenizer", config]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    checkpoint = tmp_path / "run" / "tokenizer" / "checkpoints" / "last.ckpt"
-    for _ in range(600):
-        if checkpoint.exists():
-            break
-        time.sleep(0.1)
-    job.send_signal(signal.SIGINT)
-    _, said = job.communicate(timeout=60)
-    assert job.returncode == 1
-    assert "smalti: interrupted; the same command goes on from what is done" in said
-    assert "Traceback" not in said
-    step = torch.load(checkpoint, weights_only=True)["global_step"]
-    settings = tmp_path / "run" / "tokenizer" / "config.yaml"
-    steps = (step // 10 + 2) * 10
-    for path in (config, settings):  # as if it had been begun with fewer steps to go
-        path.write_text(path.read_text().replace("steps: 100000", f"steps: {steps}"))
-    assert smalti("train-tokenizer", config)[0] == 0
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == steps
 
 
 def test_ctrl_c_says_how_to_go_on(smalti: Smalti, monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.compute import ComputeConfig
 from pipelines.errors import ConfigError, StageError
 from pipelines.shards import write_shard
 from pipelines.sources import open_source
 from tests.test_pictures import data_of, noise
+
+CACHE = ComputeConfig().cache
 
 
 def picture(path: Path, value: int = 0) -> None:
@@ -17,7 +20,7 @@ def picture(path: Path, value: int = 0) -> None:
 
 
 def test_the_digits_are_the_real_ones() -> None:
-    source = open_source("digits")
+    source = open_source("digits", CACHE)
     assert len(source.splits["train"]) == 1797
     assert source.class_names == [str(digit) for digit in range(10)]
     assert source.splits["train"].read(3).label == 3
@@ -27,7 +30,7 @@ def test_a_folder_takes_its_classes_from_the_first_level(tmp_path: Path) -> None
     for name in ("cat/a.png", "cat/deep/b.jpg", "dog/c.png"):
         picture(tmp_path / name)
     (tmp_path / "cat" / "notes.txt").write_text("no picture")
-    source = open_source(f"folder:{tmp_path}")
+    source = open_source(f"folder:{tmp_path}", CACHE)
     split = source.splits["train"]
     assert source.class_names == ["cat", "dog"]
     assert [(split.read(i).key, split.read(i).label) for i in range(3)] == [
@@ -35,12 +38,12 @@ def test_a_folder_takes_its_classes_from_the_first_level(tmp_path: Path) -> None
         ("cat/deep/b", 0),
         ("dog/c", 1),
     ]
-    assert open_source(f"folder:{tmp_path}", classes=False).class_names == []
+    assert open_source(f"folder:{tmp_path}", CACHE, classes=False).class_names == []
 
 
 def test_a_folder_without_subfolders_has_no_classes(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
-    source = open_source(f"folder:{tmp_path}")
+    source = open_source(f"folder:{tmp_path}", CACHE)
     assert source.class_names == []
     assert source.splits["train"].read(0).label is None
 
@@ -48,24 +51,24 @@ def test_a_folder_without_subfolders_has_no_classes(tmp_path: Path) -> None:
 def test_a_folder_with_train_and_val_has_both_splits(tmp_path: Path) -> None:
     for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"):
         picture(tmp_path / name)
-    source = open_source(f"folder:{tmp_path}")
+    source = open_source(f"folder:{tmp_path}", CACHE)
     assert {split: len(images) for split, images in source.splits.items()} == {"train": 2, "val": 2}
     assert source.class_names == ["cat", "dog"]
 
 
 def test_folders_that_promise_what_they_do_not_hold_are_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="must be a folder that exists"):
-        open_source(f"folder:{tmp_path}/nowhere")
+        open_source(f"folder:{tmp_path}/nowhere", CACHE)
     with pytest.raises(StageError, match="holds no images"):
-        open_source(f"folder:{tmp_path}")
+        open_source(f"folder:{tmp_path}", CACHE)
     picture(tmp_path / "cat" / "a.png")
     (tmp_path / "dog").mkdir()
     with pytest.raises(StageError, match=r"class folder .*dog holds no images"):
-        open_source(f"folder:{tmp_path}")
+        open_source(f"folder:{tmp_path}", CACHE)
     picture(tmp_path / "dog" / "b.png")
     picture(tmp_path / "loose.png")
     with pytest.raises(StageError, match=r"loose\.png lies beside class folders"):
-        open_source(f"folder:{tmp_path}")
+        open_source(f"folder:{tmp_path}", CACHE)
 
 
 def test_folders_are_listed_as_people_expect(tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_folders_are_listed_as_people_expect(tmp_path: Path) -> None:
         picture(tmp_path / name)
     (tmp_path / "set" / "train" / "cat").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "train" / "dog" / b"\xe9.png".decode("utf-8", "surrogateescape")).write_bytes(b"")
-    source = open_source(f"folder:{tmp_path}/set")
+    source = open_source(f"folder:{tmp_path}/set", CACHE)
     assert source.class_names == ["cat", "dog"]
     split = source.splits["train"]
     assert len(split) == 4
@@ -98,8 +101,8 @@ def test_labels_that_are_none_are_refused(
     data = data_of(Image.fromarray(noise(8, 8)))
     datasets.Dataset.from_dict({"image": [data] * 3, "label": labels}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(StageError, match=message):
-        open_source(f"parquet:{tmp_path}/a.parquet")
-    assert open_source(f"parquet:{tmp_path}/a.parquet", classes=False).class_names == []
+        open_source(f"parquet:{tmp_path}/a.parquet", CACHE)
+    assert open_source(f"parquet:{tmp_path}/a.parquet", CACHE, classes=False).class_names == []
 
 
 def test_an_unlabelled_split_is_refused_and_names_make_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +111,9 @@ def test_an_unlabelled_split_is_refused_and_names_make_classes(tmp_path: Path, m
     rows = {"image": [data_of(Image.fromarray(noise(8, 8)))] * 3}
     datasets.Dataset.from_dict(rows | {"label": [0, -1, 1]}, features=features).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(StageError, match=r"leaves images unlabelled \(-1\)"):
-        open_source(f"parquet:{tmp_path}/a.parquet")
+        open_source(f"parquet:{tmp_path}/a.parquet", CACHE)
     datasets.Dataset.from_dict(rows | {"label": ["b", "a", "b"]}).to_parquet(tmp_path / "b.parquet")
-    source = open_source(f"parquet:{tmp_path}/b.parquet")
+    source = open_source(f"parquet:{tmp_path}/b.parquet", CACHE)
     assert source.class_names == ["a", "b"]
     assert [source.splits["train"].read(index).label for index in range(3)] == [1, 0, 1]
 
@@ -120,7 +123,7 @@ def test_a_parquet_file_cannot_name_files_of_this_machine(tmp_path: Path, monkey
     picture(tmp_path / "secret.png")
     rows = {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}] * 2}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
-    assert open_source(f"parquet:{tmp_path}/a.parquet").splits["train"].read(0).data == b""
+    assert open_source(f"parquet:{tmp_path}/a.parquet", CACHE).splits["train"].read(0).data == b""
 
 
 @pytest.fixture
@@ -139,7 +142,7 @@ def hub_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_parquet_in_hub_layout_brings_splits_and_class_names(hub_like: Path) -> None:
-    source = open_source(f"parquet:{hub_like}/*.parquet")
+    source = open_source(f"parquet:{hub_like}/*.parquet", CACHE)
     assert source.class_names == ["cat", "dog"]
     assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 6, "val": 2}
     raw = source.splits["train"].read(1)
@@ -148,21 +151,21 @@ def test_parquet_in_hub_layout_brings_splits_and_class_names(hub_like: Path) -> 
 
 def test_the_hub_loader_reads_a_repository_folder(hub_like: Path) -> None:
     """`hf:` takes what `datasets.load_dataset` takes, a local repository too."""
-    source = open_source(f"hf:{hub_like}")
+    source = open_source(f"hf:{hub_like}", CACHE)
     assert len(source.splits["train"]) == 6
-    assert len(open_source(f"hf:{hub_like}:test").splits["train"]) == 2
+    assert len(open_source(f"hf:{hub_like}:test", CACHE).splits["train"]) == 2
 
 
 def test_parquet_without_images_or_files_is_refused(hub_like: Path) -> None:
     with pytest.raises(StageError, match="matches no file"):
-        open_source(f"parquet:{hub_like}/nothing*.parquet")
+        open_source(f"parquet:{hub_like}/nothing*.parquet", CACHE)
     with pytest.raises(StageError, match="must have an image column"):
-        open_source(f"parquet:{hub_like}/*.parquet", image_column="nope")
+        open_source(f"parquet:{hub_like}/*.parquet", CACHE, image_column="nope")
     with pytest.raises(StageError, match="label_column nope is not among"):
-        open_source(f"parquet:{hub_like}/*.parquet", label_column="nope")
+        open_source(f"parquet:{hub_like}/*.parquet", CACHE, label_column="nope")
     (hub_like / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(StageError, match="cannot be loaded"):
-        open_source(f"parquet:{hub_like}/bad.parquet")
+        open_source(f"parquet:{hub_like}/bad.parquet", CACHE)
 
 
 def test_somebody_elses_webdataset_is_read_by_brace_expansion(tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_somebody_elses_webdataset_is_read_by_brace_expansion(tmp_path: Path) ->
         samples = [(f"{number}{n}", {"png": data, "cls": str(n).encode(), "json": b"{}"}) for n in range(3)]
         write_shard(tmp_path / f"x-{number}.tar", samples, {})
     write_shard(tmp_path / "val-0.tar", [("v", {"png": data, "cls": b"2"})], {})
-    source = open_source(f"shards:{tmp_path}/{{x-{{0..1}},val-0}}.tar")
+    source = open_source(f"shards:{tmp_path}/{{x-{{0..1}},val-0}}.tar", CACHE)
     assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 6, "val": 1}
     assert source.class_names == ["0", "1", "2"]
     assert source.splits["train"].read(5) == ("12", data, 2)
@@ -179,19 +182,25 @@ def test_somebody_elses_webdataset_is_read_by_brace_expansion(tmp_path: Path) ->
 
 @pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "ftp://host/a.tar", "s3x://a/b.tar"])
 def test_schemes_that_are_not_allowed_are_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="got the scheme"):
-        open_source(f"shards:{url}")
+    with pytest.raises(ConfigError, match="must be a local path or a URL of s3://, gs://, https://"):
+        open_source(f"shards:{url}", CACHE)
+
+
+def test_a_class_out_of_all_bounds_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("a", {"png": b"x", "cls": b"9" * 30})], {})
+    with pytest.raises(StageError, match=r"sample a of .*a\.tar has class 9+; classes must lie below"):
+        open_source(f"shards:{tmp_path}/a.tar", CACHE)
 
 
 def test_missing_shards_and_half_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"there is no .*nowhere\.tar"):
-        open_source(f"shards:{tmp_path}/nowhere.tar")
+        open_source(f"shards:{tmp_path}/nowhere.tar", CACHE)
     write_shard(tmp_path / "a.tar", [("a", {"png": b"x", "cls": b"0"}), ("b", {"png": b"x"})], {})
     with pytest.raises(StageError, match=r"some samples have a \.cls and some not"):
-        open_source(f"shards:{tmp_path}/a.tar")
+        open_source(f"shards:{tmp_path}/a.tar", CACHE)
 
 
 @pytest.mark.parametrize("name", ["digitz", "folder:", "parquet", ""])
 def test_an_unknown_source_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"images\.source must be digits, folder:PATH"):
-        open_source(name)
+        open_source(name, CACHE)

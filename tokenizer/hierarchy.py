@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from tokenizer.codebook import Codebook, Quantized
 from tokenizer.networks import decoder, encoder
 
+# Beyond these a setting is damage or malice, not a model.
+MAX_WIDTH, MAX_BLOCKS, MAX_CODES = 2**16, 1000, 2**31
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -53,9 +56,11 @@ class TokenizerConfig:
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != len(self.strides):
                 raise ValueError(f"{name} must have one value a level ({len(self.strides)}), got {values}")
-        for name in ("width", "residual_width", "residual_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in (("width", MAX_WIDTH), ("residual_width", MAX_WIDTH), ("residual_blocks", MAX_BLOCKS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be at least 1 and at most {most}, got {getattr(self, name)}")
+        if self.strides[0] > MAX_WIDTH or max(self.codebook_sizes) > MAX_CODES or max(self.code_dims) > MAX_WIDTH:
+            raise ValueError("strides, codebook_size or code_dim are beyond all bounds")
         if min(self.codebook_sizes) < 2 or min(self.code_dims) < 1:
             raise ValueError(
                 "a codebook needs at least 2 codes of at least 1 dimension, "
@@ -266,15 +271,16 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
         try:
             settings = json.loads((folder / "config.json").read_text())
             tensors = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder} holds no readable tokenizer ({error}); train or copy it again") from error
         known = {"image_size", "channels", *(field.name for field in fields(TokenizerConfig))}
         if not isinstance(settings, dict) or set(settings) != known:
             raise ValueError(f"{folder}/config.json must hold exactly the settings {sorted(known)}")
         image_size, channels = settings.pop("image_size"), settings.pop("channels")
         try:
-            model = cls(TokenizerConfig(**settings), image_size, channels)
-        except (TypeError, ValueError) as error:
+            with torch.device("meta"):  # sizes are believed when the tensors are there, not before memory is taken
+                model = cls(TokenizerConfig(**settings), image_size, channels)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{folder}/config.json holds settings that cannot be: {error}") from error
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
@@ -283,8 +289,13 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
                 f"{folder}/model.safetensors lacks, adds or reshapes {len(wrong)} tensors, first {wrong[0]}; "
                 "it is not the file of this config.json"
             )
-        model.load_state_dict(tensors)
-        return model.eval()
+        for key, tensor in tensors.items():
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{folder}/model.safetensors must hold finite numbers, but {key} does not; copy or train it again"
+                )
+        model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
+        return model.requires_grad_(True).eval()
 
 
 def upsampling(channels: int, factor: int) -> nn.Sequential:

@@ -1,0 +1,204 @@
+"""Real processes: asked to leave, killed, hanging, started by torchrun; what is left, and whether it goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+SMALTI = [sys.executable, "-m", "pipelines.cli"]
+# A job starts in some seconds; a machine that runs other tests beside needs more.
+START_S, END_S = 120, 60
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def endless(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    """A tokenizer's training that would take hours."""
+
+    def write(**compute: object) -> Path:
+        training = {"steps": 1000000, "val_every": 50, "checkpoint_every": 10}
+        images = str(tiny_run.parent / "run" / "images")
+        changes = {"images": {"from": images}, "tokenizer": {"training": training}, "compute": compute}
+        return write_config(tmp_path / "job", changes)
+
+    return write
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start a command; whatever is left of it when the test ends is killed."""
+    jobs: list[subprocess.Popen] = []
+
+    def begin(*arguments: str | Path) -> subprocess.Popen:
+        command = [*SMALTI, *map(str, arguments)]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        assert job.stderr is not None
+        job.stderr.close()
+
+
+def last(config: Path) -> Path:
+    return config.parent / "run" / "tokenizer" / "checkpoints" / "last.ckpt"
+
+
+def step_of(config: Path) -> int:
+    return torch.load(last(config), weights_only=True)["global_step"]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = START_S) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass in time"
+        time.sleep(0.05)
+
+
+def children(job: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (signal.SIGINT, "smalti: interrupted; the same command goes on from what is done"),
+        (signal.SIGTERM, "smalti: stopped by SIGTERM, saved at step"),
+        (signal.SIGUSR1, "smalti: stopped by SIGUSR1, saved at step"),
+    ],
+)
+def test_a_training_that_is_asked_to_leave_does_and_the_same_command_goes_on(
+    asked: signal.Signals, says: str, endless: Callable[..., Path], start: Start, smalti: Callable[..., tuple[int, str]]
+) -> None:
+    config = endless()
+    job = start("train-tokenizer", config)
+    wait_for(last(config).exists)
+    begun = time.monotonic()
+    job.send_signal(asked)
+    _, said = job.communicate(timeout=END_S)
+    assert job.returncode == 1
+    assert time.monotonic() - begun < 30
+    assert says in said
+    assert "Traceback" not in said
+    step = step_of(config)
+    if asked != signal.SIGINT:
+        assert f"saved at step {step};" in said
+    assert not list((config.parent / "run").rglob("*.tmp"))
+    steps = (step // 50 + 1) * 50
+    for path in (config, config.parent / "run" / "tokenizer" / "config.yaml"):  # as if begun with fewer steps to go
+        path.write_text(path.read_text().replace("steps: 1000000", f"steps: {steps}"))
+    assert smalti("train-tokenizer", config)[0] == 0
+    assert step_of(config) == steps
+
+
+def test_all_processes_of_a_job_leave_after_the_same_step(endless: Callable[..., Path], start: Start) -> None:
+    config = endless(devices=2)
+    job = start("train-tokenizer", config)
+    wait_for(last(config).exists)
+    others = children(job)
+    assert others
+    job.send_signal(signal.SIGTERM)  # to the first process alone
+    _, said = job.communicate(timeout=END_S)
+    assert job.returncode == 1
+    assert said.count(f"saved at step {step_of(config)};") == 2
+    assert not any(map(alive, others))
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_job_ends_with_a_sentence_when_one_of_its_processes(
+    how: str, endless: Callable[..., Path], start: Start
+) -> None:
+    config = endless(devices=2, timeout_s=10)
+    job = start("train-tokenizer", config)
+    wait_for(last(config).exists)
+    others = children(job)
+    for pid in others:
+        os.kill(pid, signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+    begun = time.monotonic()
+    _, said = job.communicate(timeout=END_S + 60)
+    assert job.returncode == 1
+    assert time.monotonic() - begun < (20 if how == "dies" else 10 + 40)
+    assert "smalti: error: another process of this job died, or has not answered for 10 s (compute.timeout_s)" in said
+    assert "the same command goes on from the last checkpoint" in said
+    assert not any(map(alive, others))
+
+
+def test_no_process_outlives_the_one_that_started_it(
+    endless: Callable[..., Path], start: Start, picture_folder: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    config = endless(devices=2)
+    training = start("train-tokenizer", config)
+    wait_for(last(config).exists)
+    many = {"source": f"folder:{picture_folder}", "shard_size": 1, "channels": 3}
+    packing = start("pack", write_config(tmp_path / "pack", {"images": many, "compute": {"num_workers": 2}}))
+    wait_for(lambda: len(children(packing)) >= 3 or packing.poll() is not None)  # two and multiprocessing's tracker
+    others = children(training) + children(packing)
+    for job in (training, packing):
+        job.kill()
+        job.communicate()
+    wait_for(lambda: not any(map(alive, others)), 30)
+
+
+def test_two_nodes_of_torchrun_write_the_bytes_of_one_process(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    run = tiny_run.parent / "run"
+    tokenizer = {"tokenizer": {"from": str(run / "tokenizer")}, "images": {"from": str(run / "images")}}
+    config = write_config(tmp_path, tokenizer)
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                f"--node-rank={node}",
+                "--nproc-per-node=1",
+                "--master-addr=127.0.0.1",
+                "--master-port=29541",
+                "-m",
+                "pipelines.cli",
+                "encode",
+                str(config),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    for node in nodes:
+        _, said = node.communicate(timeout=START_S)
+        assert node.returncode == 0, said
+    for path in (run / "codes").iterdir():
+        if path.name != "config.yaml":
+            assert (tmp_path / "run" / "codes" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_processes_of_one_node_share_the_shards(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """Started by Lightning; one that fails is told of by the first."""
+    run = tiny_run.parent / "run"
+    changes = {"tokenizer": {"from": str(run / "tokenizer")}, "images": {"from": str(run / "images")}}
+    config = write_config(tmp_path, changes | {"compute": {"devices": 2}})
+    assert subprocess.run([*SMALTI, "encode", config], timeout=START_S, check=False).returncode == 0
+    for path in (run / "codes").iterdir():
+        if path.name != "config.yaml":
+            assert (tmp_path / "run" / "codes" / path.name).read_bytes() == path.read_bytes(), path.name
