@@ -25,7 +25,13 @@ class WholeCheckpoints(TorchCheckpointIO):
         target = place(path)
         make_folder(target.parent)
         with whole(target) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's words for what went wrong while it wrote
+                reason: BaseException | None = error
+                while reason is not None and not isinstance(reason, OSError):
+                    reason = reason.__context__
+                raise reason or error from None
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         source = place(path)

@@ -7,9 +7,10 @@ from typing import Any
 import datasets
 import numpy as np
 
+from pipelines.cache import Cache
 from pipelines.errors import ConfigError, StageError
-from pipelines.places import matches
-from pipelines.sources import VALIDATION_NAMES, Raw, Source, label_at, split_of
+from pipelines.places import is_local, matches
+from pipelines.sources import VALIDATION_NAMES, Raw, Source, label_at, on_disk, split_of
 
 
 class _Rows:
@@ -31,13 +32,16 @@ class _Rows:
         return Raw(self.key(index), data or b"", label_at(self.labels, index))
 
 
-def open_dataset(kind: str, name: str, classes: bool, image_column: str | None, label_column: str | None) -> Source:
+def open_dataset(
+    kind: str, name: str, cache: Cache, classes: bool, image_column: str | None, label_column: str | None
+) -> Source:
     """Open parquet files or a hub repository; the arguments are those of `open_source`.
 
     Raises:
         StageError: it cannot be loaded, or has no images or no usable labels in its columns.
     """
     datasets.disable_progress_bars()
+    marks: list[str] = []  # what changes with the content of the files
     try:
         if kind == "parquet":
             paths = matches(name)
@@ -45,7 +49,10 @@ def open_dataset(kind: str, name: str, classes: bool, image_column: str | None, 
                 raise StageError(f"parquet:{name} matches no file")
             files: dict[str, list[str]] = {}
             for path in paths:
-                files.setdefault(split_of(path.name), []).append(str(path))
+                local = on_disk(path, cache)
+                files.setdefault(split_of(path.name), []).append(str(local))
+                if not is_local(path):
+                    marks.append(local.parent.name)
             loaded = dict(datasets.load_dataset("parquet", data_files=files))
         else:
             repository, _, split = name.partition(":")
@@ -78,7 +85,7 @@ def open_dataset(kind: str, name: str, classes: bool, image_column: str | None, 
         if isinstance(features[image_column], datasets.Image):
             data = data.cast_column(image_column, datasets.Image(decode=False))
         splits[split] = _Rows(data.select_columns([image_column]), image_column, columns.get(split), kind == "hf")
-    marks = [data._fingerprint for data in chosen.values()]  # changes with the files that a data set was read from
+    marks = marks or [data._fingerprint for data in chosen.values()]
     return Source(splits, names, hashlib.sha256(" ".join(marks).encode()).hexdigest())
 
 

@@ -72,7 +72,7 @@ def open_source(
     elif kind in ("parquet", "hf") and rest:
         from pipelines.hub_source import open_dataset  # its library takes seconds to import
 
-        found = open_dataset(kind, rest, classes, image_column, label_column)
+        found = open_dataset(kind, rest, cache, classes, image_column, label_column)
     elif kind == "shards" and rest:
         found = _shards(rest, cache)
     else:
@@ -225,14 +225,15 @@ class _Members:
         path, sample, extension = self.found[index]
         local = self.local.get(path)
         if local is None or not local.exists():  # the cache may have made room
-            local = self.local[path] = _on_disk(path, self.cache)
+            local = self.local[path] = on_disk(path, self.cache)
         with local.open("rb") as file:
             data = read_member(file, sample.members[extension])
         return Raw(self.key(index), data, label_at(self.labels, index))
 
 
-def _on_disk(path: Path, cache: Cache) -> Path:
-    return path if is_local(path) else cache.files(path.parent, [path.name]) / path.name
+def on_disk(path: Path, cache: Cache) -> Path:
+    """Return a local file with the content of one that may be remote."""
+    return cache.files(path.parent, [path.name]) / path.name
 
 
 def _shards(urls: str, cache: Cache) -> Source:
@@ -248,7 +249,7 @@ def _shards(urls: str, cache: Cache) -> Source:
     classes: dict[str, list[int | None]] = {}
     for path in paths:
         split = "val" if split_of(path.name) in VALIDATION_NAMES else "train"
-        local = _on_disk(path, cache)
+        local = on_disk(path, cache)
         with local.open("rb") as file:
             for sample in index_shard(local):
                 extension = next((e for e in sample.members if f".{e.lower()}" in EXTENSIONS), None)

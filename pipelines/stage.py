@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from pipelines.errors import StageError
 from pipelines.places import exists, is_local, make_folder, read_bytes, remove_folder, sweep, whole, write_text
@@ -80,7 +81,10 @@ def is_complete(folder: Path) -> bool:
 def publish_model(model: HierarchicalVQVAE | LevelPrior, folder: Path) -> None:
     """Write a model's files into a stage's folder; `model.safetensors`, the last, completes the stage."""
     with tempfile.TemporaryDirectory() as staging:
-        model.save_pretrained(staging)
+        try:
+            model.save_pretrained(staging)
+        except SafetensorError as error:
+            raise StageError(f"cannot write {staging}: {error}; make room there or set TMPDIR") from error
         for source in sorted(Path(staging).iterdir(), key=lambda path: path.name == "model.safetensors"):
             with whole(folder / source.name) as temporary:
                 shutil.copyfile(source, temporary)
