@@ -1,5 +1,6 @@
 """Files from strangers: a hostile example of each kind, and mutated ones; none runs code, none gets far."""
 
+import contextlib
 import io
 import json
 import os
@@ -243,10 +244,8 @@ def test_mutated_manifests_and_receipts_are_read_or_refused(changes: list, copie
 @given(changes=mutations)
 def test_mutated_configs_are_read_or_refused(changes: list, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(mutated(tiny_run.read_bytes(), changes))
-    try:
+    with contextlib.suppress(ConfigError):
         load_config(tmp_path / "c.yaml")
-    except ConfigError:
-        pass
 
 
 @few
@@ -269,10 +268,8 @@ def test_mutated_models_are_loaded_or_refused(changes: list, copied: Path) -> No
 def test_mutated_images_are_read_or_refused(changes: list, kind: str) -> None:
     data = mutated(data_of(Image.fromarray(noise(16, 16)), kind), changes)
     for read in (lambda: pixels_of(data, 16, 3), lambda: fit(data, 8, 3, True, "png")):
-        try:
+        with contextlib.suppress(BadImageError):
             read()
-        except BadImageError:
-            pass
 
 
 def limited(command: list, limit: int) -> subprocess.CompletedProcess:
