@@ -3,16 +3,7 @@ import torch
 
 from prior.decoding import RecomputingDecoder
 from prior.transformer import CodeTransformer, TransformerConfig, rotary_angles
-from tests.priors import randomize
-
-
-def decoded(decoder, codes: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, K) of every position, stepped through with the given codes."""
-    steps, previous = [], None
-    for position in range(codes[0].numel()):
-        steps.append(decoder.step(previous))
-        previous = codes.flatten(1)[:, position]
-    return torch.stack(steps, 1)
+from tests.priors import decoded, randomize
 
 
 @pytest.mark.parametrize(("depth", "heads", "grid"), [(1, 1, (1, 3)), (2, 2, (3, 4)), (3, 4, (4, 4))])
