@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from x_transformers import Decoder as DecoderStack
-from x_transformers.x_transformers import LayerIntermediates
 
+from prior.cached import CachedDecoder
 from prior.sizes import check_sizes
 
 
@@ -100,35 +100,6 @@ class CodeTransformer(nn.Module):
         hidden = self.layers(self.dropout(tokens), rotary_pos_emb=(self.angles, 1.0))
         return self.head(hidden).view(*codes.shape, -1)
 
-    def decoder(self, condition: Tensor) -> "CachedDecoder":
+    def decoder(self, condition: Tensor) -> CachedDecoder:
         """Return a decoder that yields one position's logits after another, each computed once."""
         return CachedDecoder(self, condition)
-
-
-class CachedDecoder:
-    """Incremental decoder: x-transformers keeps the keys and values of all positions so far.
-
-    Args:
-        network: in eval mode.
-        condition: (B, C, h, w).
-    """
-
-    def __init__(self, network: CodeTransformer, condition: Tensor) -> None:
-        self.network = network
-        self.condition = condition.flatten(2).transpose(1, 2)  # (B, T, C)
-        self.cache: LayerIntermediates | None = None
-        self.position = 0
-
-    def step(self, previous: Tensor | None) -> Tensor:
-        """See `Decoder.step`."""
-        network, position = self.network, self.position
-        embedded = network.start if previous is None else network.embedding(previous)
-        token = (embedded + self.condition[:, position])[:, None]  # (B, 1, C)
-        hidden, self.cache = network.layers(
-            token,
-            rotary_pos_emb=(network.angles[:, : position + 1], 1.0),
-            cache=self.cache,
-            return_hiddens=True,
-        )
-        self.position += 1
-        return network.head(hidden[:, -1])

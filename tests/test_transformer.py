@@ -1,20 +1,7 @@
 import pytest
 import torch
 
-from prior.decoding import RecomputingDecoder
-from prior.transformer import CodeTransformer, TransformerConfig, rotary_angles
-from tests.priors import decoded, randomize
-
-
-@pytest.mark.parametrize(("depth", "heads", "grid"), [(1, 1, (1, 3)), (2, 2, (3, 4)), (3, 4, (4, 4))])
-def test_the_cached_decoder_gives_the_logits_of_the_full_forward(depth: int, heads: int, grid: tuple[int, int]) -> None:
-    network = CodeTransformer(7, grid, TransformerConfig(width=16, depth=depth, heads=heads), 0.0)
-    randomize(network)
-    codes, condition = torch.randint(7, (3, *grid)), torch.randn(3, 16, *grid)
-    with torch.no_grad():
-        full = network(codes, condition).flatten(1, 2)
-        assert torch.allclose(decoded(network.decoder(condition), codes), full, atol=1e-4)
-        assert torch.allclose(decoded(RecomputingDecoder(network, condition), codes), full, atol=1e-4)
+from prior.transformer import TransformerConfig, rotary_angles
 
 
 def test_rotary_positions_know_rows_and_columns() -> None:
