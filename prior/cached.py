@@ -121,6 +121,7 @@ class CachedDecoder:
         self.position = torch.zeros(1, dtype=torch.int64, device=condition.device)
         self.places = torch.arange(kept, device=condition.device)
         self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def step(self, previous: Tensor | None) -> Tensor:
@@ -128,9 +129,24 @@ class CachedDecoder:
         if previous is not None:
             self.code.copy_(previous)
         self.position.fill_(self.steps)
-        logits = self._logits((self.steps // BUCKET + 1) * BUCKET)
+        length = (self.steps // BUCKET + 1) * BUCKET
+        logits = self._replayed_logits(length) if self.code.is_cuda else self._logits(length)
         self.steps += 1
         return logits
+
+    def _replayed_logits(self, length: int) -> Tensor:
+        """Return `_logits` by one launch: a step's hundreds of small kernels would wait for Python."""
+        if self.graph is None or self.steps % BUCKET == 0:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._logits(length)  # libraries set themselves up, which a capture does not allow
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.graph_logits = self._logits(length)
+        self.graph.replay()
+        return self.graph_logits.clone()  # the next replay writes to the same place
 
     def _logits(self, length: int) -> Tensor:
         """Return the logits (B, K) at self.position after self.code, looking at the first `length` places."""

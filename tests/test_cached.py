@@ -71,6 +71,16 @@ def test_under_autocast_the_logits_are_those_of_the_full_forward_up_to_its_round
     assert float((steps - exact).abs().max()) < 3 * rounding
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are of a GPU")
+def test_replayed_graphs_give_the_logits_of_the_full_forward() -> None:
+    network = CodeTransformer(7, (9, 8), TransformerConfig(width=16, depth=2, heads=2), 0.0)
+    randomize(network).cuda()
+    codes, condition = torch.randint(7, (3, 9, 8)).cuda(), torch.randn(3, 16, 9, 8).cuda()
+    with torch.no_grad():
+        full = network(codes, condition).flatten(1, 2)
+    assert torch.allclose(decoded(network.decoder(condition), codes), full, atol=1e-2)
+
+
 def test_layers_that_the_decoder_does_not_know_are_refused() -> None:
     network = CodeTransformer(7, (2, 2), TransformerConfig(width=16, depth=1, heads=2), 0.0)
     network.layers.layers[0][1].k_rmsnorm = torch.nn.RMSNorm(8)
