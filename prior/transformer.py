@@ -21,18 +21,23 @@ class TransformerConfig:
         width: C, channels; a multiple of 4 * heads, for rotary pairs of rows and columns.
         depth: layers.
         heads: attention heads.
+        kv_heads: heads of keys and values, each shared by heads / kv_heads queries; 0 for as many as heads. Fewer
+            make a smaller cache (Ainslie et al. 2023, grouped-query attention).
         conditioning_blocks: residual blocks over the coarser levels' codes.
     """
 
     width: int | list[int] = 512
     depth: int | list[int] = 12
     heads: int | list[int] = 8
+    kv_heads: int | list[int] = 0
     conditioning_blocks: int | list[int] = 2
 
     def __post_init__(self) -> None:
-        check_sizes(self, at_least={"conditioning_blocks": 0})
+        check_sizes(self, at_least={"conditioning_blocks": 0, "kv_heads": 0})
         if isinstance(self.width, int) and isinstance(self.heads, int) and self.width % (4 * self.heads):
             raise ValueError(f"width must be a multiple of 4 * heads, got {self.width} with {self.heads} heads")
+        if isinstance(self.heads, int) and isinstance(self.kv_heads, int) and self.heads % (self.kv_heads or 1):
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
 
 def rotary_angles(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Tensor:
@@ -75,6 +80,7 @@ class CodeTransformer(nn.Module):
             dim=config.width,
             depth=config.depth,
             heads=config.heads,
+            attn_kv_heads=config.kv_heads or None,
             attn_dim_head=head_dim,
             attn_flash=True,
             attn_dropout=dropout,

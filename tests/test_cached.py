@@ -26,7 +26,16 @@ def test_each_position_has_the_logits_of_the_full_forward_on_any_grid(grid: tupl
     assert_exact([grid], batch)
 
 
-@pytest.mark.parametrize("changes", [{"depth": 1, "heads": 1}, {"depth": 3, "heads": 4}, {"width": 24, "heads": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"depth": 1, "heads": 1},
+        {"depth": 3, "heads": 4},
+        {"width": 24, "heads": 3},
+        {"width": 24, "heads": 6, "kv_heads": 2},
+        {"heads": 4, "kv_heads": 1},
+    ],
+)
 def test_each_position_has_the_logits_of_the_full_forward_at_any_size(changes: dict) -> None:
     assert_exact([(3, 5)], 2, **changes)
 

@@ -15,3 +15,8 @@ def test_rotary_positions_know_rows_and_columns() -> None:
 def test_a_width_that_does_not_split_into_rotary_pairs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"multiple of 4 \* heads, got 20 with 2 heads"):
         TransformerConfig(width=20, depth=1, heads=2)
+
+
+def test_heads_that_do_not_share_keys_evenly_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads must be a multiple of kv_heads, got 4 and 3"):
+        TransformerConfig(width=32, heads=4, kv_heads=3)
