@@ -76,7 +76,7 @@ def measure_batch(peer: AutoregressiveWrapper, network: CodeTransformer, batch: 
         "x-transformers": lambda: peer.generate(prompt, LENGTH, temperature=0.0, cache_kv=True),
         "products": products,
     }
-    seconds = {name: median / LENGTH for name, median in interleaved_medians(works, repeats=5).items()}
+    seconds = {name: median / LENGTH for name, median in interleaved_medians(works, repeats=3).items()}
     plain = RecomputingDecoder(network, condition)
     seconds |= interleaved_medians({"recomputing": lambda: plain.step(None)}, repeats=5)
     codes, theirs = works["ours"](), works["x-transformers"]()
