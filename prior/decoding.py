@@ -18,6 +18,15 @@ class Decoder(Protocol):
         ...
 
 
+def working_dtype(like: Tensor) -> torch.dtype:
+    """Return the type that matrix products take here: autocast's where it is on, otherwise that of the tensor.
+
+    Decoders lay weights out in it once: autocast would cast them at every position.
+    """
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+
+
 class RecomputingDecoder:
     """Calls the whole network for every position: slow, plain, and the measure of every faster decoder.
 

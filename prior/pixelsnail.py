@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from prior.decoding import RecomputingDecoder
+from prior.incremental import IncrementalDecoder
 from prior.sizes import check_sizes
 
 
@@ -136,6 +136,7 @@ class PixelSNAIL(nn.Module):
     """
 
     stacks: Sequence[Sequence[GatedResidualBlock]]
+    attentions: Sequence[CausalAttention]
 
     def __init__(self, codebook_size: int, config: PixelSNAILConfig, dropout: float) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ class PixelSNAIL(nn.Module):
             nn.ModuleList(GatedResidualBlock(width, inner_kernel, dropout) for _ in range(config.residual_blocks))
             for _ in range(config.blocks)
         )
-        self.attentions = nn.ModuleList(
+        self.attentions = nn.ModuleList(  # type: ignore[assignment]  # a ModuleList of these
             CausalAttention(width, config.attention_width, config.heads, dropout)
             for _ in range(config.blocks if config.attention else 0)
         )
@@ -172,6 +173,6 @@ class PixelSNAIL(nn.Module):
                 x = self.attentions[number](x, previous, condition)
         return self.head(F.elu(x)).permute(0, 2, 3, 1)
 
-    def decoder(self, condition: Tensor) -> RecomputingDecoder:
-        """Return a decoder that yields one position's logits after another."""
-        return RecomputingDecoder(self, condition)
+    def decoder(self, condition: Tensor) -> IncrementalDecoder:
+        """Return a decoder that yields one position's logits after another, each computed once."""
+        return IncrementalDecoder(self, condition)

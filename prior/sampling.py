@@ -36,12 +36,16 @@ def filtered_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int 
     check_sampling(temperature, top_k, top_p)
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     size = logits.shape[-1]
+    kept = torch.arange(size, device=logits.device).expand_as(probabilities)
     if top_k and top_k < size:
-        keep = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k).indices, 1.0)
+        kept = probabilities.topk(top_k).indices.sort(-1).values
+        keep = torch.zeros_like(probabilities).scatter_(-1, kept, 1.0)
         probabilities = probabilities * keep
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # Only what top-k kept is sorted: sorting 16384 codes takes longer than many a network.
+        ordered, order = probabilities.gather(-1, kept).sort(dim=-1, descending=True, stable=True)
+        order = kept.gather(-1, order)
         before = ordered.cumsum(-1) - ordered  # probability of everything likelier
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered * (before < top_p))
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from x_transformers import Decoder as DecoderStack
-from x_transformers.x_transformers import LayerIntermediates
 
+from prior.cached import CachedDecoder
 from prior.sizes import check_sizes
 
 
@@ -21,18 +21,23 @@ class TransformerConfig:
         width: C, channels; a multiple of 4 * heads, for rotary pairs of rows and columns.
         depth: layers.
         heads: attention heads.
+        kv_heads: heads of keys and values, each shared by heads / kv_heads queries; 0 for as many as heads. Fewer
+            make a smaller cache (Ainslie et al. 2023, grouped-query attention).
         conditioning_blocks: residual blocks over the coarser levels' codes.
     """
 
     width: int | list[int] = 512
     depth: int | list[int] = 12
     heads: int | list[int] = 8
+    kv_heads: int | list[int] = 0
     conditioning_blocks: int | list[int] = 2
 
     def __post_init__(self) -> None:
-        check_sizes(self, at_least={"conditioning_blocks": 0})
+        check_sizes(self, at_least={"conditioning_blocks": 0, "kv_heads": 0})
         if isinstance(self.width, int) and isinstance(self.heads, int) and self.width % (4 * self.heads):
             raise ValueError(f"width must be a multiple of 4 * heads, got {self.width} with {self.heads} heads")
+        if isinstance(self.heads, int) and isinstance(self.kv_heads, int) and self.heads % (self.kv_heads or 1):
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
 
 def rotary_angles(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Tensor:
@@ -75,6 +80,7 @@ class CodeTransformer(nn.Module):
             dim=config.width,
             depth=config.depth,
             heads=config.heads,
+            attn_kv_heads=config.kv_heads or None,
             attn_dim_head=head_dim,
             attn_flash=True,
             attn_dropout=dropout,
@@ -100,35 +106,6 @@ class CodeTransformer(nn.Module):
         hidden = self.layers(self.dropout(tokens), rotary_pos_emb=(self.angles, 1.0))
         return self.head(hidden).view(*codes.shape, -1)
 
-    def decoder(self, condition: Tensor) -> "CachedDecoder":
+    def decoder(self, condition: Tensor) -> CachedDecoder:
         """Return a decoder that yields one position's logits after another, each computed once."""
         return CachedDecoder(self, condition)
-
-
-class CachedDecoder:
-    """Incremental decoder: x-transformers keeps the keys and values of all positions so far.
-
-    Args:
-        network: in eval mode.
-        condition: (B, C, h, w).
-    """
-
-    def __init__(self, network: CodeTransformer, condition: Tensor) -> None:
-        self.network = network
-        self.condition = condition.flatten(2).transpose(1, 2)  # (B, T, C)
-        self.cache: LayerIntermediates | None = None
-        self.position = 0
-
-    def step(self, previous: Tensor | None) -> Tensor:
-        """See `Decoder.step`."""
-        network, position = self.network, self.position
-        embedded = network.start if previous is None else network.embedding(previous)
-        token = (embedded + self.condition[:, position])[:, None]  # (B, 1, C)
-        hidden, self.cache = network.layers(
-            token,
-            rotary_pos_emb=(network.angles[:, : position + 1], 1.0),
-            cache=self.cache,
-            return_hiddens=True,
-        )
-        self.position += 1
-        return network.head(hidden[:, -1])

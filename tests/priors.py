@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from prior import HierarchicalPrior, LevelConfig, LevelPrior, PixelSNAILConfig, TransformerConfig
+from prior.decoding import Decoder
 
 SIZES = {
     "transformer": TransformerConfig(width=16, depth=2, heads=2, conditioning_blocks=1),
@@ -54,6 +55,16 @@ def tiny_prior(
 
 def draw_codes(grids: list[tuple[int, int]], sizes: list[int], batch: int = 2) -> list[torch.Tensor]:
     return [torch.randint(size, (batch, *grid)) for grid, size in zip(grids, sizes, strict=True)]
+
+
+@torch.no_grad()
+def decoded(decoder: Decoder, codes: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, K) of every position, stepped through with the given codes."""
+    steps, previous = [], None
+    for position in range(codes[0].numel()):
+        steps.append(decoder.step(previous))
+        previous = codes.flatten(1)[:, position]
+    return torch.stack(steps, 1)
 
 
 @torch.no_grad()

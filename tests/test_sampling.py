@@ -71,3 +71,22 @@ def test_top_p_keeps_the_fewest_that_reach_it_without_top_k() -> None:
 def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         filtered_probabilities(torch.zeros(1, 4), **settings)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 20, 99])
+@pytest.mark.parametrize("top_p", [0.2, 0.9])
+def test_top_p_of_what_top_k_kept_is_top_p_of_all_with_the_others_at_zero(top_k: int, top_p: float) -> None:
+    logits = torch.randn(4, 50) * 3
+    kept = filtered_probabilities(logits, top_k=top_k)
+    ordered, order = kept.sort(dim=-1, descending=True)
+    expected = torch.zeros_like(kept).scatter_(-1, order, ordered * (ordered.cumsum(-1) - ordered < top_p))
+    both = filtered_probabilities(logits, top_k=top_k, top_p=top_p)
+    assert torch.allclose(both, expected / expected.sum(-1, keepdim=True))
+    assert torch.equal(both > 0, expected > 0)
+
+
+def test_of_equally_likely_codes_top_p_keeps_the_first() -> None:
+    logits = torch.cat([torch.full((1, 10), -9.0), torch.zeros(1, 40)], 1)
+    for top_k in (0, 40):
+        kept = filtered_probabilities(logits, top_k=top_k, top_p=0.51)[0] > 0
+        assert kept.nonzero()[:, 0].tolist() == list(range(10, 31))

@@ -1,0 +1,182 @@
+"""PixelSNAIL one position at a time: every layer keeps what later positions will ask of it.
+
+A position's features are the columns of a (C, B) matrix, so that each layer is weight @ features: for a few columns
+the fastest product there is, and neighbours kept as (w, C, B) are one (w * C, B) slice of memory. Sampling is then
+bound by reading the weights once a position.
+
+B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head.
+
+Source: Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models".
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prior.decoding import working_dtype
+
+if TYPE_CHECKING:
+    from prior.pixelsnail import CausalAttention, CausalConv2d, GatedResidualBlock, PixelSNAIL
+
+
+class Place(NamedTuple):
+    """Where a position lies: its index in raster order, its row and its column."""
+
+    position: int
+    row: int
+    column: int
+
+
+class Pointwise:
+    """A 1x1 convolution of columns, or the part of one that sees the given slice of its input channels."""
+
+    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, channels: slice = slice(None), bias: bool = True) -> None:
+        self.weight = layer.weight[:, channels, 0, 0].to(dtype)
+        self.bias = None if layer.bias is None or not bias else layer.bias[:, None].to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(in_channels, columns) to (out_channels, columns)."""
+        return self.weight @ x if self.bias is None else torch.addmm(self.bias, self.weight, x)
+
+
+class IncrementalConvolution:
+    """A `CausalConv2d` whose inputs arrive one by one.
+
+    Only the rows that a position can see are kept, in a ring: row r lies at r modulo their number. Their margins, and
+    the rows above the first, stay zero.
+
+    Args:
+        layer: its kernels, flattened side by side, become one matrix over all positions in sight.
+        dtype: of weights and kept inputs.
+        batch: B.
+        columns: w.
+    """
+
+    def __init__(self, layer: "CausalConv2d", dtype: torch.dtype, batch: int, columns: int) -> None:
+        kernels = [layer.above.weight, layer.left.weight]  # (out, in, rows, columns) each
+        self.weight = torch.cat([kernel.permute(0, 2, 3, 1).flatten(1) for kernel in kernels], 1).to(dtype)
+        assert layer.above.bias is not None
+        self.bias = layer.above.bias[:, None].to(dtype)
+        self.reach = layer.reach
+        self.left = layer.left.kernel_size[1]
+        self.rows = self.weight.new_zeros(self.reach + 1, columns + 2 * self.reach, layer.left.in_channels, batch)
+
+    def put(self, x: Tensor, place: Place) -> None:
+        """Keep the input (in_channels, B) of a place."""
+        self.rows[place.row % len(self.rows), place.column + self.reach] = x
+
+    def output(self, place: Place) -> Tensor:
+        """Return the output (out_channels, B) at a place; all inputs that it sees have been put."""
+        _, row, column = place
+        sights = [(row - distance, 2 * self.reach + 1) for distance in range(self.reach, 0, -1)] + [(row, self.left)]
+        seen = [self.rows[above % len(self.rows), column : column + length] for above, length in sights]
+        return torch.addmm(self.bias, self.weight, torch.cat(seen).flatten(0, 1))
+
+
+class IncrementalBlock:
+    """A `GatedResidualBlock` whose inputs arrive one by one."""
+
+    def __init__(self, block: "GatedResidualBlock", dtype: torch.dtype, batch: int, columns: int) -> None:
+        self.first = IncrementalConvolution(block.first, dtype, batch, columns)
+        self.second = IncrementalConvolution(block.second, dtype, batch, columns)
+        self.condition = Pointwise(block.condition, dtype)
+
+    def start_row(self, condition: Tensor) -> None:
+        """Take the condition of a whole row, (C, w * B), in one product."""
+        self.conditions = self.condition(condition).unflatten(1, (-1, self.first.rows.shape[-1]))  # (C, w, B)
+
+    def step(self, x: Tensor, previous: Tensor, place: Place) -> Tensor:
+        """Features (C, B) of a place, and the embedding (C, B) of the code before it, to new features."""
+        self.first.put(F.elu(x), place)
+        hidden = self.first.output(place) + self.conditions[:, place.column]
+        self.second.put(F.elu(hidden), place)
+        return x + F.glu(self.second.output(place), dim=0)
+
+
+class IncrementalAttention:
+    """A `CausalAttention` whose inputs arrive one by one; keys and values of all positions so far are kept."""
+
+    def __init__(self, layer: "CausalAttention", dtype: torch.dtype, batch: int, length: int) -> None:
+        width = layer.merge.out_channels
+        self.query = Pointwise(layer.query, dtype, slice(width), bias=False)
+        self.query_condition = Pointwise(layer.query, dtype, slice(width, None))
+        self.key_value = Pointwise(layer.key_value, dtype, slice(2 * width), bias=False)
+        self.key_value_condition = Pointwise(layer.key_value, dtype, slice(2 * width, None))
+        self.merge, self.gate = Pointwise(layer.merge, dtype), Pointwise(layer.gate, dtype)
+        self.heads = layer.heads
+        head_dim = layer.merge.in_channels // layer.heads
+        self.keys, self.values = self.merge.weight.new_zeros(2, batch, layer.heads, length, head_dim)
+
+    def start_row(self, condition: Tensor) -> None:
+        """Take the condition of a whole row, (C, w * B), in one product each."""
+        batch = len(self.keys)
+        self.query_conditions = self.query_condition(condition).unflatten(1, (-1, batch))
+        self.key_value_conditions = self.key_value_condition(condition).unflatten(1, (-1, batch))
+
+    def step(self, x: Tensor, previous: Tensor, place: Place) -> Tensor:
+        """Features (C, B) of a place, and the embedding (C, B) of the code before it, to new features."""
+        query = self._heads(self.query(x) + self.query_conditions[:, place.column])
+        key_value = self.key_value(torch.cat([x, previous])) + self.key_value_conditions[:, place.column]
+        seen = place.position + 1
+        for kept, new in zip((self.keys, self.values), key_value.chunk(2), strict=True):
+            kept[:, :, place.position : seen] = self._heads(new)
+        attended = F.scaled_dot_product_attention(query, self.keys[:, :, :seen], self.values[:, :, :seen])
+        merged = self.merge(attended.flatten(1).t())  # (C, B)
+        return x + F.glu(self.gate(F.elu(merged + x)), dim=0)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.heads, -1)).permute(2, 0, 1)[:, :, None].contiguous()  # (B, n, 1, d)
+
+
+class IncrementalDecoder:
+    """Decoder of a `PixelSNAIL` that computes each position once; see `prior.decoding.Decoder`.
+
+    What depends on the condition alone is computed a row at a time: once a position would read those weights w times
+    as often, the whole grid at once would keep T columns a layer.
+
+    Args:
+        network: in eval mode; kernels are copied, laid out anew.
+        condition: (B, C, h, w).
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: "PixelSNAIL", condition: Tensor) -> None:
+        b, _, h, w = condition.shape
+        dtype = working_dtype(condition)
+        self.condition = condition
+        self.embedding = network.embedding
+        self.start = IncrementalConvolution(network.start, dtype, b, w)
+        self.layers: list[IncrementalBlock | IncrementalAttention] = []
+        for number, stack in enumerate(network.stacks):
+            self.layers.extend(IncrementalBlock(block, dtype, b, w) for block in stack)
+            if len(network.attentions):
+                self.layers.append(IncrementalAttention(network.attentions[number], dtype, b, h * w))
+        self.head = Pointwise(network.head, dtype)
+        self.position = 0
+
+    @torch.no_grad()
+    def step(self, previous: Tensor | None) -> Tensor:
+        """See `prior.decoding.Decoder.step`."""
+        place = self._place(self.position)
+        if place.column == 0:
+            self._start_row(place.row)
+        if previous is None:
+            embedded = self.conditions.new_zeros(self.conditions[:, 0].shape)
+        else:
+            embedded = self.embedding(previous).t()  # (C, B)
+            self.start.put(embedded, self._place(self.position - 1))
+        x = self.start.output(place) + self.conditions[:, place.column]
+        for layer in self.layers:
+            x = layer.step(x, embedded, place)
+        self.position += 1
+        return self.head(F.elu(x)).t().contiguous()
+
+    def _place(self, position: int) -> Place:
+        return Place(position, *divmod(position, self.condition.shape[3]))
+
+    def _start_row(self, row: int) -> None:
+        self.conditions = self.condition[:, :, row].permute(1, 2, 0).contiguous()  # (C, w, B)
+        for layer in self.layers:
+            layer.start_row(self.conditions.flatten(1))
