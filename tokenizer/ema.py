@@ -77,7 +77,8 @@ def take_owned(latents: Tensor, positions: Tensor, offset: int) -> Tensor:
         positions: int64 (R,), positions in the global batch.
         offset: position of the first of these latents in the global batch.
     """
-    local = positions.to(latents.device) - offset
+    # A blocking copy would make the host wait for the device at every step.
+    local = positions.to(latents.device, non_blocking=True) - offset
     owned = (local >= 0) & (local < len(latents))
     return torch.where(owned[:, None], latents[local.clamp(0, len(latents) - 1)], 0.0)
 
@@ -90,10 +91,18 @@ def assignment_statistics(output: Quantized, codebook_size: int, candidates: Ten
         codebook_size: K.
         candidates: float32 (R, D), from `take_owned`.
     """
-    codes = output.codes.flatten()
-    counts = torch.bincount(codes, minlength=codebook_size).float()
-    sums = output.latents.new_zeros(codebook_size, output.latents.shape[1]).index_add_(0, codes, output.latents)
-    return Statistics(counts, sums, candidates)
+    return Statistics(*_counts_and_sums(output.latents, output.codes.flatten(), codebook_size), candidates)
+
+
+def _counts_and_sums(latents: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """Return the float32 counts (K,) and sums (K, D) of the latents (N, D) of each code.
+
+    Counted in integers, which float32 would stop doing at 2**24, and by index_add: on a GPU bincount reads the
+    largest code back, at every step.
+    """
+    counts = codes.new_zeros(codebook_size).index_add_(0, codes, torch.ones_like(codes))
+    sums = latents.new_zeros(codebook_size, latents.shape[1]).index_add_(0, codes, latents)
+    return counts.float(), sums
 
 
 class CodebookEMA(nn.Module):
@@ -128,10 +137,9 @@ class CodebookEMA(nn.Module):
         size = len(codebook.vectors)
         centres = latents[_spread(len(latents), size, seed).to(latents.device)]
         for _ in range(self.config.kmeans_iterations):
-            codes = nearest_code(latents, centres)
-            counts = torch.bincount(codes, minlength=size).float()[:, None]
-            sums = torch.zeros_like(centres).index_add_(0, codes, latents)
-            centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+            counts, sums = _counts_and_sums(latents, nearest_code(latents, centres), size)
+            means = sums / counts.clamp(min=1)[:, None]
+            centres = torch.where(counts[:, None] > 0, means, centres)
             if codebook.normalize:
                 centres = F.normalize(centres, dim=1)
         codebook.vectors.copy_(centres)
