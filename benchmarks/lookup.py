@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import interleaved_medians, main, print_table
-from tokenizer import Codebook, CodebookConfig, CodebookEMA, nearest_code
+from tokenizer import Codebook, CodebookConfig, CodebookEMA, Quantized, nearest_code
 from tokenizer.ema import assignment_statistics
 
 try:
@@ -119,17 +119,23 @@ def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def extra_mib(work: str) -> float:
-    """Return how far resident memory rises over inputs and state, in MiB; for a process of its own, under Linux."""
+    """Return how far resident memory rises over inputs and state, in MiB; for a process of its own, under Linux.
+
+    Args:
+        work: "lookup", from vectors to codes, or "EMA", from codes to the moved codebook.
+    """
     vectors, codebook = drawn(*MEMORY_SHAPE)
-    step = ema_step(codebook, vectors)
-    small, few = drawn(64, 64, MEMORY_SHAPE[2])
+    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0))
+    size, dim = codebook.vectors.shape
+    output = Quantized(vectors, torch.randint(size, (len(vectors),)), vectors.new_zeros(()), vectors)
+    small, few = drawn(64, 64, dim)
     ema_step(few, small)()  # libraries load their code and start their threads
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident_mib("VmRSS")
     if work == "lookup":
         nearest_code(vectors, codebook.vectors)
     else:
-        step()
+        ema.update(codebook, assignment_statistics(output, size, vectors[:256]))
     return resident_mib("VmHWM") - before
 
 
@@ -140,9 +146,9 @@ def resident_mib(field: str) -> float:
 
 
 def memory() -> dict[str, float]:
-    """Measure the extra memory of a lookup and of a whole step, each in a new process."""
+    """Measure the extra memory of a lookup and of an EMA step after it, each in a new process."""
     figures = {}
-    for work in ("lookup", "step"):
+    for work in ("lookup", "EMA"):
         with multiprocessing.get_context("spawn").Pool(1) as process:
             figures[work] = process.apply(extra_mib, (work,))
     print(f"\nextra memory at N, K, D = {MEMORY_SHAPE}, MiB")

@@ -161,11 +161,13 @@ class CodebookEMA(nn.Module):
         self.counts.lerp_(statistics.counts, 1 - decay)
         self.sums.lerp_(statistics.sums, 1 - decay)
         used = (statistics.counts > 0)[:, None]
-        means = self.sums / self.counts[:, None].clamp(min=1e-12)
-        if codebook.normalize:
-            means = F.normalize(means, dim=1)
-        codebook.vectors.copy_(torch.where(used, means, codebook.vectors))
+        codebook.vectors.copy_(torch.where(used, self._means(codebook.normalize), codebook.vectors))
         return self._revive(codebook, statistics.candidates)
+
+    def _means(self, normalize: bool) -> Tensor:
+        """Return the mean latent of each code (K, D), or its direction."""
+        means = self.sums / self.counts[:, None].clamp(min=1e-12)
+        return F.normalize(means, dim=1) if normalize else means
 
     def _revive(self, codebook: Codebook, candidates: Tensor) -> Tensor:
         """Put current latents in the place of dead codes, their counts and sums reset with them.
@@ -179,7 +181,7 @@ class CodebookEMA(nn.Module):
         replacement = candidates[order.clamp(0, len(candidates) - 1)]
         codebook.vectors.copy_(torch.where(revived[:, None], replacement, codebook.vectors))
         self.counts.copy_(torch.where(revived, mean_count, self.counts))
-        self.sums.copy_(torch.where(revived[:, None], replacement * mean_count, self.sums))
+        self.sums.copy_(torch.where(revived[:, None], replacement.mul_(mean_count), self.sums))
         return revived.sum()
 
 
