@@ -1,7 +1,12 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
+from tests.memory import peak_bytes
 from tokenizer import Codebook, CodebookConfig, CodebookEMA
+from tokenizer.codebook import Quantized
 from tokenizer.ema import MAX_REVIVED, Statistics, assignment_statistics, candidate_positions, take_owned
 
 NO_REVIVAL = CodebookConfig(ema_decay=0.9, revival_threshold=0.0)
@@ -29,6 +34,46 @@ def test_ema_equals_a_plain_loop_over_codes_and_steps() -> None:
             if len(members):
                 vectors[code] = sums[code] / counts[code]
     assert torch.allclose(codebook.vectors.double(), vectors, atol=1e-6)
+
+
+def assigned(latents: torch.Tensor, codes: torch.Tensor) -> Quantized:
+    """Return an output whose latents (N, D) got these codes (N,)."""
+    return Quantized(latents, codes, latents.new_zeros(()), latents)
+
+
+@given(n=st.integers(0, 60), k=st.integers(1, 40), d=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_statistics_are_those_of_a_one_hot_product(n: int, k: int, d: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    latents, codes = torch.randn(n, d, generator=generator), torch.randint(k, (n,), generator=generator)
+    one_hot = torch.nn.functional.one_hot(codes, k).double()
+    counts, sums, _ = assignment_statistics(assigned(latents, codes), k, latents)
+    assert torch.equal(counts.double(), one_hot.sum(0))
+    assert torch.allclose(sums.double(), one_hot.T @ latents.double(), atol=1e-5)
+
+
+def test_statistics_hold_no_one_hot_matrix() -> None:
+    output = assigned(torch.randn(8192, 2), torch.randint(8192, (8192,)))
+    peak = peak_bytes(lambda: assignment_statistics(output, 8192, output.latents))
+    assert peak < 2**21, f"a one-hot matrix is {4 * 8192 * 8192} bytes, got {peak}"
+
+
+def test_statistics_are_the_same_bits_every_time() -> None:
+    output = assigned(torch.randn(50_000, 8), torch.randint(300, (50_000,)))
+    first = assignment_statistics(output, 300, output.latents)
+    for _ in range(5):
+        again = assignment_statistics(output, 300, output.latents)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_step_reads_no_value_back_from_the_device(normalize: bool) -> None:
+    with FakeTensorMode():  # tensors without values: reading one, or a size that depends on one, is an error
+        codebook = Codebook(16, 4, normalize)
+        ema = CodebookEMA(codebook, CodebookConfig())
+        output = codebook(torch.empty(2, 4, 3, 3))
+        candidates = take_owned(output.latents, torch.zeros(5, dtype=torch.int64), 0)
+        revived = ema.update(codebook, assignment_statistics(output, 16, candidates))
+    assert revived.shape == ()
 
 
 def test_unused_codes_stay_put() -> None:

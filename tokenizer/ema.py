@@ -77,7 +77,8 @@ def take_owned(latents: Tensor, positions: Tensor, offset: int) -> Tensor:
         positions: int64 (R,), positions in the global batch.
         offset: position of the first of these latents in the global batch.
     """
-    local = positions.to(latents.device) - offset
+    # A blocking copy would make the host wait for the device at every step.
+    local = positions.to(latents.device, non_blocking=True) - offset
     owned = (local >= 0) & (local < len(latents))
     return torch.where(owned[:, None], latents[local.clamp(0, len(latents) - 1)], 0.0)
 
@@ -90,10 +91,18 @@ def assignment_statistics(output: Quantized, codebook_size: int, candidates: Ten
         codebook_size: K.
         candidates: float32 (R, D), from `take_owned`.
     """
-    codes = output.codes.flatten()
-    counts = torch.bincount(codes, minlength=codebook_size).float()
-    sums = output.latents.new_zeros(codebook_size, output.latents.shape[1]).index_add_(0, codes, output.latents)
-    return Statistics(counts, sums, candidates)
+    return Statistics(*_counts_and_sums(output.latents, output.codes.flatten(), codebook_size), candidates)
+
+
+def _counts_and_sums(latents: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """Return the float32 counts (K,) and sums (K, D) of the latents (N, D) of each code.
+
+    Counted in integers, which float32 would stop doing at 2**24, and by index_add: on a GPU bincount reads the
+    largest code back, at every step.
+    """
+    counts = codes.new_zeros(codebook_size).index_add_(0, codes, torch.ones_like(codes))
+    sums = latents.new_zeros(codebook_size, latents.shape[1]).index_add_(0, codes, latents)
+    return counts.float(), sums
 
 
 class CodebookEMA(nn.Module):
@@ -128,10 +137,9 @@ class CodebookEMA(nn.Module):
         size = len(codebook.vectors)
         centres = latents[_spread(len(latents), size, seed).to(latents.device)]
         for _ in range(self.config.kmeans_iterations):
-            codes = nearest_code(latents, centres)
-            counts = torch.bincount(codes, minlength=size).float()[:, None]
-            sums = torch.zeros_like(centres).index_add_(0, codes, latents)
-            centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+            counts, sums = _counts_and_sums(latents, nearest_code(latents, centres), size)
+            means = sums / counts.clamp(min=1)[:, None]
+            centres = torch.where(counts[:, None] > 0, means, centres)
             if codebook.normalize:
                 centres = F.normalize(centres, dim=1)
         codebook.vectors.copy_(centres)
@@ -153,11 +161,13 @@ class CodebookEMA(nn.Module):
         self.counts.lerp_(statistics.counts, 1 - decay)
         self.sums.lerp_(statistics.sums, 1 - decay)
         used = (statistics.counts > 0)[:, None]
-        means = self.sums / self.counts[:, None].clamp(min=1e-12)
-        if codebook.normalize:
-            means = F.normalize(means, dim=1)
-        codebook.vectors.copy_(torch.where(used, means, codebook.vectors))
+        codebook.vectors.copy_(torch.where(used, self._means(codebook.normalize), codebook.vectors))
         return self._revive(codebook, statistics.candidates)
+
+    def _means(self, normalize: bool) -> Tensor:
+        """Return the mean latent of each code (K, D), or its direction."""
+        means = self.sums / self.counts[:, None].clamp(min=1e-12)
+        return F.normalize(means, dim=1) if normalize else means
 
     def _revive(self, codebook: Codebook, candidates: Tensor) -> Tensor:
         """Put current latents in the place of dead codes, their counts and sums reset with them.
@@ -171,7 +181,7 @@ class CodebookEMA(nn.Module):
         replacement = candidates[order.clamp(0, len(candidates) - 1)]
         codebook.vectors.copy_(torch.where(revived[:, None], replacement, codebook.vectors))
         self.counts.copy_(torch.where(revived, mean_count, self.counts))
-        self.sums.copy_(torch.where(revived[:, None], replacement * mean_count, self.sums))
+        self.sums.copy_(torch.where(revived[:, None], replacement.mul_(mean_count), self.sums))
         return revived.sum()
 
 

@@ -1,0 +1,168 @@
+"""What the nearest-code lookup and the EMA step cost, beside a bare matrix product and vector-quantize-pytorch.
+
+    python -m benchmarks.lookup
+
+The limit is `vectors @ codebook.T`: the product that any exact lookup makes, its (N, K) scores written to new memory
+and never read. "mapped" is a harder limit: the same product into memory that it has already written before.
+N vectors, K codebook_size, D code_dim.
+"""
+
+import math
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import interleaved_medians, main, print_table
+from tokenizer import Codebook, CodebookConfig, CodebookEMA, Quantized, nearest_code
+from tokenizer.ema import assignment_statistics
+
+try:
+    from vector_quantize_pytorch import VectorQuantize
+except ImportError:
+    VectorQuantize = None
+
+SHAPES = [(16384, 512, 64), (16384, 8192, 64), (16384, 16384, 8)]
+GROWTH = {"N": [(4096, 4096, 64), (8192, 4096, 64), (16384, 4096, 64)], "K": [(8192, 2048 << n, 64) for n in range(3)]}
+MEMORY_SHAPE = (262144, 65536, 64)
+REPEATS = 5
+DECAY = 0.99
+
+
+def ema_step(codebook: Codebook, vectors: Tensor) -> Callable[[], None]:
+    """Return our whole step of training a codebook: look up, sum, update; `vectors` float32 (N, D)."""
+    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0))
+
+    def step() -> None:
+        output = codebook(vectors.T[None, :, :, None])
+        ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.latents[:256]))
+
+    return step
+
+
+def peer_layer(vectors: Tensor, codes: Tensor, training: bool) -> Callable[[], object]:
+    """Return vector-quantize-pytorch's forward with the same codes and settings; in training it takes its EMA step."""
+    layer = VectorQuantize(
+        dim=vectors.shape[1],
+        codebook_size=len(codes),
+        decay=DECAY,
+        commitment_weight=0.25,
+        rotation_trick=False,
+        kmeans_init=False,
+    )
+    layer.codebook = codes
+    layer.train(training)
+    return lambda: layer(vectors[None])
+
+
+def drawn(n: int, k: int, d: int) -> tuple[Tensor, Codebook]:
+    """Return normal vectors (N, D) and a codebook of normal codes."""
+    torch.manual_seed(0)
+    return torch.randn(n, d), Codebook(k, d)
+
+
+def works_of(n: int, k: int, d: int) -> dict[str, Callable[[], object]]:
+    """Return what is timed at one shape; lookups and steps have a codebook each."""
+    vectors, codebook = drawn(n, k, d)
+    codes, scores = codebook.vectors.clone(), torch.empty(n, k)
+    works: dict[str, Callable[[], object]] = {
+        "product": lambda: vectors @ codes.T,
+        "product, mapped": lambda: torch.mm(vectors, codes.T, out=scores),
+        "lookup": lambda: nearest_code(vectors, codes),
+        "step": ema_step(codebook, vectors),
+    }
+    if VectorQuantize is not None:
+        works["peer lookup"] = peer_layer(vectors, codes, training=False)
+        works["peer step"] = peer_layer(vectors, codes, training=True)
+    return works
+
+
+def compare_shapes() -> list[dict]:
+    """Time every shape, print the table, return its rows."""
+    rows = []
+    for n, k, d in SHAPES:
+        with torch.no_grad():
+            ms = {name: 1e3 * s for name, s in interleaved_medians(works_of(n, k, d), REPEATS).items()}
+        ratios = {f"{name} / product": ms[name] / ms["product"] for name in ("lookup", "step")}
+        ratios |= {f"{name} / mapped": ms[name] / ms["product, mapped"] for name in ("lookup", "step")}
+        ratios |= {
+            f"peer {name} / ours": ms[f"peer {name}"] / ms[name] for name in ("lookup", "step") if VectorQuantize
+        }
+        rows.append({"N": n, "K": k, "D": d, "ms": ms, "ratios": ratios})
+    for part, title in (("ms", "milliseconds"), ("ratios", "ratios")):
+        print(f"\n{title}")
+        print_table(["N, K, D", *rows[0][part]], [[f"{r['N']}, {r['K']}, {r['D']}", *r[part].values()] for r in rows])
+    return rows
+
+
+def growth() -> dict[str, dict[str, float]]:
+    """Return the exponents with which time grows with N and K: the slope of log time over log size."""
+    exponents: dict[str, dict[str, float]] = {}
+    for variable, shapes in GROWTH.items():
+        sizes = [shape["NK".index(variable)] for shape in shapes]
+        seconds: dict[str, list[float]] = {}
+        for shape in shapes:
+            with torch.no_grad():
+                for name, value in interleaved_medians(works_of(*shape), REPEATS // 2 + 1).items():
+                    seconds.setdefault(name, []).append(value)
+        exponents[variable] = {name: slope(sizes, values) for name, values in seconds.items()}
+    print("\ntime grows with the power of")
+    print_table(["", *exponents["N"]], [[variable, *values.values()] for variable, values in exponents.items()])
+    return exponents
+
+
+def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """Return the slope of log seconds over log sizes between the first and the last."""
+    return math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
+
+
+def extra_mib(work: str) -> float:
+    """Return how far resident memory rises over inputs and state, in MiB; for a process of its own, under Linux.
+
+    Args:
+        work: "lookup", from vectors to codes, or "EMA", from codes to the moved codebook.
+    """
+    vectors, codebook = drawn(*MEMORY_SHAPE)
+    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0))
+    size, dim = codebook.vectors.shape
+    output = Quantized(vectors, torch.randint(size, (len(vectors),)), vectors.new_zeros(()), vectors)
+    small, few = drawn(64, 64, dim)
+    ema_step(few, small)()  # libraries load their code and start their threads
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident_mib("VmRSS")
+    if work == "lookup":
+        nearest_code(vectors, codebook.vectors)
+    else:
+        ema.update(codebook, assignment_statistics(output, size, vectors[:256]))
+    return resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    """Return a field of this process's memory status, in MiB: VmRSS, resident now, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+
+
+def memory() -> dict[str, float]:
+    """Measure the extra memory of a lookup and of an EMA step after it, each in a new process."""
+    figures = {}
+    for work in ("lookup", "EMA"):
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            figures[work] = process.apply(extra_mib, (work,))
+    print(f"\nextra memory at N, K, D = {MEMORY_SHAPE}, MiB")
+    print_table(list(figures), [list(figures.values())])
+    return figures
+
+
+def measure() -> dict:
+    """Measure everything."""
+    if VectorQuantize is None:
+        print("vector-quantize-pytorch is missing, its columns too: pip install '.[bench]'")
+    settings = {"ema_decay": DECAY, "repeats": REPEATS, "memory_shape": MEMORY_SHAPE}
+    return {"settings": settings, "shapes": compare_shapes(), "growth": growth(), "extra_mib": memory()}
+
+
+if __name__ == "__main__":
+    main("lookup", measure)
