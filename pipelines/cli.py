@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__module__.split(".")[0] not in STORES:
             raise
         _report(error, show_traceback)
-    if code and (PARENT in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+    if code and any(name in os.environ for name in (PARENT, "TORCHELASTIC_RUN_ID", "SLURM_NTASKS")):
         # The libraries' own way out waits for the other processes, of which some may never answer again.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -23,7 +23,6 @@ from pipelines.data import (
     to_uint8,
     to_unit_range,
 )
-from pipelines.errors import ConfigError
 from pipelines.metrics_log import log_picture
 from pipelines.pictures import picture_grid
 from pipelines.places import whole
@@ -87,8 +86,6 @@ def train_tokenizer(
         images: the `images` folder.
         folder: of the stage.
     """
-    if compute.strategy == "fsdp":
-        raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
     train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
     model = HierarchicalVQVAE(section.model, train.size, train.channels)

@@ -22,5 +22,7 @@ def check_sizes(config: Any, at_least: dict[str, int]) -> None:
         lowest = at_least.get(name, 1)
         for value in values if isinstance(values, list) else [values]:
             most = MAX_LAYERS if name in ("depth", "blocks", "residual_blocks", "conditioning_blocks") else MAX_WIDTH
-            if not isinstance(value, int) or (not isinstance(value, bool) and not lowest <= value <= most):
-                raise ValueError(f"{name} must be at least {lowest} and at most {most}, got {value}")
+            if not isinstance(value, int) or (not isinstance(value, bool) and value < lowest):
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}")

@@ -2,8 +2,6 @@
 
 import csv
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -298,22 +296,3 @@ def test_a_compiled_job_trains(tiny_run: Path, tmp_path: Path, write_config: Cal
 def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**changes)
-
-
-def test_two_processes_take_the_steps_of_one(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> None:
-    """Real processes, started by Lightning: k-means start, EMA and revival on half a batch each."""
-    images = str(tiny_run.parent / "run" / "images")
-    section = {"codebook": {"revival_threshold": 0.3, "ema_decay": 0.8}}
-    found = []
-    for devices in (1, 2):
-        changes = {"images": {"from": images}, "tokenizer": section, "compute": {"devices": devices}}
-        config = write_config(tmp_path / str(devices), changes)
-        command = [Path(sys.executable).parent / "smalti", "train-tokenizer", config]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        found.append(load_file(tmp_path / str(devices) / "run" / "tokenizer" / "model.safetensors"))
-    for name, tensor in found[0].items():
-        assert torch.allclose(tensor, found[1][name], atol=1e-5), name
-    one, two = (rows(tmp_path / str(devices) / "run" / "tokenizer" / "metrics.csv")[-1] for devices in (1, 2))
-    assert one["level1_revived"] == two["level1_revived"] != "0"
-    assert float(one["val_mse"]) == pytest.approx(float(two["val_mse"]), rel=1e-5)

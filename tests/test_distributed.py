@@ -1,0 +1,170 @@
+"""Several real processes, through Lightning: the codebooks, batches and figures of one."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.config import load_config
+from pipelines.run import Run
+
+# Writes the bytes of all codebooks and running sums after each step, by each process, beside the run.
+RECORDING = """
+import hashlib, os, sys
+from pathlib import Path
+from pipelines.train_tokenizer import TokenizerTraining
+from pipelines.cli import main
+
+honest = TokenizerTraining.optimizer_step
+
+def recording(self, *arguments, **options):
+    honest(self, *arguments, **options)
+    tensors = [t for ema, book in zip(self.emas, self.model.codebooks) for t in (ema.counts, ema.sums, book.vectors)]
+    sha = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+    with (Path(os.environ["RECORD"]) / f"rank{self.global_rank}.txt").open("a") as file:
+        file.write(f"{self.global_step} {sha}\\n")
+
+TokenizerTraining.optimizer_step = recording
+sys.exit(main())
+"""
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def trained(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    """Train a tokenizer in so many processes; k-means start, revival and weight averaging are all at work."""
+
+    def train(devices: int, **training: object) -> Path:
+        section = {
+            "codebook": {"revival_threshold": 0.3, "ema_decay": 0.8},
+            "training": {"weight_ema": 0.9, **training},
+        }
+        changes = {
+            "images": {"from": str(tiny_run.parent / "run" / "images")},
+            "tokenizer": section,
+            "compute": {"devices": devices},
+        }
+        folder = tmp_path / f"{devices} {sorted(training)}"
+        config = write_config(folder, changes)
+        (folder / "train.py").write_text(RECORDING)
+        done = subprocess.run(
+            [sys.executable, folder / "train.py", "train-tokenizer", config],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            env={**os.environ, "RECORD": str(folder)},
+        )
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return train
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_processes_take_the_steps_of_one(devices: int, trained: Callable[..., Path]) -> None:
+    """The same weights and codebooks to rounding, and bit-identical codebooks on all ranks after every step."""
+    one, several = trained(1), trained(devices)
+    found = [load_file(folder / "run" / "tokenizer" / "model.safetensors") for folder in (one, several)]
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], atol=1e-5), name
+    records = [(several / f"rank{rank}.txt").read_text().splitlines() for rank in range(devices)]
+    assert len(records[0]) == 6
+    assert all(record == records[0] for record in records)
+    last, same = (rows(folder / "run" / "tokenizer" / "metrics.csv")[-1] for folder in (one, several))
+    assert last["level1_revived"] == same["level1_revived"] != "0"
+
+
+def test_validation_figures_do_not_depend_on_the_number_of_processes(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """179 images in batches of 32 leave a tail; nothing moves, so that weights and codebooks are alike."""
+    still = {"steps": 1, "val_every": 1, "learning_rate": 1e-12}
+    codebook = {"ema_decay": 0.99999999, "revival_threshold": 0.0, "kmeans_iterations": 0}
+    run, found = tiny_run.parent / "run", []
+    for devices in (1, 2):
+        changes = {
+            "images": {"from": str(run / "images")},
+            "codes": {"from": str(run / "codes")},
+            "tokenizer": {"codebook": codebook, "training": still},
+            "prior": {"training": still},
+            "compute": {"devices": devices},
+        }
+        config = write_config(tmp_path / str(devices), changes)
+        (config.parent / "run").mkdir()
+        for stage in (["train-prior", config, "--level", "0"], ["train-tokenizer", config]):
+            assert subprocess.run([sys.executable, "-m", "pipelines.cli", *stage], timeout=180).returncode == 0
+        folder = config.parent / "run"
+        figures = [rows(folder / name / "metrics.csv")[-1] for name in ("tokenizer", "prior/level0")]
+        found.append({name: float(value) for row in figures for name, value in row.items() if name.startswith("val_")})
+    assert len(found[0]) > 8
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_job_goes_on_with_the_same_batches_on_another_number_of_processes(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    found = []
+    for name, first in (("one", 1), ("two, then one", 2)):
+        changes = {
+            "images": {"from": str(tiny_run.parent / "run" / "images")},
+            "compute": {"devices": first},
+            "tokenizer": {"training": {"steps": 3, "log_every": 1}},
+        }
+        config = write_config(tmp_path / name, changes)
+        command = [sys.executable, "-m", "pipelines.cli", "train-tokenizer", config]
+        assert subprocess.run(command, timeout=180).returncode == 0
+        folder = tmp_path / name / "run" / "tokenizer"
+        for path in (config, folder / "config.yaml"):  # as if it had been stopped there with more steps to go
+            path.write_text(path.read_text().replace("steps: 3", "steps: 6").replace("devices: 2", "devices: 1"))
+        (folder / "model.safetensors").unlink()
+        Run(load_config(config)).stage("train-tokenizer")
+        found.append((load_file(folder / "model.safetensors"), rows(folder / "metrics.csv")))
+    assert [row["step"] for row in found[0][1]] == [row["step"] for row in found[1][1]] == list("012345")
+    for one, two in zip(found[0][1][3:], found[1][1][3:], strict=True):  # before, a loss is that of the first rank
+        assert float(one["train_loss"]) == pytest.approx(float(two["train_loss"]), rel=1e-4)
+    assert all(torch.allclose(tensor, found[1][0][name], atol=1e-5) for name, tensor in found[0][0].items())
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("train-tokenizer", "tokenizer"), ("train-prior", "prior")])
+def test_activation_checkpointing_changes_nothing(
+    stage: str, kind: str, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """One EMA step an optimizer step, the same dropout twice: the weights of a plain job, bit for bit."""
+    run = tiny_run.parent / "run"
+    found = []
+    for checkpointing in (False, True):
+        training = {"activation_checkpointing": checkpointing, "weight_ema": 0.9, "micro_batches": 2}
+        changes: dict = {"images": {"from": str(run / "images")}, kind: {"training": training}}
+        if kind == "prior":
+            changes["codes"] = {"from": str(run / "codes")}
+        Run(load_config(write_config(tmp_path / str(checkpointing), changes))).stage(stage)
+        folders = [tmp_path / str(checkpointing) / "run" / "tokenizer"]
+        if kind == "prior":
+            folders = [tmp_path / str(checkpointing) / "run" / "prior" / f"level{level}" for level in (0, 1)]
+        found.append([load_file(folder / "model.safetensors") for folder in folders])
+    for plain, checkpointed in zip(*found, strict=True):
+        assert plain.keys() == checkpointed.keys()
+        assert all(torch.equal(tensor, checkpointed[name]) for name, tensor in plain.items())
+
+
+def test_fsdp_is_for_priors_on_gpus(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Callable[..., tuple[int, str]]
+) -> None:
+    run = tiny_run.parent / "run"
+    config = write_config(tmp_path, {"images": {"from": str(run / "images")}, "codes": {"from": str(run / "codes")}})
+    code, text = smalti("train-tokenizer", config, "--compute.strategy=fsdp")
+    assert code == 2
+    assert "fsdp is for priors" in text
+    code, text = smalti("train-prior", config, "--compute.strategy=fsdp")
+    assert code == 2
+    assert "fsdp needs GPUs" in text
