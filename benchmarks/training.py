@@ -1,0 +1,140 @@
+"""Training steps of both stages: the plain float32 loop, and what smalti turns on where the machine has it.
+
+    python -m benchmarks.training
+
+Stage one is the two-level tokenizer of width 128 at 64 pixels, batch 32; stage two a Transformer over 16x16 codes. A step
+is forward, loss, backward, optimizer and, in stage one, the codebooks' EMA. The limit is the speed of a bare matrix
+product in the same precision; the operations counted are those of convolutions and products alone. The share of time
+that training waits for data is the time to load a batch of CIFAR's size over that of its step.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import interleaved_medians, main, print_table
+from benchmarks.pictures import packed
+from pipelines.compute import ComputeConfig
+from pipelines.data import AugmentConfig, ImageShards, TrainingImages
+from prior.level import LevelConfig, LevelPrior
+from prior.transformer import TransformerConfig
+from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
+from tokenizer.ema import assignment_statistics, candidate_positions, take_owned
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZE, BATCH = 64, 32
+TOKENS_BATCH, GRID, CODEBOOK_SIZE = 16, (16, 16), 512
+PRIOR = TransformerConfig(width=384, depth=8, heads=6)
+# What is turned on, one after the other: channels-last, bfloat16, the compiler.
+WAYS = {
+    "plain float32": (False, False, False),
+    "channels-last": (True, False, False),
+    "… and bfloat16": (True, True, False),
+    "… and compiled": (True, True, True),
+}
+
+
+def tokenizer_step(channels_last: bool, half: bool, compiled: bool, size: int = SIZE, batch: int = BATCH) -> Callable:
+    """Return a function that takes one step of stage one."""
+    torch.manual_seed(0)
+    model = HierarchicalVQVAE(TokenizerConfig(), size, 3).to(DEVICE)
+    images = torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1
+    if channels_last:
+        model, images = (
+            model.to(memory_format=torch.channels_last),
+            images.contiguous(memory_format=torch.channels_last),
+        )
+    if compiled:
+        model.compile(fullgraph=True)
+    emas = [CodebookEMA(book, CodebookConfig()).to(DEVICE) for book in model.codebooks]
+    loss = TokenizerLoss("mse", 0.25)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=channels_last)
+
+    def step() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+            output = model(images)
+            total = loss(output.reconstruction.float(), images, [level.commitment for level in output.levels])
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        for number, (ema, level) in enumerate(zip(emas, output.levels, strict=True)):
+            positions = candidate_positions(len(level.latents), 512, number)
+            candidates = take_owned(level.latents, positions, 0)
+            ema.update(model.codebooks[number], assignment_statistics(level, 512, candidates))
+
+    return step
+
+
+def prior_step(channels_last: bool, half: bool, compiled: bool) -> Callable:
+    """Return a function that takes one step of stage two; the memory format says nothing to a Transformer."""
+    torch.manual_seed(0)
+    config = LevelConfig(
+        level=0, grids=[GRID], codebook_sizes=[CODEBOOK_SIZE], class_names=[], network="transformer", size=PRIOR
+    )
+    model = LevelPrior(config).to(DEVICE)
+    codes = torch.randint(CODEBOOK_SIZE, (TOKENS_BATCH, *GRID), device=DEVICE)
+    if compiled:
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=channels_last)
+
+    def step() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+            logits = model(codes, [], None)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten()).backward()
+        optimizer.step()
+
+    return step
+
+
+def operations_per_s(dtype: torch.dtype) -> float:
+    """Return what a bare product of 2048 x 2048 matrices reaches."""
+    a, b = (torch.randn(2048, 2048, device=DEVICE).to(dtype) for _ in range(2))
+    return 2 * 2048**3 / interleaved_medians({"product": lambda: a @ b}, 5)["product"]
+
+
+def measure_steps(title: str, make: Callable[..., Callable], units: int, unit: str) -> dict:
+    """Time a stage's step in every way, and print the table."""
+    steps = {name: make(*way) for name, way in WAYS.items()}
+    with FlopCounterMode(display=False) as counter:
+        make(False, False, False)()
+    seconds = interleaved_medians(steps, repeats=7, warmup=3)
+    peaks = {half: operations_per_s(torch.bfloat16 if half else torch.float32) for half in (False, True)}
+    rows = []
+    for name, one in seconds.items():
+        reached = counter.get_total_flops() / one / peaks[WAYS[name][1]]
+        rows.append([name, one * 1e3, units / one, seconds["plain float32"] / one, f"{reached:.0%}"])
+    print_table([title, "ms a step", f"{unit}/s", "faster", "of the bare product"], rows)
+    return {"seconds": seconds, "operations": counter.get_total_flops(), "operations_per_s": [*peaks.values()]}
+
+
+def measure_waiting() -> dict[str, float]:
+    """Return the seconds to load a batch of 64 images of 32 pixels, and those of its step."""
+    with packed(2000, 32, 1000) as run:
+        images = TrainingImages(ImageShards(run / "images", "train", ComputeConfig().cache), AugmentConfig(), 0)
+        best = WAYS["… and bfloat16"]
+        works = {
+            "load": lambda: torch.stack([images[draw] for draw in range(64)]),
+            "step": tokenizer_step(*best, 32, 64),
+        }
+        return interleaved_medians(works, repeats=7, warmup=2)
+
+
+def measure() -> dict:
+    """Time both stages and the loading."""
+    figures = {
+        "stage one": measure_steps("stage one", tokenizer_step, BATCH, "images"),
+        "stage two": measure_steps("stage two", prior_step, TOKENS_BATCH * GRID[0] * GRID[1], "tokens"),
+        "waiting": measure_waiting(),
+    }
+    load, step = figures["waiting"].values()
+    print(
+        f"loading 64 images of 32 pixels takes {load * 1e3:.1f} ms, a step {step * 1e3:.0f} ms: {load / (load + step):.1%}"
+    )
+    return figures
+
+
+if __name__ == "__main__":
+    main("training", measure)
