@@ -9,7 +9,7 @@ N vectors, K codebook_size, D code_dim.
 
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,7 +25,8 @@ except ImportError:
     VectorQuantize = None
 
 SHAPES = [(16384, 512, 64), (16384, 8192, 64), (16384, 16384, 8)]
-GROWTH = {"N": [(4096, 4096, 64), (8192, 4096, 64), (16384, 4096, 64)], "K": [(8192, 2048 << n, 64) for n in range(3)]}
+# From the first shape to each of the others one size grows fourfold.
+GROWTH = {"base": (4096, 2048, 64), "N": (16384, 2048, 64), "K": (4096, 8192, 64)}
 MEMORY_SHAPE = (262144, 65536, 64)
 REPEATS = 5
 DECAY = 0.99
@@ -98,24 +99,21 @@ def compare_shapes() -> list[dict]:
 
 
 def growth() -> dict[str, dict[str, float]]:
-    """Return the exponents with which time grows with N and K: the slope of log time over log size."""
-    exponents: dict[str, dict[str, float]] = {}
-    for variable, shapes in GROWTH.items():
-        sizes = [shape["NK".index(variable)] for shape in shapes]
-        seconds: dict[str, list[float]] = {}
-        for shape in shapes:
-            with torch.no_grad():
-                for name, value in interleaved_medians(works_of(*shape), REPEATS // 2 + 1).items():
-                    seconds.setdefault(name, []).append(value)
-        exponents[variable] = {name: slope(sizes, values) for name, values in seconds.items()}
+    """Return the exponents with which time grows with N and K.
+
+    All sizes take turns, or a slow minute would bend the slope.
+    """
+    works = {size: works_of(*shape) for size, shape in GROWTH.items()}
+    turns = {f"{size} {name}": work for size in works for name, work in works[size].items()}
+    with torch.no_grad():
+        seconds = interleaved_medians(turns, REPEATS)
+    exponents = {
+        size: {name: math.log(seconds[f"{size} {name}"] / seconds[f"base {name}"], 4) for name in works[size]}
+        for size in ("N", "K")
+    }
     print("\ntime grows with the power of")
     print_table(["", *exponents["N"]], [[variable, *values.values()] for variable, values in exponents.items()])
     return exponents
-
-
-def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Return the slope of log seconds over log sizes between the first and the last."""
-    return math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
 
 
 def extra_mib(work: str) -> float:
