@@ -37,15 +37,19 @@ class WholeCheckpoints(TorchCheckpointIO):
         source = place(path)
         try:
             if is_local(source):
-                return torch.load(source, map_location=map_location, weights_only=True)
-            return retried(lambda: _load_remote(source, map_location), f"read {source}")
+                checkpoint = torch.load(source, map_location=map_location, weights_only=True)
+            else:
+                checkpoint = retried(lambda: _load_remote(source, map_location), f"read {source}")
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+                raise ValueError("it holds no weights")
         except OSError:
             raise
         except Exception as error:  # torch raises many kinds on files that are not its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise StageError(
-                f"{source} is no checkpoint that can be read ({str(error).splitlines()[0]}); "
-                "remove it to go on without, from the beginning"
+                f"{source} is no checkpoint that can be read ({reason}); remove it to go on without, from the beginning"
             ) from error
+        return checkpoint
 
 
 def _load_remote(source: Path, map_location: Any) -> dict[str, Any]:
@@ -103,6 +107,7 @@ class Leave(Callback):
         self.answers: tuple[Any, Tensor] | None = None
         self.group: Any = None
         self.handlers: Any = None
+        self.listening = False  # whether training has begun
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
@@ -111,6 +116,7 @@ class Leave(Callback):
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.handlers = signals_handled_by(self._note)
         self.handlers.__enter__()
+        self.listening = True
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum

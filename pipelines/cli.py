@@ -151,6 +151,9 @@ def _quiet() -> None:
     for name in ("wandb", "datasets", "httpx", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    # Odd metadata of pictures, and networks that are built before their weights are known.
+    warnings.filterwarnings("ignore", module="PIL")
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
     # DDP's advice on channels-last weights of 1x1 convolutions, whose two layouts are the same memory.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 

@@ -1,6 +1,7 @@
 """Where to run: device, threads, and which of several workers this process is."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -40,13 +41,13 @@ class ComputeConfig:
     logger: str = "csv"
 
     def __post_init__(self) -> None:
-        if isinstance(self.devices, str) and self.devices != "auto" and not self.devices.lstrip("-").isdigit():
-            raise ValueError(f"compute.devices must be auto or a number, got {self.devices}")
+        if self.devices != "auto" and not re.fullmatch(r"-1|[1-9][0-9]{0,4}", str(self.devices)):
+            raise ValueError(f"compute.devices must be auto, -1 for all, or a number, got {self.devices}")
         if self.logger not in ("csv", "wandb", "tensorboard"):
             raise ValueError(f"compute.logger must be csv, wandb or tensorboard, got {self.logger}")
         if self.num_workers < -1 or self.threads < 0 or self.num_nodes < 1:
             raise ValueError("compute.num_workers, threads and num_nodes must not be negative")
-        if self.timeout_s < 1 or not self.cache_gb > 0:
+        if self.timeout_s < 1 or not 0 < self.cache_gb < 2**40:
             raise ValueError("compute.timeout_s must be at least 1, and cache_gb above 0")
 
     @property

@@ -7,13 +7,13 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pipelines.compute import ComputeConfig
 from pipelines.encode import EncodeConfig
 from pipelines.errors import ConfigError
 from pipelines.pack import ImagesConfig
+from pipelines.plain import read_yaml
 from pipelines.sample import SampleConfig
 from pipelines.train_prior import PriorConfig
 from pipelines.train_tokenizer import TokenizerSection
@@ -93,14 +93,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, an unknown key, a wrong type, or a value that cannot work; names the key.
     """
     try:
-        text = _find(Path(path)).read_bytes()
-        if len(text) > MAX_BYTES:
-            raise ConfigError(f"{path} has {len(text)} bytes; a config has at most {MAX_BYTES}")
-        settings = yaml.load(text.decode(), _PlainData)
+        settings = read_yaml(_find(Path(path)).read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigError(f"cannot use the config {path}: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
     settings = _rename(settings, "from", "from_")
@@ -110,7 +107,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         namespace = parser.parse_object(settings)
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
+        _check_sections(arguments.as_dict(), Config)
         return Config(**vars(parser.instantiate(arguments)))
+    except ConfigError:
+        raise
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         message = " ".join(str(error).replace("from_", "from").split())
         raise ConfigError(message.replace("Parser key", "setting")) from error
@@ -121,17 +121,6 @@ def _find(path: Path) -> Traversable:
     return shipped if len(path.parts) == 1 and not path.exists() and shipped.is_file() else path
 
 
-class _PlainData(yaml.SafeLoader):
-    """YAML without tags of Python and without aliases, of which a few lines can make gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed; write the value out")
-        return super().compose_node(parent, index)
-
-
-# A config is written by hand.
-MAX_BYTES = 2**20
 FORBIDDEN = {"class_path", "init_args"}
 T = TypeVar("T")
 
@@ -158,6 +147,8 @@ def _check_sections(settings: dict, section: type, path: str = "") -> None:
     jsonargparse imports what a `class_path` names before it refuses it, and finds one in a string that holds YAML too.
     """
     for name in settings:
+        if settings[name] is None and not is_dataclass(get_type_hints(section).get(name)):
+            raise ConfigError(f"{path}{name.removesuffix('_')} must have a value; leave the line out for its default")
         if name in FORBIDDEN:
             raise ConfigError(f"{path}{name} is not allowed: a config is plain data and cannot name code to run")
     for name, kind in get_type_hints(section).items():

@@ -94,6 +94,9 @@ def _wrong_entries(manifest: dict, kind: str) -> Any:
                 if not right(receipt.get(name)):
                     yield f"{name} in {place} is {_shown(receipt.get(name))}"
                     return
+            if receipt["samples"] * 512 > receipt["bytes"]:  # the least that a tar spends on a file
+                yield f"{place} has {receipt['samples']} samples in {receipt['bytes']} bytes"
+                return
             if receipt["shard"] in seen:
                 yield f"{receipt['shard']} is listed twice"
             seen.add(receipt["shard"])

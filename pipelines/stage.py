@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from pipelines.errors import StageError
 from pipelines.places import exists, is_local, make_folder, read_bytes, remove_folder, sweep, whole, write_text
+from pipelines.plain import read_yaml
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -60,7 +61,7 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
         path = folder / "config.yaml"
         # Shards without a manifest are judged one by one by their receipts; weights have nothing but their config.
         if path.exists() and (is_complete(folder) or (folder / "checkpoints").exists()):
-            found = differences(yaml.safe_load(read_bytes(path)), settings)
+            found = differences(_kept_settings(path, stage), settings)
             if found:
                 shown = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
                 raise StageError(
@@ -71,6 +72,15 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
             write_text(path, yaml.safe_dump(settings, sort_keys=False))
     except OSError as error:
         raise StageError(f"cannot write to {folder}: {error.strerror}; choose a run_dir that can be written") from error
+
+
+def _kept_settings(path: Path, stage: str) -> Any:
+    try:
+        return read_yaml(read_bytes(path))
+    except ValueError as error:
+        raise StageError(
+            f"{path} is not what smalti wrote there: {error}; add --redo {stage} to make it again"
+        ) from error
 
 
 def is_complete(folder: Path) -> bool:

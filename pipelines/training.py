@@ -182,12 +182,13 @@ def fit(
         torch.set_num_threads(compute.threads)
     stop_on_nan = StopOnNonFinite(last)
     keep = KeepLast(last, config.checkpoint_every, min(config.val_every, config.steps))
+    leave = Leave(keep)
     callbacks: list[Callback] = [
         stop_on_nan,
         Progress(title, monitor),
         ModelCheckpoint(str(checkpoints), "best", monitor=monitor, enable_version_counter=False),
         keep,
-        Leave(keep),
+        leave,
     ]
     if config.weight_ema:
         callbacks.insert(0, WeightAveraging(multi_avg_fn=averaging(config.weight_ema)))
@@ -218,7 +219,9 @@ def fit(
         raise StageError(
             "the device's memory is full; raise micro_batches, turn on activation_checkpointing or lower batch_size"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        if not leave.listening and exists(last):  # it has not begun: Lightning could not make sense of the checkpoint
+            raise StageError(f"{last} does not belong to this training ({error}); remove it to begin again") from error
         if trainer.world_size > 1 and any(word in str(error) for word in LOST):
             raise StageError(
                 f"another process of this job died, or has not answered for {compute.timeout_s} s "
@@ -264,8 +267,14 @@ def export(model: HierarchicalVQVAE | LevelPrior, checkpoint: dict[str, Any], fo
     """
     prefix = "model."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    model.load_state_dict(weights)
-    write_json(folder / "metrics.json", checkpoint["metrics"])
+    try:
+        model.load_state_dict(weights)
+        metrics = checkpoint["metrics"]
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise StageError(
+            f"{folder}/checkpoints/best.ckpt does not belong to this training ({error}); add --redo to train again"
+        ) from error
+    write_json(folder / "metrics.json", metrics)
     publish_model(model, folder)
 
 

@@ -20,6 +20,8 @@ from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.sizes import MAX_CODES
 from prior.transformer import CodeTransformer, TransformerConfig
 
+# What weights may be stored as.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Codes in one grid; more is damage or malice.
 MAX_POSITIONS = 2**22
 
@@ -131,7 +133,7 @@ class LevelPrior(nn.Module):
                 "it is not the file of this config.json"
             )
         for key, tensor in tensors.items():
-            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
                     f"{folder}/model.safetensors must hold finite numbers, but {key} does not; copy or train it again"
                 )

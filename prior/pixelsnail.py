@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prior.incremental import IncrementalDecoder
-from prior.sizes import check_sizes
+from prior.sizes import MAX_LAYERS, check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class PixelSNAILConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, at_least={"conditioning_blocks": 0})
+        if isinstance(self.blocks, int) and isinstance(self.residual_blocks, int):
+            if self.blocks * self.residual_blocks > MAX_LAYERS:
+                raise ValueError(f"blocks * residual_blocks must be at most {MAX_LAYERS}, got more")
         if isinstance(self.attention_width, int) and isinstance(self.heads, int) and self.attention_width % self.heads:
             raise ValueError(
                 f"attention_width must be a multiple of heads, got {self.attention_width} with {self.heads} heads"

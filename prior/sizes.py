@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 # Beyond these a size is damage or malice, not a network.
-MAX_WIDTH, MAX_LAYERS, MAX_CODES = 2**16, 1000, 2**31
+MAX_WIDTH, MAX_LAYERS, MAX_CODES = 2**16, 200, 2**31
 
 
 def check_sizes(config: Any, at_least: dict[str, int]) -> None:

@@ -146,7 +146,7 @@ def test_a_picture_of_another_size_is_refused_by_its_header() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run_dir: !!python/object/apply:os.system ['touch ran']", "is not YAML"),
+        ("run_dir: !!python/object/apply:os.system ['touch ran']", "it is not YAML"),
         ("run_dir: &a x\nseed: *a", "aliases"),
         ("a: &a [x]\nb: &b [*a, *a, *a]", "aliases"),
         (
@@ -154,9 +154,13 @@ def test_a_picture_of_another_size_is_refused_by_its_header() -> None:
             "class_path is not allowed",
         ),
         ("run_dir: x\nimages: {source: 'pipe:touch ran'}", None),
-        ("[" * 5000, "is not YAML"),
-        ("run_dir: " + "x" * 2**20, "a config has at most"),
+        ("[" * 5000, "it is not YAML"),
+        ("run_dir: " + "x" * 2**20, "settings have at most"),
         ("run_dir: pipe:touch ran", None),
+        ("run_dir: x\nimages: {source: null}", "images.source must have a value"),
+        ("run_dir: !!bool x", "it is not YAML"),
+        ("run_dir: x\ncompute: {devices: '--5'}", "compute.devices must be auto"),
+        ("run_dir: x\ncompute: {cache_gb: .inf}", "cache_gb above 0"),
     ],
 )
 def test_a_config_is_plain_data(
@@ -171,7 +175,7 @@ def test_a_config_is_plain_data(
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "prior/level0"])
-@pytest.mark.parametrize("damage", ["nan", "pickle", "lacking", "huge", "deep"])
+@pytest.mark.parametrize("damage", ["nan", "pickle", "lacking", "huge", "deep", "float8"])
 def test_a_model_that_lies_is_refused_by_name(kind: str, damage: str, copied: Path, tmp_path: Path) -> None:
     folder = copied / kind
     tensors = load_file(folder / "model.safetensors")
@@ -186,6 +190,8 @@ def test_a_model_that_lies_is_refused_by_name(kind: str, damage: str, copied: Pa
         size["width"] = 65536
     if damage == "deep":
         size[blocks] = 10**9
+    if damage == "float8":
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, folder / "model.safetensors")
     if damage == "pickle":
         (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
@@ -195,6 +201,36 @@ def test_a_model_that_lies_is_refused_by_name(kind: str, damage: str, copied: Pa
         (HierarchicalVQVAE if kind == "tokenizer" else LevelPrior).from_pretrained(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+@pytest.mark.parametrize("content", [None, {}, {"state_dict": {}}, {"state_dict": None}, b"junk", b""])
+def test_a_checkpoint_that_is_none_is_named(
+    name: str, content: object, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    run = tiny_run.parent / "run"
+    config = write_config(tmp_path, {"images": {"from": str(run / "images")}})
+    shutil.copytree(run / "tokenizer", tmp_path / "run" / "tokenizer")
+    (tmp_path / "run" / "tokenizer" / "model.safetensors").unlink()
+    path = tmp_path / "run" / "tokenizer" / "checkpoints" / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    code, text = smalti("train-tokenizer", config)
+    assert code == 1
+    assert f"{name} " in text
+
+
+def test_settings_of_a_stage_that_are_none_are_named(
+    copied: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    for text in ("---\n---", "a: &a [x]\nb: [*a, *a]", "x: !!bool y"):
+        (copied / "images" / "config.yaml").write_text(text)
+        code, said = smalti("pack", write_config(copied.parent))
+        assert code == 1
+        assert "config.yaml is not what smalti wrote there" in said
+        assert "--redo pack" in said
 
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:

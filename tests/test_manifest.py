@@ -79,14 +79,14 @@ def test_an_entry_that_cannot_be_is_named(change: dict, message: str, tmp_path: 
     ],
 )
 def test_a_receipt_that_leads_elsewhere_or_cannot_be_is_named(change: dict, tmp_path: Path) -> None:
-    receipt = {"shard": "a.tar", "sha256": "0" * 64, "bytes": 1, "samples": 1} | change
+    receipt = {"shard": "a.tar", "sha256": "0" * 64, "bytes": 1024, "samples": 1} | change
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, **CODES, "splits": {"train": [receipt]}}))
     with pytest.raises(StageError, match=f"{next(iter(change))} in entry 0 of split 'train' is"):
         read_manifest(tmp_path, "codes", "encode")
 
 
 def test_a_shard_is_listed_once(tmp_path: Path) -> None:
-    receipt = {"shard": "a.tar", "sha256": "0" * 64, "bytes": 1, "samples": 1}
+    receipt = {"shard": "a.tar", "sha256": "0" * 64, "bytes": 1024, "samples": 1}
     splits = {"train": [receipt], "val": [receipt]}
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, **CODES, "splits": splits}))
     with pytest.raises(StageError, match=r"a\.tar is listed twice"):

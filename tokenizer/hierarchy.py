@@ -19,7 +19,11 @@ from tokenizer.codebook import Codebook, Quantized
 from tokenizer.networks import decoder, encoder
 
 # Beyond these a setting is damage or malice, not a model.
-MAX_WIDTH, MAX_BLOCKS, MAX_CODES = 2**16, 1000, 2**31
+MAX_WIDTH, MAX_BLOCKS, MAX_LEVELS, MAX_CODES = 2**16, 50, 8, 2**31
+
+
+# What weights may be stored as.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,8 @@ class TokenizerConfig:
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        if not self.strides:
-            raise ValueError("strides must name at least one level, got none")
+        if not 1 <= len(self.strides) <= MAX_LEVELS:
+            raise ValueError(f"strides must name at least one level and at most {MAX_LEVELS}, got {len(self.strides)}")
         for stride in self.strides:
             if stride < 2 or stride & (stride - 1):
                 raise ValueError(f"strides must be powers of two from 2 on, got {stride}")
@@ -290,7 +294,7 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
                 "it is not the file of this config.json"
             )
         for key, tensor in tensors.items():
-            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
                     f"{folder}/model.safetensors must hold finite numbers, but {key} does not; copy or train it again"
                 )
