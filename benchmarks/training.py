@@ -2,10 +2,10 @@
 
     python -m benchmarks.training
 
-Stage one is the two-level tokenizer of width 128 at 64 pixels, batch 32; stage two a Transformer over 16x16 codes. A step
-is forward, loss, backward, optimizer and, in stage one, the codebooks' EMA. The limit is the speed of a bare matrix
-product in the same precision; the operations counted are those of convolutions and products alone. The share of time
-that training waits for data is the time to load a batch of CIFAR's size over that of its step.
+Stage one is the two-level tokenizer of width 128 at 64 pixels, batch 32; stage two a Transformer over 16x16 codes. A
+step is forward, loss, backward, optimizer and, in stage one, the EMA of the codebooks. The limit is the speed of a bare
+matrix product in the same precision; the operations counted are those of convolutions and products alone. The share of
+time that training waits for data is the time to load a batch of the size of CIFAR over that of its step.
 """
 
 from collections.abc import Callable
@@ -130,9 +130,8 @@ def measure() -> dict:
         "waiting": measure_waiting(),
     }
     load, step = figures["waiting"].values()
-    print(
-        f"loading 64 images of 32 pixels takes {load * 1e3:.1f} ms, a step {step * 1e3:.0f} ms: {load / (load + step):.1%}"
-    )
+    share = load / (load + step)
+    print(f"64 images of 32 pixels: {load * 1e3:.1f} ms to load, {step * 1e3:.0f} ms a step, {share:.1%} of the time")
     return figures
 
 

@@ -72,6 +72,9 @@ class KeepLast(Checkpoint):
         self.path, self.every, self.val_every = path, every, val_every
         self.saved = 0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.saved = trainer.global_step  # where a job goes on is saved; not again inside the step that follows
+
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         step = trainer.global_step
         if step % self.every == 0 or (step + 1) % self.val_every == 0:
@@ -85,6 +88,8 @@ class KeepLast(Checkpoint):
     def save(self, trainer: pl.Trainer) -> int:
         """Save unless a validation is due or this step has been saved; return the step to go on from."""
         if trainer.global_step != self.saved and trainer.global_step % self.val_every:
+            # Lightning logs a step after this; killed in between, the job would go on after it, its row lost.
+            trainer._logger_connector.update_train_step_metrics()
             trainer.save_checkpoint(str(self.path))
             self.saved = trainer.global_step
         return self.saved
@@ -110,6 +115,7 @@ class Leave(Callback):
         self.listening = False  # whether training has begun
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
         if trainer.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo")
             # Lightning asks the first process at every micro-batch and waits for the answer, which would stall a GPU.

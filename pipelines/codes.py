@@ -19,7 +19,7 @@ from pipelines.errors import StageError
 from pipelines.fingerprint import digest
 from pipelines.manifest import read_manifest, receipts_of
 from pipelines.order import drawn_sample
-from pipelines.places import whole
+from pipelines.places import sweep, whole
 from pipelines.shards import SampleIndex, code_dtype, index_shard, read_member
 
 
@@ -62,6 +62,7 @@ def unpack_codes(folder: Path, manifest: dict, split: str, unpacked: Path, cache
         StageError: a shard is not what the manifest says.
     """
     unpacked.mkdir(parents=True, exist_ok=True)
+    sweep(unpacked)
     receipts = receipts_of(manifest, split)
     stamp = digest([receipt["sha256"] for receipt in receipts])[:16]
     num_levels = len(manifest["levels"])

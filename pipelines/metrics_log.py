@@ -49,6 +49,8 @@ class MetricsCSV(Logger):
         if self.rows is None:
             self.rows = {number: row for number, row in self._read().items() if number <= step}
         values = {name: f"{float(value):.6g}" for name, value in metrics.items() if name != "epoch"}
+        if self.names and values.items() <= self.rows.get(step, {}).items():
+            return
         fresh = step not in self.rows and set(values) <= set(self.names)
         self.rows.setdefault(step, {}).update(values)
         if fresh and is_local(self.path):

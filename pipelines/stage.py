@@ -58,6 +58,7 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
             remove_folder(folder)
         make_folder(folder)
         sweep(folder)
+        sweep(folder / "checkpoints")
         path = folder / "config.yaml"
         # Shards without a manifest are judged one by one by their receipts; weights have nothing but their config.
         if path.exists() and (is_complete(folder) or (folder / "checkpoints").exists()):
@@ -78,9 +79,8 @@ def _kept_settings(path: Path, stage: str) -> Any:
     try:
         return read_yaml(read_bytes(path))
     except ValueError as error:
-        raise StageError(
-            f"{path} is not what smalti wrote there: {error}; add --redo {stage} to make it again"
-        ) from error
+        mend = f"add --redo {stage} to make it again"
+        raise StageError(f"{path} is not what smalti wrote there: {error}; {mend}") from error
 
 
 def is_complete(folder: Path) -> bool:

@@ -41,9 +41,9 @@ class PixelSNAILConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, at_least={"conditioning_blocks": 0})
-        if isinstance(self.blocks, int) and isinstance(self.residual_blocks, int):
-            if self.blocks * self.residual_blocks > MAX_LAYERS:
-                raise ValueError(f"blocks * residual_blocks must be at most {MAX_LAYERS}, got more")
+        blocks, each = self.blocks, self.residual_blocks
+        if isinstance(blocks, int) and isinstance(each, int) and blocks * each > MAX_LAYERS:
+            raise ValueError(f"blocks * residual_blocks must be at most {MAX_LAYERS}, got {blocks} * {each}")
         if isinstance(self.attention_width, int) and isinstance(self.heads, int) and self.attention_width % self.heads:
             raise ValueError(
                 f"attention_width must be a multiple of heads, got {self.attention_width} with {self.heads} heads"

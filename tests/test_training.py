@@ -82,6 +82,34 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
         assert float(metrics[-1]["level1_revived"]) > 0
 
 
+def test_a_job_killed_twice_before_its_next_checkpoint_loses_nothing_but_time(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two micro-batches of the step after a resume, the checkpoint must stay what it is."""
+    training = {
+        "micro_batches": 2,
+        "checkpoint_every": 2,
+        "steps": 8,
+        "val_every": 8,
+        "log_every": 1,
+        "weight_ema": 0.9,
+    }
+    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}, "tokenizer": {"training": training}}
+    found = []
+    for name in ("whole", "killed"):
+        config = load_config(write_config(tmp_path / name, changes))
+        for step in (2, 2.5, 2.5, 5.5, 4.5) if name == "killed" else ():
+            with monkeypatch.context() as patch:
+                patch.setattr(data, "drawn_sample", dying_at(int(step * 32)))
+                with pytest.raises(Killed):
+                    Run(config).stage("train-tokenizer")
+        Run(config).stage("train-tokenizer")
+        folder = tmp_path / name / "run" / "tokenizer"
+        found.append((load_file(folder / "model.safetensors"), rows(folder / "metrics.csv")))
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
+
+
 @pytest.mark.parametrize("val_every", [3, 6])
 def test_a_job_killed_while_it_validates_validates_again(
     val_every: int, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
