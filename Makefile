@@ -3,7 +3,7 @@ PYTHON ?= python3
 SETUP := .venv/.installed
 RUN := .venv/bin/python
 
-.PHONY: demo test lint tests clean
+.PHONY: demo test lint tests bench hard clean
 
 demo: $(SETUP)
 	.venv/bin/smalti run configs/digits.yaml
@@ -19,6 +19,16 @@ lint: $(SETUP)
 
 tests: $(SETUP)
 	.venv/bin/pytest -n 2
+
+# Half an hour, best on a machine that does nothing else; writes benchmarks/README.md.
+bench: $(SETUP)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(RUN) -m benchmarks
+
+# What takes too long for `make test`: SIGKILL a hundred times, ten thousand mutated files.
+hard: $(SETUP)
+	$(RUN) tests/hard/kills.py
+	$(RUN) tests/hard/fuzz.py
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "smalti needs Python 3.11 or newer"'
