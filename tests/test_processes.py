@@ -1,7 +1,9 @@
 """Real processes: asked to leave, killed, hanging, started by torchrun; what is left, and whether it goes on."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -156,39 +158,32 @@ def test_no_process_outlives_the_one_that_started_it(
     wait_for(lambda: not any(map(alive, others)), 30)
 
 
+@pytest.mark.parametrize(("stage", "folder"), [("encode", "codes"), ("sample", "samples")])
 def test_two_nodes_of_torchrun_write_the_bytes_of_one_process(
-    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+    stage: str, folder: str, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     run = tiny_run.parent / "run"
-    tokenizer = {"tokenizer": {"from": str(run / "tokenizer")}, "images": {"from": str(run / "images")}}
-    config = write_config(tmp_path, tokenizer)
+    changes: dict = {"tokenizer": {"from": str(run / "tokenizer")}, "images": {"from": str(run / "images")}}
+    if stage == "sample":
+        changes["codes"] = {"from": str(run / "codes")}
+        shutil.copytree(run / "prior", tmp_path / "run" / "prior")
+    config = write_config(tmp_path, changes)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     nodes = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nnodes=2",
-                f"--node-rank={node}",
-                "--nproc-per-node=1",
-                "--master-addr=127.0.0.1",
-                "--master-port=29541",
-                "-m",
-                "pipelines.cli",
-                "encode",
-                str(config),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
+            [*torchrun, f"--node-rank={node}", *SMALTI[1:], stage, str(config)], stderr=subprocess.PIPE, text=True
         )
         for node in range(2)
     ]
     for node in nodes:
         _, said = node.communicate(timeout=START_S)
         assert node.returncode == 0, said
-    for path in (run / "codes").iterdir():
+    for path in (run / folder).iterdir():
         if path.name != "config.yaml":
-            assert (tmp_path / "run" / "codes" / path.name).read_bytes() == path.read_bytes(), path.name
+            assert (tmp_path / "run" / folder / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_processes_of_one_node_share_the_shards(
