@@ -29,6 +29,7 @@ from pipelines.places import whole
 from pipelines.quality import TokenizerQuality
 from pipelines.training import (
     TrainingConfig,
+    clip_gradients,
     export,
     fit,
     keep_metrics,
@@ -142,6 +143,14 @@ class TokenizerTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return make_optimizer(self.model.parameters(), self.training_config)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        clip_gradients(self, optimizer, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_metrics(self, checkpoint)

@@ -136,6 +136,27 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def clip_gradients(module: pl.LightningModule, optimizer: torch.optim.Optimizer, largest_norm: float | None) -> None:
+    """Scale gradients down to a norm, over all parameters together.
+
+    Lightning's own way refuses fused optimizers under bfloat16, which has no gradient scaler that they could unscale.
+
+    Args:
+        module: that is trained.
+        optimizer: of its parameters.
+        largest_norm: None leaves gradients as they are.
+    """
+    if not largest_norm:
+        return
+    strategy = module.trainer.strategy
+    if isinstance(strategy, FSDPStrategy):  # the norm of all shards together
+        assert strategy.model is not None
+        strategy.model.clip_grad_norm_(largest_norm)  # type: ignore[operator]
+    else:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, largest_norm)
+
+
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     """Seed torch as a function of the place in training, so that a resumed run draws what an uninterrupted one does."""
     torch.manual_seed((((seed * 1_000_003 + step) * 1009 + micro) * 10007 + rank) % 2**63)

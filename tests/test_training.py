@@ -13,7 +13,7 @@ from pipelines import codes, data
 from pipelines.config import load_config
 from pipelines.errors import StageError
 from pipelines.run import Run
-from pipelines.training import TrainingConfig, learning_rate_factor, make_optimizer, seed_step
+from pipelines.training import TrainingConfig, clip_gradients, learning_rate_factor, make_optimizer, seed_step
 from tokenizer import HierarchicalVQVAE
 
 
@@ -108,6 +108,38 @@ def test_a_job_killed_twice_before_its_next_checkpoint_loses_nothing_but_time(
         found.append((load_file(folder / "model.safetensors"), rows(folder / "metrics.csv")))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("train-tokenizer", "tokenizer"), ("train-prior", "prior")])
+def test_half_precision_trains_with_clipped_gradients(
+    stage: str, kind: str, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """What a machine with bfloat16 does by itself."""
+    run = tiny_run.parent / "run"
+    training = {"precision": "bf16-mixed", "gradient_clip": 1.0}
+    changes: dict = {"images": {"from": str(run / "images")}, kind: {"training": training}}
+    if kind == "prior":
+        changes["codes"] = {"from": str(run / "codes")}
+    Run(load_config(write_config(tmp_path, changes))).stage(stage)
+    figures = rows(tmp_path / "run" / ("tokenizer" if kind == "tokenizer" else "prior/level0") / "metrics.csv")
+    assert all(float(figures[-1][name]) < 100 for name in figures[-1] if name.startswith("val_"))
+
+
+def test_gradients_are_clipped_to_a_norm_over_all_parameters() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+    for parameter in layers.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
+
+    class Job:
+        class trainer:
+            strategy = None
+
+    clip_gradients(Job, optimizer, None)  # type: ignore[arg-type]
+    assert float(layers[0].weight.grad[0, 0]) == 2.0  # type: ignore[index]
+    clip_gradients(Job, optimizer, 0.5)  # type: ignore[arg-type]
+    norm = torch.stack([parameter.grad.norm() for parameter in layers.parameters()]).norm()  # type: ignore[union-attr]
+    assert float(norm) == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("val_every", [3, 6])

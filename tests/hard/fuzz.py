@@ -32,6 +32,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -133,11 +134,12 @@ class Case(NamedTuple):
     output: Path | None = None
 
 
-def places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (container, key) of everything in plain data."""
+def places(tree: Any, depth: int = 20) -> Iterator[tuple[Any, Any]]:
+    """Yield (container, key) of everything in plain data; what an earlier mutation nested deeper is left alone."""
     for key in list(tree) if isinstance(tree, dict) else range(len(tree) if isinstance(tree, list) else 0):
         yield tree, key
-        yield from places(tree[key])
+        if depth:
+            yield from places(tree[key], depth - 1)
 
 
 def mutate_tree(rng: Random, tree: Any) -> str:
@@ -146,7 +148,7 @@ def mutate_tree(rng: Random, tree: Any) -> str:
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if not (found := list(places(tree))):
             break
-        (box, key), odd = rng.choice(found), rng.choice(ODD)
+        (box, key), odd = rng.choice(found), deepcopy(rng.choice(ODD))
         value, kind = box[key], rng.choice(["replace"] * 4 + ["delete", "nest", "add", "near"])
         if kind == "delete":
             del box[key]
