@@ -28,7 +28,7 @@ from tokenizer import HierarchicalVQVAE, TokenizerConfig
 
 COMPUTE = ComputeConfig(accelerator="auto")
 # Pixels, images: enough for some seconds each.
-SIZES = ((64, 3000), (256, 200))
+SIZES = ((64, 2048), (256, 128))
 
 
 def timed(work: object, *arguments: object) -> float:
