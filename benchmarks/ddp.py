@@ -8,6 +8,7 @@ how long two processes of one thread take to pack, encode and sample, beside one
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,15 +27,16 @@ from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerC
 from tokenizer.ema import Statistics, assignment_statistics, candidate_positions, take_owned
 
 SIZE, PART = 32, 32
+FOLDERS = {"pack": "images", "encode": "codes", "sample": "samples"}
 # A run whose stages last long enough for their start to count little.
 RUN = {
-    "images": {"source": "digits", "size": 64, "channels": 1, "upscale": True, "shard_size": 100},
+    "images": {"source": "digits", "size": 128, "channels": 1, "upscale": True, "shard_size": 100},
     "tokenizer": {
         "model": {"strides": [16, 8], "codebook_size": 64, "width": 64},
         "training": {"steps": 2, "batch_size": 8, "val_every": 2, "compile": False},
     },
     "prior": {"transformer": {"width": 256, "depth": 6}, "training": {"steps": 2, "batch_size": 8, "val_every": 2}},
-    "sample": {"count": 160, "batch_size": 10, "shard_size": 20},
+    "sample": {"count": 200, "batch_size": 10, "shard_size": 20},
     "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},
 }
 
@@ -72,7 +74,7 @@ def process(rank: int, folder: str) -> None:
     model = HierarchicalVQVAE(TokenizerConfig(strides=[8, 4]), SIZE, 3)
     alone = interleaved_medians({"alone": step_of(model, model)[0]}, repeats=15, warmup=3)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    step, reduce = step_of(DistributedDataParallel(model, broadcast_buffers=False), model)
+    step, reduce = step_of(DistributedDataParallel(model, forward_sync_buffers=False), model)
     together = interleaved_medians({"DDP": step, "all-reduce": reduce}, repeats=15, warmup=3)
     if rank == 0:
         Path(folder, "figures.yaml").write_text(yaml.safe_dump(alone | together))
@@ -86,11 +88,15 @@ def measure_ddp() -> dict[str, float]:
         return yaml.safe_load(Path(folder, "figures.yaml").read_text())
 
 
-def seconds_of(stage: str, config: Path, devices: int) -> float:
-    """Return how long a stage takes in so many processes, made again from nothing, its start included."""
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "pipelines.cli", stage, config, "--compute.devices", str(devices), "--redo", stage]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def seconds_of(stage: str, config: Path, processes: int) -> float:
+    """Return how long a stage takes, from nothing and with its start, in processes begun at once as torchrun does."""
+    shutil.rmtree(config.parent / "run" / FOLDERS[stage])
+    start, jobs = time.perf_counter(), []
+    for rank in range(processes):
+        place = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(processes)}
+        command = [sys.executable, "-m", "pipelines.cli", stage, config]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, **place}))
+    assert [job.wait() for job in jobs] == [0] * processes
     return time.perf_counter() - start
 
 
@@ -103,9 +109,7 @@ def measure_sharing() -> dict[str, list[float]]:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "pipelines.cli", "encode", config], check=True, capture_output=True)
         found = {"start": [time.perf_counter() - start] * 2}  # of a stage that finds its work done
-        return found | {
-            stage: [seconds_of(stage, config, devices) for devices in (1, 2)] for stage in ("pack", "encode", "sample")
-        }
+        return found | {stage: [seconds_of(stage, config, processes) for processes in (1, 2)] for stage in FOLDERS}
 
 
 def measure() -> dict:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipelines.cache import Cache
-from pipelines.compute import ComputeConfig, this_worker
+from pipelines.compute import ComputeConfig, started_by_a_launcher, this_worker
 from pipelines.config import Config, at_level
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
@@ -44,7 +44,9 @@ class Run:
         self.redo = set(redo)
         self.root = place(config.run_dir, writable=True)
         if self.redo and this_worker().world_size > 1:
-            raise ConfigError("--redo empties folders, so it goes with one process; remove the stage's folder instead")
+            if started_by_a_launcher():  # nobody knows who comes first
+                raise ConfigError("--redo goes with processes that smalti starts; remove the stage's folder instead")
+            self.redo = set()  # the process that started this one has emptied the folder
 
     @property
     def images(self) -> Path:
