@@ -28,15 +28,15 @@ from tokenizer.ema import Statistics, assignment_statistics, candidate_positions
 
 SIZE, PART = 32, 32
 FOLDERS = {"pack": "images", "encode": "codes", "sample": "samples"}
-# A run whose stages last long enough for their start to count little.
+# A run whose stages last some seconds beside their start, which is told apart.
 RUN = {
-    "images": {"source": "digits", "size": 128, "channels": 1, "upscale": True, "shard_size": 100},
+    "images": {"source": "digits", "size": 64, "channels": 1, "upscale": True, "shard_size": 100},
     "tokenizer": {
         "model": {"strides": [16, 8], "codebook_size": 64, "width": 64},
         "training": {"steps": 2, "batch_size": 8, "val_every": 2, "compile": False},
     },
     "prior": {"transformer": {"width": 256, "depth": 6}, "training": {"steps": 2, "batch_size": 8, "val_every": 2}},
-    "sample": {"count": 200, "batch_size": 10, "shard_size": 20},
+    "sample": {"count": 160, "batch_size": 10, "shard_size": 20},
     "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},
 }
 
