@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from pipelines.errors import StageError
 from pipelines.fingerprint import digest
-from pipelines.places import exists, is_local, retried, whole
+from pipelines.places import exists, is_local, retried, whole, write_text
 
 
 class Cache(NamedTuple):
@@ -83,8 +83,7 @@ class Cache(NamedTuple):
             found = hashlib.file_digest(file, "sha256").hexdigest()
         with suppress(OSError, StageError):  # a cache that cannot be written is no error, only slower
             note.parent.mkdir(parents=True, exist_ok=True)
-            with whole(note) as temporary:
-                temporary.write_text(found)
+            write_text(note, found)
         return found
 
     def _fetch(self, path: Path, kept: Path, sha256: str | None) -> str | None:

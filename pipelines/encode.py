@@ -16,7 +16,7 @@ from pipelines.compute import ComputeConfig, inference_device, num_processes, th
 from pipelines.data import sample_pixels, shift_pixels, to_unit_range
 from pipelines.errors import StageError
 from pipelines.fingerprint import digest, fingerprint
-from pipelines.manifest import read_manifest, receipts_of, write_manifest
+from pipelines.manifest import all_receipts, read_manifest, receipts_of, write_manifest
 from pipelines.progress import progress_bar
 from pipelines.shards import (
     ShardJob,
@@ -79,15 +79,10 @@ def encode(
     settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision])
     views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
     jobs, sources = [], []
-    for split in manifest["splits"]:
-        for receipt in receipts_of(manifest, split):
-            provenance = {
-                "made_from": receipt["sha256"],
-                "fingerprints": {"tokenizer": mark},
-                "settings": settings,
-            }
-            jobs.append(ShardJob(folder / receipt["shard"], receipt["samples"] * len(views[split]), provenance))
-            sources.append((receipt, views[split]))
+    for split, receipt in all_receipts(manifest):
+        provenance = {"made_from": receipt["sha256"], "fingerprints": {"tokenizer": mark}, "settings": settings}
+        jobs.append(ShardJob(folder / receipt["shard"], receipt["samples"] * len(views[split]), provenance))
+        sources.append((receipt, views[split]))
     cache = compute.cache
     todo = this_workers(jobs, folder, cache)
     device = inference_device(compute, precise=config.precision == "float32")

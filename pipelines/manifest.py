@@ -65,6 +65,11 @@ def receipts_of(manifest: dict, split: str) -> list[dict]:
     return manifest["splits"].get(split, [])
 
 
+def all_receipts(manifest: dict) -> list[tuple[str, dict]]:
+    """Return (split, receipt) of all shards, in order."""
+    return [(split, receipt) for split in manifest["splits"] for receipt in receipts_of(manifest, split)]
+
+
 def _wrong_entries(manifest: dict, kind: str) -> Any:
     """Yield a sentence about each entry that cannot be."""
     rules: dict[str, Callable[[Any], bool]] = {

@@ -157,12 +157,6 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes so that the file is either the old or the new one."""
-    with whole(path) as temporary:
-        temporary.write_bytes(data)
-
-
 def make_folder(path: Path) -> None:
     """Make a folder and those above it; stores have none to make."""
     if is_local(path):

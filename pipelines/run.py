@@ -13,7 +13,7 @@ from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
 from pipelines.evaluate import evaluate_prior, evaluate_tokenizer, table
 from pipelines.fingerprint import digest, fingerprint
-from pipelines.manifest import read_manifest, receipts_of
+from pipelines.manifest import all_receipts, read_manifest
 from pipelines.pack import pack
 from pipelines.places import is_local, make_folder, place
 from pipelines.processes import workers_of
@@ -286,7 +286,7 @@ def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorCon
 
 def shards_hold(manifest: dict, folder: Path, cache: Cache) -> bool:
     """Whether all shards of a manifest are what it says; one that is not is made again by the stage."""
-    receipts = [receipt for split in manifest["splits"] for receipt in receipts_of(manifest, split)]
+    receipts = [receipt for _, receipt in all_receipts(manifest)]
     wrong = next((receipt for receipt in receipts if not cache.holds(folder / receipt["shard"], receipt)), None)
     if wrong:
         logger.warning("%s is missing or damaged", folder / wrong["shard"])
@@ -307,7 +307,7 @@ def _verified(folder: Path, what: str) -> None:
 
 
 def _count(manifest: dict) -> str:
-    receipts = [receipt for split in manifest["splits"] for receipt in receipts_of(manifest, split)]
+    receipts = [receipt for _, receipt in all_receipts(manifest)]
     return f"{len(receipts)} shards, {sum(receipt['samples'] for receipt in receipts)} samples"
 
 

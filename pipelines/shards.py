@@ -165,10 +165,10 @@ def this_workers(jobs: Sequence[ShardJob], folder: Path, cache: Cache) -> list[i
 
     Which worker a shard belongs to depends on its place alone: others may be at work already.
     """
-    missing = outstanding(jobs, cache)
+    missing = set(outstanding(jobs, cache))
     if missing:
         (folder / "manifest.json").unlink(missing_ok=True)
-    return [number for number in this_worker().share(list(range(len(jobs)))) if number in set(missing)]
+    return [number for number in this_worker().share(list(range(len(jobs)))) if number in missing]
 
 
 def write_json(path: Path, contents: Any) -> None:

@@ -10,7 +10,7 @@ from pipelines.codes import code_sample
 from pipelines.data import checked_pixels
 from pipelines.errors import StageError
 from pipelines.fingerprint import digest, fingerprint
-from pipelines.manifest import read_manifest, receipts_of
+from pipelines.manifest import all_receipts, read_manifest
 from pipelines.places import retried
 from pipelines.progress import progress_bar
 from pipelines.sample import check_belong_together, model_fingerprints
@@ -73,14 +73,13 @@ def verify_codes(folder: Path, images: dict | None, tokenizer: HierarchicalVQVAE
     if images is not None:
         if manifest["made_from"] != digest(images):
             raise StageError(f"{folder} was made from other images than the run's; run `smalti encode` again")
-        sources = {one["shard"]: one["sha256"] for split in images["splits"] for one in receipts_of(images, split)}
-    for split in manifest["splits"]:
-        for receipt in receipts_of(manifest, split):
-            if sources and receipt.get("made_from") != sources.get(receipt["shard"]):
-                raise StageError(
-                    f"{folder / receipt['shard']} was made from another image shard than the run's; "
-                    "run `smalti encode` again"
-                )
+        sources = {receipt["shard"]: receipt["sha256"] for _, receipt in all_receipts(images)}
+    for _, receipt in all_receipts(manifest):
+        if sources and receipt.get("made_from") != sources.get(receipt["shard"]):
+            raise StageError(
+                f"{folder / receipt['shard']} was made from another image shard than the run's; "
+                "run `smalti encode` again"
+            )
     for _, found in _samples(manifest, folder, cache, "encode"):
         code_sample(found.file, found.sample, manifest, found.shard)
     return manifest
@@ -131,7 +130,7 @@ def _samples(manifest: dict, folder: Path, cache: Cache, stage: str) -> Iterator
 
     Shards are read anew: what was found of them before does not count here.
     """
-    receipts = [(split, receipt) for split in manifest["splits"] for receipt in receipts_of(manifest, split)]
+    receipts = all_receipts(manifest)
     total = sum(receipt["samples"] for _, receipt in receipts)
     with progress_bar(total, f"verify {folder.name}", "samples") as bar:
         for split, receipt in receipts:
