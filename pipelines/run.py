@@ -193,6 +193,8 @@ class Run:
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
             _verified(samples, _count(verify_samples(samples, tokenizer, prior, cache)))
+        if not (images or tokenizer or codes):
+            raise StageError(f"{self.root} holds nothing finished to verify; is it the right run_dir?")
         return True
 
     def all(self) -> None:

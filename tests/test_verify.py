@@ -20,6 +20,14 @@ def config(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) ->
     return path
 
 
+def test_a_folder_without_a_run_does_not_pass_for_one(
+    tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    code, text = smalti("verify", write_config(tmp_path))
+    assert code == 1
+    assert "holds nothing finished to verify; is it the right run_dir?" in text
+
+
 def change(path: Path, place: int = 700) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
