@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def interleaved_medians(works: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
@@ -41,9 +42,17 @@ def interleaved_medians(works: dict[str, Callable[[], object]], repeats: int, wa
 
 
 def bytes_per_s(size: int = 256 * 2**20, repeats: int = 9) -> float:
-    """Return how many bytes a second a plain sum reads from memory, far more of them than any cache holds."""
-    values = torch.ones(size // 4)
-    return size / interleaved_medians({"sum": values.sum}, repeats)["sum"]
+    """Return how many bytes a second memory gives: to a plain sum on a CPU, in a copy (read and written) on a GPU.
+
+    Args:
+        size: bytes touched, far more than any cache holds.
+        repeats: timed rounds.
+    """
+    values = torch.ones(size // 4, device=DEVICE)
+    target = torch.empty_like(values)
+    on_gpu = DEVICE.type == "cuda"
+    seconds = interleaved_medians({"": (lambda: target.copy_(values)) if on_gpu else values.sum}, repeats)[""]
+    return size * (1 + on_gpu) / seconds
 
 
 def machine() -> dict[str, str | int]:

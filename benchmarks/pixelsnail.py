@@ -2,69 +2,75 @@
 
     python -m benchmarks.pixelsnail
 
-Figures are of one position, from a row in the middle of a 32x32 grid. The recomputing decoder does the same forward at
-every position, so that a few of them stand for all. The limit at batch 1 is the time to read the weights that a
-position needs once, at the speed of a plain sum over memory. Beside it stand the bare products of those weights with
-as many columns as the batch has.
+The top level has a 32x32 grid and attention, at a common width and at the common 85M parameters; the bottom level has
+64x64 codes and no attention. Figures are of one position, from a row in the middle of the grid. The recomputing decoder
+does the same forward at every position, so that a few of them stand for all. The limit at batch 1 is the time to read
+the weights that a position needs once, at the speed of a plain sum over memory. Beside it stand the products of those
+weights alone.
 """
 
 import torch
 
-from benchmarks.measure import bytes_per_s, interleaved_medians, main, print_table
+from benchmarks.measure import DEVICE, bytes_per_s, interleaved_medians, main, print_table
 from prior.decoding import RecomputingDecoder
 from prior.incremental import IncrementalBlock, IncrementalDecoder
+from prior.packed import PackedLinear
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 
-GRID, CODEBOOK_SIZE = (32, 32), 512
-MIDDLE = GRID[0] // 2 * GRID[1]
-SIZES = {"width 256": PixelSNAILConfig(width=256), "width 512": PixelSNAILConfig(width=512)}
+CODEBOOK_SIZE = 512
+# Side of the grid, and size.
+LEVELS = {
+    "top": (32, PixelSNAILConfig(width=256)),
+    "top, large": (32, PixelSNAILConfig(width=544)),
+    "bottom": (64, PixelSNAILConfig(width=256, attention=False)),
+}
 
 
-def position_weights(decoder: IncrementalDecoder) -> list[torch.Tensor]:
-    """Return the matrices that every position's features are multiplied by."""
-    weights = [decoder.start.weight, decoder.head.weight]
+def linears(decoder: IncrementalDecoder) -> list[PackedLinear]:
+    """Return the layers that every position's features are multiplied by."""
+    layers = [decoder.start.linear, decoder.head]
     for layer in decoder.layers:
         if isinstance(layer, IncrementalBlock):
-            weights += [layer.first.weight, layer.second.weight]
+            layers += [layer.first.linear, layer.second.linear]
         else:
-            weights += [part.weight for part in (layer.query, layer.key_value, layer.merge, layer.gate)]
-    return weights
+            layers += [layer.query, layer.key_value, layer.merge, layer.gate]
+    return layers
 
 
 def largest_difference(network: PixelSNAIL, batch: int) -> float:
     """Return how far the incremental decoder's logits lie from the full forward's, over a 6x6 grid."""
-    codes, condition = torch.randint(CODEBOOK_SIZE, (batch, 6, 6)), torch.randn(batch, network.head.in_channels, 6, 6)
+    codes = torch.randint(CODEBOOK_SIZE, (batch, 6, 6), device=DEVICE)
+    condition = torch.randn(batch, network.head.in_channels, 6, 6, device=DEVICE)
     decoder, before = network.decoder(condition), [None, *codes.flatten(1).t()]
     steps = torch.stack([decoder.step(previous) for previous in before[:-1]], 1)
     return float((steps - network(codes, condition).flatten(1, 2)).abs().max())
 
 
-def measure_size(network: PixelSNAIL, batch: int, speed: float) -> dict[str, float]:
+def measure_level(network: PixelSNAIL, side: int, batch: int, speed: float) -> dict[str, float]:
     """Return the seconds a position takes each way, and what they were measured on."""
-    condition = torch.randn(batch, network.head.in_channels, *GRID)
-    code = torch.zeros(batch, dtype=torch.int64)
+    condition = torch.randn(batch, network.head.in_channels, side, side, device=DEVICE)
+    code = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
     fast, plain = network.decoder(condition), RecomputingDecoder(network, condition)
-    weights = position_weights(fast)
-    columns = [torch.randn(weight.shape[1], batch) for weight in weights]
+    layers = linears(fast)
+    rows = [torch.randn(batch, layer.inputs, device=DEVICE) for layer in layers]
+    middle = side // 2 * side
 
-    def row() -> None:
-        fast.position = MIDDLE
-        for _ in range(GRID[1]):
+    def draw_row() -> None:
+        fast.position = middle
+        for _ in range(side):
             fast.step(code)
 
     def products() -> None:
-        for weight, column in zip(weights, columns, strict=True):
-            weight @ column
+        for layer, row in zip(layers, rows, strict=True):
+            layer(row)
 
-    seconds = interleaved_medians({"ours": row, "products": products}, repeats=5)
-    seconds["ours"] /= GRID[1]
-    plain.position = MIDDLE
+    seconds = interleaved_medians({"ours": draw_row, "products": products}, repeats=7)
+    seconds["ours"] /= side
+    plain.position = middle
     # A forward of the large network at batch 16 takes half a minute.
     seconds |= interleaved_medians({"recomputing": lambda: plain.step(code)}, 3 if batch == 1 else 1, warmup=0)
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     return seconds | {
-        "weights read once": weight_bytes / speed,
-        "weight_bytes": weight_bytes,
+        "weights once": sum(layer.bytes for layer in layers) / speed,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "largest_logit_difference": largest_difference(network, batch),
     }
@@ -72,29 +78,20 @@ def measure_size(network: PixelSNAIL, batch: int, speed: float) -> dict[str, flo
 
 @torch.no_grad()
 def measure() -> dict:
-    """Time two sizes at batch 1 and 16, and print the table."""
+    """Time all levels at batch 1 and 16, and print the table."""
     torch.manual_seed(0)
     speed, figures, rows = bytes_per_s(), {}, []
     print(f"memory is read at {speed / 1e9:.0f} GB/s")
-    for name, config in SIZES.items():
-        network = PixelSNAIL(CODEBOOK_SIZE, config, 0.0).eval()
+    ways = ("ours", "recomputing", "products", "weights once")
+    for name, (side, config) in LEVELS.items():
+        network = PixelSNAIL(CODEBOOK_SIZE, config, 0.0).eval().to(DEVICE)
         for batch in (1, 16):
-            found = figures[f"{name}, batch {batch}"] = measure_size(network, batch, speed)
-            times = [found[way] * 1e3 for way in ("ours", "recomputing", "products", "weights read once")]
+            found = figures[f"{name}, batch {batch}"] = measure_level(network, side, batch, speed)
+            times = [found[way] * 1e3 for way in ways]
             ratios = [f"{found[way] / found['ours']:.2f}" for way in ("recomputing", "products")]
-            label = f"{name}, {found['parameters'] / 1e6:.0f}M, batch {batch}"
+            label = f"{name}, {side}x{side}, {found['parameters'] / 1e6:.0f}M, batch {batch}"
             rows.append([label, *times, *ratios, f"{found['largest_logit_difference']:.0e}"])
-    header = [
-        "ms a position",
-        "ours",
-        "recomputing",
-        "products",
-        "weights once",
-        "faster",
-        "of products",
-        "logits off by",
-    ]
-    print_table(header, rows)
+    print_table(["ms a position", *ways, "faster", "of products", "logits off by"], rows)
     return figures | {"bytes_per_s": speed}
 
 

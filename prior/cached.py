@@ -1,11 +1,12 @@
 """A Transformer one position at a time: keys and values of all positions lie in place from the start.
 
-A position's features are the columns of a (C, B) matrix, so that each layer is weight @ features: for a few columns
-the fastest product there is. All shapes are fixed and the position is a tensor, so that on a GPU a step is one graph.
+All shapes are fixed, and position and code are tensors, so that on a GPU a position, its draw included, is one graph.
 
 B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head, n heads, m of them for keys and values.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from x_transformers.x_transformers import GLU, Attention, AttentionLayers, FeedForward, RMSNorm
 
-from prior.decoding import working_dtype
+from prior.decoding import Choose, working_dtype
+from prior.packed import PackedLinear
 
 if TYPE_CHECKING:
     from prior.transformer import CodeTransformer
@@ -21,13 +23,8 @@ if TYPE_CHECKING:
 BUCKET = 64  # attention looks at a multiple of so many positions, masked; a graph is captured for each
 
 
-def unit_columns(x: Tensor) -> Tensor:
-    """Return the columns of (C, B) at length one: RMSNorm but for its gain, which the weight after it takes in."""
-    return F.normalize(x, dim=0)
-
-
 def after_norm(norm: RMSNorm, weight: Tensor) -> Tensor:
-    """Return the weight (out, C) of a layer times the gain of the RMSNorm before it."""
+    """Return the weight (out, C) of a layer times the gain of the RMSNorm before it, whose norm alone remains."""
     return weight * (norm.g + float(norm.unit_offset)) * norm.scale
 
 
@@ -44,34 +41,35 @@ class CachedAttention:
 
     def __init__(self, norm: RMSNorm, layer: Attention, dtype: torch.dtype, batch: int, length: int) -> None:
         projections = torch.cat([layer.to_q.weight, layer.to_k.weight, layer.to_v.weight])
-        self.project = after_norm(norm, projections).to(dtype)
-        self.merge = layer.to_out.weight.to(dtype) if isinstance(layer.to_out, nn.Linear) else None
+        self.project = PackedLinear(after_norm(norm, projections), None, dtype)
+        merge = isinstance(layer.to_out, nn.Linear)
+        self.merge = PackedLinear(layer.to_out.weight, None, dtype) if merge else None
         self.heads, self.kv_heads = layer.heads, layer.kv_heads
         self.head_dim = layer.to_q.out_features // layer.heads
-        self.keys, self.values = self.project.new_zeros(2, batch, self.kv_heads, length, self.head_dim)
+        shape = (batch, 2 * self.kv_heads, length, self.head_dim)  # keys, then values
+        self.kept = torch.zeros(shape, dtype=dtype, device=projections.device)
 
-    def step(self, x: Tensor, turn: tuple[Tensor, Tensor], position: Tensor, mask: Tensor) -> Tensor:
-        """Features (C, B) of a position to new features.
+    def step(self, x: Tensor, turn: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+        """Features (B, C) of a position to new features.
 
         Args:
-            x: (C, B).
-            turn: cosines and signed sines of the position, (d / 2, 2, 1) each.
+            x: (B, C).
+            turn: e to the i times the position's angles, complex (d / 2,).
             position: int64 (1,).
             mask: (1, length), 0 for the positions to look at and -inf for others.
         """
-        heads = (self.project @ unit_columns(x)).unflatten(0, (-1, self.head_dim))  # (n + m + m, d, B)
-        pairs = heads[: -self.kv_heads].unflatten(1, (-1, 2))  # (n + m, d / 2, 2, B)
-        turned = (pairs * turn[0] + pairs.flip(2) * turn[1]).flatten(1, 2).to(heads.dtype)
-        for kept, new in ((self.keys, turned[self.heads :]), (self.values, heads[-self.kv_heads :])):
-            kept.index_copy_(2, position, new.permute(2, 0, 1)[:, :, None])
+        heads = self.project(F.normalize(x, dim=1)).unflatten(1, (-1, self.head_dim))  # (B, n + m + m, d)
+        turned, values = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        pairs = torch.view_as_complex(turned.float().unflatten(2, (-1, 2)))  # (B, n + m, d / 2)
+        turned = torch.view_as_real(pairs * turn).flatten(2).to(heads.dtype)
+        query, keys = turned.split([self.heads, self.kv_heads], 1)
+        self.kept.index_copy_(2, position, torch.cat([keys, values], 1)[:, :, None])
         # Heads that share keys are queries of one attention: query head r * m + i goes with key head i.
-        query = turned[: self.heads].unflatten(0, (-1, self.kv_heads)).permute(3, 1, 0, 2).contiguous()
-        length = mask.shape[1]
-        attended = F.scaled_dot_product_attention(
-            query, self.keys[:, :, :length], self.values[:, :, :length], attn_mask=mask
-        )  # (B, m, n / m, d)
-        merged = attended.permute(2, 1, 3, 0).flatten(0, 2)  # (C, B)
-        return x + (merged if self.merge is None else self.merge @ merged)
+        query = query.unflatten(1, (-1, self.kv_heads)).transpose(1, 2)  # (B, m, n / m, d)
+        keys, values = self.kept[:, :, : mask.shape[1]].chunk(2, 1)  # (B, m, length, d)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        merged = attended.transpose(1, 2).flatten(1)  # (B, C)
+        return x + (merged if self.merge is None else self.merge(merged))
 
 
 class GatedFeedForward:
@@ -79,14 +77,13 @@ class GatedFeedForward:
 
     def __init__(self, norm: RMSNorm, layer: FeedForward, dtype: torch.dtype) -> None:
         first, last = layer.ff[0].proj, layer.ff[2]
-        self.first = after_norm(norm, first.weight).to(dtype)
-        self.last = last.weight.to(dtype)
-        self.biases = [linear.bias[:, None].to(dtype) for linear in (first, last)]
+        self.first = PackedLinear(after_norm(norm, first.weight), first.bias, dtype)
+        self.last = PackedLinear(last.weight, last.bias, dtype)
 
     def step(self, x: Tensor) -> Tensor:
-        """Features (C, B) of a position to new features."""
-        up, gate = torch.addmm(self.biases[0], self.first, unit_columns(x)).chunk(2)
-        return x + torch.addmm(self.biases[1], self.last, up * F.silu(gate))
+        """Features (B, C) of a position to new features."""
+        up, gate = self.first(F.normalize(x, dim=1)).chunk(2, 1)
+        return x + self.last(up * F.silu(gate))
 
 
 class CachedDecoder:
@@ -100,28 +97,26 @@ class CachedDecoder:
     @torch.no_grad()
     def __init__(self, network: "CodeTransformer", condition: Tensor) -> None:
         check_layers(network.layers)
-        batch, length, dtype = len(condition), condition[0, 0].numel(), working_dtype(condition)
-        kept = -(-length // BUCKET) * BUCKET
+        self.batch, self.length = len(condition), condition[0, 0].numel()
+        dtype, kept = working_dtype(condition), -(-self.length // BUCKET) * BUCKET
         layers = network.layers.layers
         self.layers = [
             (
-                CachedAttention(attention[0][0], attention[1], dtype, batch, kept),
+                CachedAttention(attention[0][0], attention[1], dtype, self.batch, kept),
                 GatedFeedForward(feed_forward[0][0], feed_forward[1], dtype),
             )
             for attention, feed_forward in zip(layers[::2], layers[1::2], strict=True)
         ]
-        self.head = after_norm(network.layers.final_norm, network.head.weight).to(dtype)
-        self.head_bias = network.head.bias[:, None].to(dtype)
+        self.head = PackedLinear(after_norm(network.layers.final_norm, network.head.weight), network.head.bias, dtype)
         # What precedes the first code is one more code.
         self.embedding = torch.cat([network.embedding.weight, network.start[None]])
-        self.condition = condition.flatten(2).permute(2, 1, 0).contiguous()  # (T, C, B)
-        angles = network.angles[0].unflatten(1, (-1, 2))[..., None]  # (T, d / 2, 2, 1)
-        self.turns = angles.cos(), angles.sin() * angles.new_tensor([-1.0, 1.0])[:, None]
-        self.code = torch.full((batch,), len(network.embedding.weight), device=condition.device)
+        self.condition = condition.flatten(2).permute(2, 0, 1).contiguous()  # (T, B, C)
+        angles = network.angles[0, :, ::2].float()
+        self.turns = torch.polar(torch.ones_like(angles), angles)  # (T, d / 2)
+        self.code = torch.full((self.batch,), len(network.embedding.weight), device=condition.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=condition.device)
         self.places = torch.arange(kept, device=condition.device)
         self.steps = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def step(self, previous: Tensor | None) -> Tensor:
@@ -129,34 +124,58 @@ class CachedDecoder:
         if previous is not None:
             self.code.copy_(previous)
         self.position.fill_(self.steps)
-        length = (self.steps // BUCKET + 1) * BUCKET
-        logits = self._replayed_logits(length) if self.code.is_cuda else self._logits(length)
         self.steps += 1
-        return logits
+        return self._logits(-(-self.steps // BUCKET) * BUCKET)
 
-    def _replayed_logits(self, length: int) -> Tensor:
-        """Return `_logits` by one launch: a step's hundreds of small kernels would wait for Python."""
-        if self.graph is None or self.steps % BUCKET == 0:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._logits(length)  # libraries set themselves up, which a capture does not allow
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.graph_logits = self._logits(length)
-        self.graph.replay()
-        return self.graph_logits.clone()  # the next replay writes to the same place
+    @torch.no_grad()
+    def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
+        """See `prior.decoding.Decoder.draw`."""
+        drawn = torch.empty(self.length, self.batch, dtype=torch.int64, device=self.code.device)
+        by_position = uniforms.t().contiguous()
+        for first in range(0, self.length, BUCKET):
+            one = partial(self._draw_position, choose, by_position, drawn, first + BUCKET)
+            draw_one = captured(one, [self.code, self.position]) if self.code.is_cuda else one
+            for _ in range(min(BUCKET, self.length - first)):
+                draw_one()
+        return drawn.t()
+
+    def _draw_position(self, choose: Choose, uniforms: Tensor, drawn: Tensor, length: int) -> None:
+        """Draw the codes at self.position, write them to `drawn`, and move on; uniforms and drawn are (T, B)."""
+        uniform = uniforms.index_select(0, self.position)[0]
+        self.code.copy_(choose(self._logits(length), uniform))
+        drawn.index_copy_(0, self.position, self.code[None])
+        self.position += 1
 
     def _logits(self, length: int) -> Tensor:
         """Return the logits (B, K) at self.position after self.code, looking at the first `length` places."""
-        x = self.embedding.index_select(0, self.code).t() + self.condition.index_select(0, self.position)[0]
-        cosine, sine = (table.index_select(0, self.position)[0] for table in self.turns)
+        x = self.embedding.index_select(0, self.code) + self.condition.index_select(0, self.position)[0]
+        turn = self.turns.index_select(0, self.position)[0]
         mask = torch.zeros(1, length, dtype=self.head.dtype, device=x.device)
         mask = mask.masked_fill(self.places[:length] > self.position, -torch.inf)
         for attention, feed_forward in self.layers:
-            x = feed_forward.step(attention.step(x, (cosine, sine), self.position, mask))
-        return torch.addmm(self.head_bias, self.head, unit_columns(x)).t().contiguous()
+            x = feed_forward.step(attention.step(x, turn, self.position, mask))
+        return self.head(F.normalize(x, dim=1))
+
+
+def captured(work: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
+    """Return work on fixed tensors as one launch: its hundreds of small kernels would wait for Python one by one.
+
+    Args:
+        work: reads and writes the same memory at each call.
+        state: what a call changes and the next one depends on; put back after the calls that capturing takes.
+    """
+    before = [tensor.clone() for tensor in state]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()  # libraries set themselves up, which a capture does not allow
+    torch.cuda.current_stream().wait_stream(side)
+    for tensor, value in zip(state, before, strict=True):
+        tensor.copy_(value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # notes the kernels down without running them
+        work()
+    return graph.replay
 
 
 def check_layers(stack: AttentionLayers) -> None:

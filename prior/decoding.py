@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# From logits (B, K) and uniforms (B,) of one position to its codes, int64 (B,).
+Choose = Callable[[Tensor, Tensor], Tensor]
+
 
 class Decoder(Protocol):
     """Yields the logits of position 0, 1, 2, … in raster order, told each drawn code in turn."""
@@ -16,6 +19,18 @@ class Decoder(Protocol):
     def step(self, previous: Tensor | None) -> Tensor:
         """Return the logits (B, K) of the next position; previous is int64 (B,), None at the first."""
         ...
+
+    def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
+        """Return the codes int64 (B, T) of all positions, each chosen by its uniforms, (B, T)."""
+        ...
+
+
+def draw_by_steps(decoder: Decoder, choose: Choose, uniforms: Tensor) -> Tensor:
+    """Draw with a decoder's steps; see `Decoder.draw`."""
+    codes: list[Tensor] = []
+    for uniform in uniforms.t():
+        codes.append(choose(decoder.step(codes[-1] if codes else None), uniform))
+    return torch.stack(codes, 1)
 
 
 def working_dtype(like: Tensor) -> torch.dtype:
@@ -49,3 +64,7 @@ class RecomputingDecoder:
         logits = self.network(self.codes, self.condition).flatten(1, 2)[:, self.position]
         self.position += 1
         return logits
+
+    def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
+        """See `Decoder.draw`."""
+        return draw_by_steps(self, choose, uniforms)

@@ -165,21 +165,22 @@ def _sample_level(
     settings: LevelSampling,
 ) -> Tensor:
     """Draw one level's codes (B, h, w) from its uniforms (B, h*w)."""
-    batch, length = stream.shape
+    batch = len(stream)
     guided = settings.guidance != 1
-    if guided and classes is not None:
+    if guided:
+        assert classes is not None
         # One batch of twice the size: given the class above, not given it below.
         classes = torch.cat([classes, torch.full_like(classes, len(level.config.class_names))])
         coarser = [torch.cat([codes, codes]) for codes in coarser]
-    decoder = level.decoder(coarser, classes, 2 * batch if guided else batch)
-    drawn = torch.empty(batch, length, dtype=torch.int64, device=stream.device)
-    previous: Tensor | None = None
-    for position in range(length):
-        logits = decoder.step(previous).float()
+        stream = torch.cat([stream, stream])
+
+    def choose(logits: Tensor, uniform: Tensor) -> Tensor:
+        logits = logits.float()
         if guided:
             given, not_given = logits.chunk(2)
             logits = not_given + settings.guidance * (given - not_given)
-        probabilities = filtered_probabilities(logits, *settings[:3])
-        drawn[:, position] = code = inverse_cdf(probabilities, stream[:, position])
-        previous = torch.cat([code, code]) if guided else code
-    return drawn.view(batch, *level.config.grids[-1])
+        code = inverse_cdf(filtered_probabilities(logits, *settings[:3]), uniform[:batch])
+        return torch.cat([code, code]) if guided else code
+
+    codes = level.decoder(coarser, classes, len(stream)).draw(choose, stream)[:batch]
+    return codes.reshape(batch, *level.config.grids[-1])

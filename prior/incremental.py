@@ -1,8 +1,7 @@
 """PixelSNAIL one position at a time: every layer keeps what later positions will ask of it.
 
-A position's features are the columns of a (C, B) matrix, so that each layer is weight @ features: for a few columns
-the fastest product there is, and neighbours kept as (w, C, B) are one (w * C, B) slice of memory. Sampling is then
-bound by reading the weights once a position.
+Each layer is one product of the features (B, C) of a position, so that sampling is bound by reading the weights once a
+position.
 
 B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head.
 
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prior.decoding import working_dtype
+from prior.decoding import Choose, draw_by_steps, working_dtype
+from prior.packed import PackedLinear
 
 if TYPE_CHECKING:
     from prior.pixelsnail import CausalAttention, CausalConv2d, GatedResidualBlock, PixelSNAIL
@@ -29,16 +29,9 @@ class Place(NamedTuple):
     column: int
 
 
-class Pointwise:
-    """A 1x1 convolution of columns, or the part of one that sees the given slice of its input channels."""
-
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, channels: slice = slice(None), bias: bool = True) -> None:
-        self.weight = layer.weight[:, channels, 0, 0].to(dtype)
-        self.bias = None if layer.bias is None or not bias else layer.bias[:, None].to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(in_channels, columns) to (out_channels, columns)."""
-        return self.weight @ x if self.bias is None else torch.addmm(self.bias, self.weight, x)
+def pointwise(layer: nn.Conv2d, dtype: torch.dtype, channels: slice = slice(None), bias: bool = True) -> PackedLinear:
+    """Return a 1x1 convolution, or the part of one that sees the given slice of its input channels."""
+    return PackedLinear(layer.weight[:, channels, 0, 0], layer.bias if bias else None, dtype)
 
 
 class IncrementalConvolution:
@@ -56,23 +49,23 @@ class IncrementalConvolution:
 
     def __init__(self, layer: "CausalConv2d", dtype: torch.dtype, batch: int, columns: int) -> None:
         kernels = [layer.above.weight, layer.left.weight]  # (out, in, rows, columns) each
-        self.weight = torch.cat([kernel.permute(0, 2, 3, 1).flatten(1) for kernel in kernels], 1).to(dtype)
-        assert layer.above.bias is not None
-        self.bias = layer.above.bias[:, None].to(dtype)
+        flat = torch.cat([kernel.permute(0, 2, 3, 1).flatten(1) for kernel in kernels], 1)
+        self.linear = PackedLinear(flat, layer.above.bias, dtype)
         self.reach = layer.reach
         self.left = layer.left.kernel_size[1]
-        self.rows = self.weight.new_zeros(self.reach + 1, columns + 2 * self.reach, layer.left.in_channels, batch)
+        shape = (self.reach + 1, batch, columns + 2 * self.reach, layer.left.in_channels)
+        self.rows = torch.zeros(shape, dtype=dtype, device=flat.device)
 
     def put(self, x: Tensor, place: Place) -> None:
-        """Keep the input (in_channels, B) of a place."""
-        self.rows[place.row % len(self.rows), place.column + self.reach] = x
+        """Keep the input (B, in_channels) of a place."""
+        self.rows[place.row % len(self.rows), :, place.column + self.reach] = x
 
     def output(self, place: Place) -> Tensor:
-        """Return the output (out_channels, B) at a place; all inputs that it sees have been put."""
+        """Return the output (B, out_channels) at a place; all inputs that it sees have been put."""
         _, row, column = place
         sights = [(row - distance, 2 * self.reach + 1) for distance in range(self.reach, 0, -1)] + [(row, self.left)]
-        seen = [self.rows[above % len(self.rows), column : column + length] for above, length in sights]
-        return torch.addmm(self.bias, self.weight, torch.cat(seen).flatten(0, 1))
+        seen = [self.rows[above % len(self.rows), :, column : column + length] for above, length in sights]
+        return self.linear(torch.cat(seen, 1).flatten(1))
 
 
 class IncrementalBlock:
@@ -81,18 +74,18 @@ class IncrementalBlock:
     def __init__(self, block: "GatedResidualBlock", dtype: torch.dtype, batch: int, columns: int) -> None:
         self.first = IncrementalConvolution(block.first, dtype, batch, columns)
         self.second = IncrementalConvolution(block.second, dtype, batch, columns)
-        self.condition = Pointwise(block.condition, dtype)
+        self.condition = pointwise(block.condition, dtype)
 
     def start_row(self, condition: Tensor) -> None:
-        """Take the condition of a whole row, (C, w * B), in one product."""
-        self.conditions = self.condition(condition).unflatten(1, (-1, self.first.rows.shape[-1]))  # (C, w, B)
+        """Take the condition of a whole row, (w, B, C), in one product."""
+        self.conditions = self.condition(condition)
 
     def step(self, x: Tensor, previous: Tensor, place: Place) -> Tensor:
-        """Features (C, B) of a place, and the embedding (C, B) of the code before it, to new features."""
+        """Features (B, C) of a place, and the embedding (B, C) of the code before it, to new features."""
         self.first.put(F.elu(x), place)
-        hidden = self.first.output(place) + self.conditions[:, place.column]
+        hidden = self.first.output(place) + self.conditions[place.column]
         self.second.put(F.elu(hidden), place)
-        return x + F.glu(self.second.output(place), dim=0)
+        return x + F.glu(self.second.output(place), dim=1)
 
 
 class IncrementalAttention:
@@ -100,41 +93,39 @@ class IncrementalAttention:
 
     def __init__(self, layer: "CausalAttention", dtype: torch.dtype, batch: int, length: int) -> None:
         width = layer.merge.out_channels
-        self.query = Pointwise(layer.query, dtype, slice(width), bias=False)
-        self.query_condition = Pointwise(layer.query, dtype, slice(width, None))
-        self.key_value = Pointwise(layer.key_value, dtype, slice(2 * width), bias=False)
-        self.key_value_condition = Pointwise(layer.key_value, dtype, slice(2 * width, None))
-        self.merge, self.gate = Pointwise(layer.merge, dtype), Pointwise(layer.gate, dtype)
+        self.query = pointwise(layer.query, dtype, slice(width), bias=False)
+        self.query_condition = pointwise(layer.query, dtype, slice(width, None))
+        self.key_value = pointwise(layer.key_value, dtype, slice(2 * width), bias=False)
+        self.key_value_condition = pointwise(layer.key_value, dtype, slice(2 * width, None))
+        self.merge, self.gate = pointwise(layer.merge, dtype), pointwise(layer.gate, dtype)
         self.heads = layer.heads
         head_dim = layer.merge.in_channels // layer.heads
-        self.keys, self.values = self.merge.weight.new_zeros(2, batch, layer.heads, length, head_dim)
+        shape = (2, batch, layer.heads, length, head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=dtype, device=layer.merge.weight.device)
 
     def start_row(self, condition: Tensor) -> None:
-        """Take the condition of a whole row, (C, w * B), in one product each."""
-        batch = len(self.keys)
-        self.query_conditions = self.query_condition(condition).unflatten(1, (-1, batch))
-        self.key_value_conditions = self.key_value_condition(condition).unflatten(1, (-1, batch))
+        """Take the condition of a whole row, (w, B, C), in one product each."""
+        self.query_conditions = self.query_condition(condition)
+        self.key_value_conditions = self.key_value_condition(condition)
 
     def step(self, x: Tensor, previous: Tensor, place: Place) -> Tensor:
-        """Features (C, B) of a place, and the embedding (C, B) of the code before it, to new features."""
-        query = self._heads(self.query(x) + self.query_conditions[:, place.column])
-        key_value = self.key_value(torch.cat([x, previous])) + self.key_value_conditions[:, place.column]
+        """Features (B, C) of a place, and the embedding (B, C) of the code before it, to new features."""
+        query = self.query(x) + self.query_conditions[place.column]
+        key_value = self.key_value(torch.cat([x, previous], 1)) + self.key_value_conditions[place.column]
         seen = place.position + 1
-        for kept, new in zip((self.keys, self.values), key_value.chunk(2), strict=True):
-            kept[:, :, place.position : seen] = self._heads(new)
+        for kept, new in zip((self.keys, self.values), key_value.chunk(2, 1), strict=True):
+            kept[:, :, place.position] = new.unflatten(1, (self.heads, -1))
+        query = query.unflatten(1, (self.heads, 1, -1))  # (B, n, 1, d)
         attended = F.scaled_dot_product_attention(query, self.keys[:, :, :seen], self.values[:, :, :seen])
-        merged = self.merge(attended.flatten(1).t())  # (C, B)
-        return x + F.glu(self.gate(F.elu(merged + x)), dim=0)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.heads, -1)).permute(2, 0, 1)[:, :, None].contiguous()  # (B, n, 1, d)
+        merged = self.merge(attended.flatten(1))  # (B, C)
+        return x + F.glu(self.gate(F.elu(merged + x)), dim=1)
 
 
 class IncrementalDecoder:
     """Decoder of a `PixelSNAIL` that computes each position once; see `prior.decoding.Decoder`.
 
     What depends on the condition alone is computed a row at a time: once a position would read those weights w times
-    as often, the whole grid at once would keep T columns a layer.
+    as often, the whole grid at once would keep T rows a layer.
 
     Args:
         network: in eval mode; kernels are copied, laid out anew.
@@ -153,7 +144,7 @@ class IncrementalDecoder:
             self.layers.extend(IncrementalBlock(block, dtype, b, w) for block in stack)
             if len(network.attentions):
                 self.layers.append(IncrementalAttention(network.attentions[number], dtype, b, h * w))
-        self.head = Pointwise(network.head, dtype)
+        self.head = pointwise(network.head, dtype)
         self.position = 0
 
     @torch.no_grad()
@@ -163,20 +154,24 @@ class IncrementalDecoder:
         if place.column == 0:
             self._start_row(place.row)
         if previous is None:
-            embedded = self.conditions.new_zeros(self.conditions[:, 0].shape)
+            embedded = torch.zeros_like(self.conditions[0])
         else:
-            embedded = self.embedding(previous).t()  # (C, B)
+            embedded = self.embedding(previous)  # (B, C)
             self.start.put(embedded, self._place(self.position - 1))
-        x = self.start.output(place) + self.conditions[:, place.column]
+        x = self.start.output(place) + self.conditions[place.column]
         for layer in self.layers:
             x = layer.step(x, embedded, place)
         self.position += 1
-        return self.head(F.elu(x)).t().contiguous()
+        return self.head(F.elu(x))
+
+    def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
+        """See `prior.decoding.Decoder.draw`."""
+        return draw_by_steps(self, choose, uniforms)
 
     def _place(self, position: int) -> Place:
         return Place(position, *divmod(position, self.condition.shape[3]))
 
     def _start_row(self, row: int) -> None:
-        self.conditions = self.condition[:, :, row].permute(1, 2, 0).contiguous()  # (C, w, B)
+        self.conditions = self.condition[:, :, row].permute(2, 0, 1).contiguous()  # (w, B, C)
         for layer in self.layers:
-            layer.start_row(self.conditions.flatten(1))
+            layer.start_row(self.conditions)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from prior.cached import BUCKET, CachedDecoder
-from prior.decoding import RecomputingDecoder
+from prior.decoding import RecomputingDecoder, draw_by_steps
+from prior.sampling import filtered_probabilities, inverse_cdf
 from prior.transformer import CodeTransformer, TransformerConfig
 from tests.priors import decoded, draw_codes, randomize, tiny_level, tiny_prior
 
@@ -74,20 +75,34 @@ def test_under_autocast_the_logits_are_those_of_the_full_forward_up_to_its_round
             decoder = level.decoder([], None, 2)
             steps = decoded(decoder, codes[0]).float()
     assert isinstance(decoder, CachedDecoder)
-    assert decoder.layers[0][0].keys.dtype == torch.bfloat16
+    assert decoder.layers[0][0].kept.dtype == torch.bfloat16
     rounding = float((half - exact).abs().max())
     assert rounding > 0
     assert float((steps - exact).abs().max()) < 3 * rounding
 
 
+def long_network() -> CodeTransformer:
+    network = CodeTransformer(7, (9, 8), TransformerConfig(width=16, depth=2, heads=2), 0.0)  # more than one bucket
+    randomize(network)
+    return network
+
+
+def choose(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    return inverse_cdf(filtered_probabilities(logits, top_p=0.9), uniform)
+
+
+def test_draws_by_fixed_tensors_are_those_by_steps() -> None:
+    network, condition, uniforms = long_network(), torch.randn(3, 16, 9, 8), torch.rand(3, 72, dtype=torch.float64)
+    by_steps = draw_by_steps(network.decoder(condition), choose, uniforms)
+    assert torch.equal(network.decoder(condition).draw(choose, uniforms), by_steps)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are of a GPU")
-def test_replayed_graphs_give_the_logits_of_the_full_forward() -> None:
-    network = CodeTransformer(7, (9, 8), TransformerConfig(width=16, depth=2, heads=2), 0.0)
-    randomize(network).cuda()
-    codes, condition = torch.randint(7, (3, 9, 8)).cuda(), torch.randn(3, 16, 9, 8).cuda()
-    with torch.no_grad():
-        full = network(codes, condition).flatten(1, 2)
-    assert torch.allclose(decoded(network.decoder(condition), codes), full, atol=1e-2)
+def test_replayed_graphs_draw_the_codes_of_the_steps() -> None:
+    network, condition = long_network().cuda(), torch.randn(3, 16, 9, 8).cuda()
+    uniforms = torch.rand(3, 72, dtype=torch.float64).cuda()
+    by_steps = draw_by_steps(network.decoder(condition), choose, uniforms)
+    assert torch.equal(network.decoder(condition).draw(choose, uniforms), by_steps)
 
 
 def test_layers_that_the_decoder_does_not_know_are_refused() -> None:

@@ -9,7 +9,7 @@ from tests.priors import decoded, draw_codes, tiny_level, tiny_prior
 
 def assert_exact(grids: list[tuple[int, int]], batch: int, **changes: object) -> None:
     sizes = [5, 7][-len(grids) :]
-    level = tiny_level("pixelsnail", grids, sizes, **changes)
+    level = tiny_level("pixelsnail", grids, sizes, scale=0.2, **changes)
     codes, classes = draw_codes(grids, sizes, batch), torch.arange(batch) % 4
     with torch.no_grad():
         full = level.logits(codes[-1], codes[:-1], classes).flatten(1, 2)
