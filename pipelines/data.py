@@ -23,6 +23,11 @@ from pipelines.order import TrainingBatches, ValidationBatches, drawn_sample
 from pipelines.pictures import FORMATS, BadImageError, pixels_of
 from pipelines.shards import SampleIndex, index_shard, read_member
 
+# A split whose pixels take no more is decoded once: decoding CIFAR takes a tenth of the time of its training steps.
+KEPT_BYTES = 2**29
+# Draws whose random changes are drawn at once: a generator for each would take as long as decoding a small image.
+AUGMENTED_DRAWS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
@@ -44,6 +49,8 @@ class AugmentConfig:
 class ImageShards:
     """One split of packed images, read by index; each shard is fetched, checked and indexed when it is first touched.
 
+    Images of a small split stay in memory once they are decoded.
+
     Args:
         folder: an `images` folder, local or remote.
         split: "train" or "val".
@@ -63,6 +70,8 @@ class ImageShards:
         self.sizes = tuple(receipt["samples"] for receipt in self.receipts)
         self.ends = list(accumulate(self.sizes))
         self.checked: dict[int, Path] = {}  # local files of shards that have been checked
+        self.keeps = len(self) * self.channels * self.size**2 <= KEPT_BYTES
+        self.kept: dict[int, np.ndarray] = {}
         if not len(self):
             raise StageError(f"{folder} holds no images of the {split} split; run `smalti pack` again")
 
@@ -70,7 +79,15 @@ class ImageShards:
         return self.ends[-1] if self.ends else 0
 
     def pixels(self, index: int) -> np.ndarray:
-        """Return uint8 (C, H, W)."""
+        """Return uint8 (C, H, W), not to be written to."""
+        pixels = self.kept.get(index)
+        if pixels is None:
+            pixels = self._decoded(index)
+            if self.keeps:
+                self.kept[index] = pixels
+        return pixels
+
+    def _decoded(self, index: int) -> np.ndarray:
         number = bisect_right(self.ends, index)
         before = self.ends[number - 1] if number else 0
         path = self._shard(number)
@@ -130,6 +147,19 @@ def shift_pixels(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
     return pixels[:, rows[:, None], columns[None]]
 
 
+@lru_cache(maxsize=4)
+def augmentations(seed: int, block: int, shift: int) -> np.ndarray:
+    """Return the random changes of a block of draws: whether to flip, and by how much to move down and right, (N, 3).
+
+    Args:
+        seed: of the run.
+        block: number of the block of N = AUGMENTED_DRAWS draws.
+        shift: pixels to move by at most.
+    """
+    highest = [2, shift + 1, shift + 1]
+    return np.random.default_rng((seed, 2, block)).integers([0, -shift, -shift], highest, (AUGMENTED_DRAWS, 3))
+
+
 class TrainingImages:
     """Augmented images by draw: a function of (seed, draw)."""
 
@@ -138,13 +168,12 @@ class TrainingImages:
 
     def __getitem__(self, draw: int) -> Tensor:
         pixels = self.shards.pixels(drawn_sample(self.seed, draw, self.shards.sizes, self.window))
-        generator = np.random.default_rng((self.seed, 2, draw))
-        flip = generator.random() < 0.5
-        down, right = generator.integers(-self.augment.shift, self.augment.shift + 1, size=2)
+        block, place = divmod(draw, AUGMENTED_DRAWS)
+        flip, down, right = augmentations(self.seed, block, self.augment.shift)[place]
         if self.augment.flip and flip:
             pixels = pixels[:, :, ::-1]
         if down or right:
-            pixels = shift_pixels(pixels, int(down), int(right))
+            pixels = shift_pixels(pixels, down, right)
         return torch.from_numpy(np.array(pixels))
 
 

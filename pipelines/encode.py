@@ -3,16 +3,17 @@
 B batch, C channels, H W pixels, h w code grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipelines.compute import ComputeConfig, inference_device, num_processes, this_worker
+from pipelines.compute import ComputeConfig, inference_device, num_processes, on_gpu, this_worker
 from pipelines.data import sample_pixels, shift_pixels, to_unit_range
 from pipelines.errors import StageError
 from pipelines.fingerprint import digest, fingerprint
@@ -31,6 +32,8 @@ from pipelines.shards import (
 from tokenizer import HierarchicalVQVAE
 
 VIEWS = ("image", "flip", "crop", "crop-flip")
+# A job of fewer pixels (a million images of 64, or 65 thousand of 256) is done before compiling has paid.
+COMPILED_PIXELS = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,14 @@ class EncodeConfig:
         crop_shift: pixels that a crop moves by at most, the edge repeated.
         batch_size: images encoded at once.
         precision: "float32" (TF32 off) or "bfloat16", in which codes depend on the shape of the batch.
+        compile: torch.compile the encoder; "auto" does on a GPU, for a job that is large enough.
     """
 
     views: list[str] = field(default_factory=lambda: ["image"])
     crop_shift: int = 4
     batch_size: int = 64
     precision: str = "float32"
+    compile: bool | str = "auto"
 
     def __post_init__(self) -> None:
         if not self.views or any(view not in VIEWS for view in self.views):
@@ -57,6 +62,8 @@ class EncodeConfig:
             raise ValueError("encode.batch_size must be at least 1 and encode.crop_shift not negative")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"encode.precision must be float32 or bfloat16, got {self.precision}")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"encode.compile must be true, false or auto, got {self.compile}")
 
 
 def encode(
@@ -76,8 +83,11 @@ def encode(
             "set images.size and images.channels to the tokenizer's"
         )
     mark = fingerprint(tokenizer, tokenizer.settings)
-    settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision])
     views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
+    # Asked of the whole job, so that all its workers, and those that resume it, answer alike.
+    count = sum(receipt["samples"] * len(views[split]) for split, receipt in all_receipts(manifest))
+    compiled = compiles(config, compute, count * tokenizer.image_size**2)
+    settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision, compiled])
     jobs, sources = [], []
     for split, receipt in all_receipts(manifest):
         provenance = {"made_from": receipt["sha256"], "fingerprints": {"tokenizer": mark}, "settings": settings}
@@ -87,12 +97,13 @@ def encode(
     todo = this_workers(jobs, folder, cache)
     device = inference_device(compute, precise=config.precision == "float32")
     model = tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = torch.compile(model.encode) if compiled else model.encode
     total = sum(jobs[number].samples for number in todo)
     with progress_bar(total, "encode", "images", disable=this_worker().rank > 0) as bar:
         for number in todo:
             receipt, shown = sources[number]
             shard = cache.shard(images / receipt["shard"], receipt)
-            samples = _encoded(shard, model, shown, config, seed, compute, bar.update)
+            samples = _encoded(shard, model, encoder, shown, config, seed, compute, bar.update)
             write_shard(jobs[number].path, samples, jobs[number].provenance)
     if not outstanding(jobs, cache):
         contents = {
@@ -112,6 +123,13 @@ def encode(
         }
         names = {split: [receipt["shard"] for receipt in receipts_of(manifest, split)] for split in manifest["splits"]}
         write_manifest(folder, names, contents)
+
+
+def compiles(config: EncodeConfig, compute: ComputeConfig, pixels: int) -> bool:
+    """Whether a job of so many pixels is encoded by a compiled encoder."""
+    if config.compile == "auto":
+        return on_gpu(compute) and pixels >= COMPILED_PIXELS
+    return bool(config.compile)
 
 
 class _Views:
@@ -146,6 +164,7 @@ class _Views:
 def _encoded(
     path: Path,
     model: HierarchicalVQVAE,
+    encoder: Callable[[Tensor], list[Tensor]],
     views: list[str],
     config: EncodeConfig,
     seed: int,
@@ -163,7 +182,7 @@ def _encoded(
     for batch in loader:
         images = to_unit_range(torch.from_numpy(np.stack([pixels for _, _, pixels in batch])).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            codes = model.encode(images.contiguous(memory_format=torch.channels_last))
+            codes = encoder(images.contiguous(memory_format=torch.channels_last))
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
         for row, (key, label, _) in enumerate(batch):
             contents = {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}

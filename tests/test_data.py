@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines import data
 from pipelines.cache import Cache
 from pipelines.data import (
     AugmentConfig,
     ImageShards,
     TrainingImages,
     ValidationImages,
+    augmentations,
     sample_pixels,
     shift_pixels,
     to_uint8,
@@ -30,6 +32,28 @@ def test_images_are_found_by_index_across_shards(tiny_run: Path, cache: Cache) -
         assert np.array_equal(shards.pixels(position), first)
         position += receipt["samples"]
     assert len(shards) == position
+
+
+@pytest.mark.parametrize(("kept_bytes", "decoded"), [(2**29, 1), (0, 2)])
+def test_a_small_split_is_decoded_once_and_a_large_one_is_not_kept(
+    tiny_run: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, kept_bytes: int, decoded: int
+) -> None:
+    monkeypatch.setattr(data, "KEPT_BYTES", kept_bytes)
+    shards = ImageShards(tiny_run.parent / "run" / "images", "train", cache)
+    calls: list[object] = []
+    monkeypatch.setattr(data, "sample_pixels", lambda *given: calls.append(given) or sample_pixels(*given))
+    first = shards.pixels(3)
+    assert np.array_equal(shards.pixels(3), first)
+    assert len(calls) == decoded
+
+
+def test_random_changes_cover_their_range_evenly() -> None:
+    changes = augmentations(0, 0, 2)
+    assert 0.4 < changes[:, 0].mean() < 0.6
+    for axis in (1, 2):
+        counts = np.unique(changes[:, axis], return_counts=True)
+        assert counts[0].tolist() == [-2, -1, 0, 1, 2] and min(counts[1]) > 150
+    assert not np.array_equal(changes, augmentations(0, 1, 2))
 
 
 def test_augmentation_is_a_function_of_the_draw(tiny_run: Path, cache: Cache) -> None:

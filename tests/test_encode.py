@@ -1,0 +1,64 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import encode
+from pipelines.compute import ComputeConfig
+from pipelines.config import load_config
+from pipelines.encode import COMPILED_PIXELS, EncodeConfig, compiles
+from pipelines.run import Run
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "pixels", "answer"),
+    [
+        ("auto", True, COMPILED_PIXELS, True),
+        ("auto", True, COMPILED_PIXELS - 1, False),
+        ("auto", False, COMPILED_PIXELS, False),
+        (True, False, 1, True),
+        (False, True, COMPILED_PIXELS, False),
+    ],
+)
+def test_the_encoder_is_compiled_where_that_pays(
+    asked: bool | str, gpu: bool, pixels: int, answer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "on_gpu", lambda compute: gpu)
+    assert compiles(EncodeConfig(compile=asked), ComputeConfig(), pixels) is answer
+
+
+def encoded(tiny_run: Path, folder: Path, write_config: Callable[..., Path], **changes: object) -> dict[str, bytes]:
+    run = tiny_run.parent / "run"
+    config = {"images": {"from": str(run / "images")}, "tokenizer": {"from": str(run / "tokenizer")}, "encode": changes}
+    Run(load_config(write_config(folder, config))).stage("encode")
+    return {path.name: path.read_bytes() for path in (folder / "run" / "codes").iterdir()}
+
+
+def test_compiling_is_among_the_settings_that_codes_name(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or function)
+    plain = encoded(tiny_run, tmp_path / "plain", write_config)
+    assert not calls
+    compiled = encoded(tiny_run, tmp_path / "compiled", write_config, compile=True)
+    assert len(calls) == 1
+    assert plain["train-000000.tar"] == compiled["train-000000.tar"]
+    assert plain["train-000000.json"] != compiled["train-000000.json"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.skipif(not os.environ.get("SMALTI_COMPILE"), reason="takes a minute; set SMALTI_COMPILE=1")
+def test_a_compiled_encoder_finds_the_same_codes(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    plain = encoded(tiny_run, tmp_path / "plain", write_config)
+    compiled = encoded(tiny_run, tmp_path / "compiled", write_config, compile=True)
+    assert all(plain[name] == compiled[name] for name in plain if name.endswith(".tar"))
+
+
+def test_an_impossible_setting_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"encode\.compile must be true, false or auto, got maybe"):
+        EncodeConfig(compile="maybe")
