@@ -15,8 +15,7 @@ from pipelines.errors import ConfigError
 from pipelines.pack import ImagesConfig
 from pipelines.plain import read_yaml
 from pipelines.sample import SampleConfig
-from pipelines.train_prior import PriorConfig
-from pipelines.train_tokenizer import TokenizerSection
+from pipelines.sections import PriorConfig, TokenizerSection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What training reads of images: samples of image shards by index, and the loaders of both stages.
+"""What training reads of images: samples of image shards by index.
 
 B batch, C channels, H W pixels.
 """
@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pipelines.cache import Cache
 from pipelines.errors import StageError
 from pipelines.manifest import read_manifest, receipts_of
-from pipelines.order import TrainingBatches, ValidationBatches, drawn_sample
+from pipelines.order import drawn_sample
 from pipelines.pictures import FORMATS, BadImageError, pixels_of
 from pipelines.shards import SampleIndex, index_shard, read_member
 
@@ -187,54 +185,6 @@ class ValidationImages:
         if index < 0:
             return torch.zeros(self.shards.channels, self.shards.size, self.shards.size, dtype=torch.uint8), 0.0
         return torch.from_numpy(np.array(self.shards.pixels(index))), 1.0
-
-
-class StepData(pl.LightningDataModule):
-    """Loaders for a training job that counts in steps.
-
-    Args:
-        train: data set by draw.
-        val: data set by index, -1 for filling.
-        num_val: samples in val.
-        steps: optimizer steps of the whole job.
-        batch_size: global.
-        micro_batches: of one optimizer step.
-        num_workers: processes that load.
-        collate: how a list of samples becomes a batch; torch's default if None.
-    """
-
-    def __init__(
-        self,
-        train: Any,
-        val: Any,
-        num_val: int,
-        steps: int,
-        batch_size: int,
-        micro_batches: int,
-        num_workers: int,
-        collate: Any = None,
-    ) -> None:
-        super().__init__()
-        self.train, self.val, self.num_val = train, val, num_val
-        self.steps, self.batch_size, self.micro_batches = steps, batch_size, micro_batches
-        self.options = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
-
-    def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        batches = TrainingBatches(
-            self.trainer.global_step,
-            self.steps,
-            self.batch_size,
-            self.micro_batches,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
-        return DataLoader(self.train, batch_sampler=batches, **self.options)  # type: ignore[arg-type]
-
-    def val_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        batches = ValidationBatches(self.num_val, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(self.val, batch_sampler=batches, **self.options)  # type: ignore[arg-type]
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-
 from pipelines.compute import ComputeConfig, local_processes, started_by_a_launcher
 from pipelines.errors import StageError
 from pipelines.signals import PARENT
@@ -35,6 +32,9 @@ def workers_of(compute: ComputeConfig) -> Iterator[None]:
     if count == 1 or started_by_a_launcher() or "LOCAL_RANK" in os.environ:
         yield
         return
+    from lightning.fabric.plugins.environments import LightningEnvironment  # seconds to import, seldom used
+    from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
     before = dict(os.environ)
     os.environ |= {PARENT: str(os.getpid()), "LOCAL_WORLD_SIZE": str(count)}
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), count, compute.num_nodes)

@@ -11,17 +11,15 @@ from pipelines.compute import ComputeConfig, started_by_a_launcher, this_worker
 from pipelines.config import Config, at_level
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
-from pipelines.evaluate import evaluate_prior, evaluate_tokenizer, table
 from pipelines.fingerprint import digest, fingerprint
 from pipelines.manifest import all_receipts, read_manifest
 from pipelines.pack import pack
 from pipelines.places import is_local, make_folder, place
 from pipelines.processes import workers_of
 from pipelines.sample import model_fingerprints, sample
+from pipelines.sections import PriorConfig
 from pipelines.shards import write_json
 from pipelines.stage import is_complete, only_process, open_stage
-from pipelines.train_prior import PriorConfig, train_prior
-from pipelines.train_tokenizer import train_tokenizer
 from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
@@ -105,6 +103,8 @@ class Run:
             folder = self._open("train-tokenizer", self.root / "tokenizer", settings)
             if is_complete(folder):
                 return _skip("train-tokenizer", f"{folder} is complete")
+            from pipelines.train_tokenizer import train_tokenizer  # Lightning takes seconds to import
+
             training = at_level(config.tokenizer.training, 0, 1)
             train_tokenizer(config.tokenizer, training, config.seed, config.compute, self.images, folder)
         return True
@@ -143,6 +143,8 @@ class Run:
             self._open(stage, folder, settings)
             if is_complete(folder):
                 return _skip(stage, f"{folder} is complete")
+            from pipelines.train_prior import train_prior  # Lightning takes seconds to import
+
             train_prior(section, level, config.seed, config.compute, self.codes, self.unpacked, folder)
         return True
 
@@ -160,6 +162,8 @@ class Run:
 
     def evaluate(self) -> bool:
         """Measure whatever is there: the tokenizer, and the priors if they are trained."""
+        from pipelines.evaluate import evaluate_prior, evaluate_tokenizer, table  # its metrics take seconds to import
+
         if this_worker().rank > 0:
             return _skip("evaluate", "the first process does it")
         compute: ComputeConfig = self.config.compute

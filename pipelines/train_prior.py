@@ -5,7 +5,6 @@ B batch, h w code grid, K codebook_size.
 
 import logging
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from pipelines.codes import Codes, TrainingCodes, ValidationCodes, as_it_is
 from pipelines.compute import ComputeConfig
-from pipelines.data import StepData
 from pipelines.manifest import read_manifest
+from pipelines.sections import PriorConfig
 from pipelines.training import (
-    TrainingConfig,
+    StepData,
     clip_gradients,
     export,
     fit,
@@ -28,43 +27,12 @@ from pipelines.training import (
     seed_step,
     sum_over_ranks,
 )
-from prior import LevelConfig, LevelPrior, PixelSNAILConfig, TransformerConfig
+from prior import LevelConfig, LevelPrior
 
 logger = logging.getLogger(__name__)
 
 # Validation loss above training loss by this share of it: the prior learns its training set by heart.
 GAP_WARNED_OF = 0.15
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorConfig:
-    """Which priors, and how they are trained; a list is one value a level, coarse to fine.
-
-    Attributes:
-        network: "transformer" or "pixelsnail".
-        transformer: sizes of Transformers.
-        pixelsnail: sizes of PixelSNAILs.
-        dropout: of all parts of the network.
-        class_dropout: share of training samples whose class is hidden, so that guidance has a model without class.
-        training: optimizer and schedule.
-    """
-
-    network: str | list[str] = "transformer"
-    transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
-    dropout: float | list[float] = 0.1
-    class_dropout: float = 0.1
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-
-    def __post_init__(self) -> None:
-        for network in self.network if isinstance(self.network, list) else [self.network]:
-            if network not in ("transformer", "pixelsnail"):
-                raise ValueError(f"prior.network must be transformer or pixelsnail, got {network}")
-        for dropout in self.dropout if isinstance(self.dropout, list) else [self.dropout]:
-            if not 0 <= dropout < 1:
-                raise ValueError(f"prior.dropout must lie in [0, 1), got {dropout}")
-        if not 0 <= self.class_dropout < 1:
-            raise ValueError(f"prior.class_dropout must lie in [0, 1), got {self.class_dropout}")
 
 
 def level_config(

@@ -5,9 +5,8 @@ B batch, C channels, H W pixels, D code_dim, K codebook_size.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 
 from pipelines.compute import ComputeConfig, num_processes
 from pipelines.data import (
-    AugmentConfig,
     ImageShards,
-    StepData,
     TrainingImages,
     ValidationImages,
     to_uint8,
@@ -27,8 +24,9 @@ from pipelines.metrics_log import log_picture
 from pipelines.pictures import picture_grid
 from pipelines.places import whole
 from pipelines.quality import TokenizerQuality
+from pipelines.sections import TokenizerSection, TrainingConfig
 from pipelines.training import (
-    TrainingConfig,
+    StepData,
     clip_gradients,
     export,
     fit,
@@ -37,41 +35,13 @@ from pipelines.training import (
     seed_step,
     sum_over_ranks,
 )
-from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
+from tokenizer import CodebookEMA, HierarchicalVQVAE, TokenizerLoss
 from tokenizer.ema import Statistics, assignment_statistics, candidate_positions, take_owned
 
 logger = logging.getLogger(__name__)
 
 # Images shown in reconstructions.png.
 NUM_SHOWN = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerSection:
-    """Which tokenizer, and how it is trained.
-
-    Attributes:
-        from_: a tokenizer folder or hub id to use instead of training one.
-        model: its levels and widths.
-        codebook: how codebooks learn.
-        shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
-            disk that it is fetched to; 0 mixes all.
-        loss: reconstruction loss.
-        augment: what is done to training images at random.
-        training: optimizer and schedule.
-    """
-
-    from_: str = ""
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    codebook: CodebookConfig = field(default_factory=CodebookConfig)
-    loss: Literal["mse", "l1"] = "mse"
-    shuffle_shards: int = 0
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-
-    def __post_init__(self) -> None:
-        if self.shuffle_shards < 0:
-            raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
 
 
 def train_tokenizer(

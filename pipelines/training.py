@@ -1,9 +1,8 @@
-"""What training of both stages shares: settings, schedule, weight averaging, checkpoints, the Trainer."""
+"""What training of both stages shares: loaders, schedule, weight averaging, checkpoints, the Trainer."""
 
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.utils.data import DataLoader
 from x_transformers.x_transformers import Attention, FeedForward
 
 from pipelines.callbacks import KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints, averaging
 from pipelines.compute import ComputeConfig, on_gpu, several_processes
-from pipelines.data import StepData
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
+from pipelines.order import TrainingBatches, ValidationBatches
 from pipelines.places import exists
 from pipelines.processes import GO_ON, Together
+from pipelines.sections import TrainingConfig
 from pipelines.shards import write_json
 from pipelines.stage import publish_model
 from prior import LevelPrior
@@ -44,69 +45,52 @@ BLOCKS = (ResidualBlock, GatedResidualBlock, CausalAttention, Attention, FeedFor
 LOST = ("onnection closed", "onnection reset", "onnection refused", "imed out", "imeout", "NCCL", "Broken pipe")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How a model is trained; `steps`, `batch_size` and `learning_rate` may be lists of one value a level.
+class StepData(pl.LightningDataModule):
+    """Loaders for a training job that counts in steps.
 
-    Attributes:
-        steps: optimizer steps.
-        batch_size: global, over all processes and micro-batches.
-        micro_batches: parts of a batch that a process takes one after the other, to save memory.
-        learning_rate: the peak, reached after warm-up; a cosine takes it to zero.
-        warmup_steps: of linear warm-up.
-        weight_decay: of AdamW; 0 makes it Adam.
-        beta2: of Adam.
-        gradient_clip: largest norm of the gradient; 0 turns clipping off.
-        weight_ema: decay of the averaged weights, which are the ones evaluated and exported; 0 turns averaging off.
-        val_every: steps between validations; a validation ends training too.
-        checkpoint_every: steps between checkpoints to go on from.
-        patience: validations without improvement after which training stops; 0 never stops early.
-        log_every: steps between rows of metrics.csv.
-        activation_checkpointing: compute activations anew in the backward pass instead of keeping them; saves memory.
-        precision: "auto" (bf16 where the hardware has it), "32-true", "bf16-mixed" or what else Lightning knows.
-        compile: torch.compile the model; "auto" does on a GPU.
+    Args:
+        train: data set by draw.
+        val: data set by index, -1 for filling.
+        num_val: samples in val.
+        steps: optimizer steps of the whole job.
+        batch_size: global.
+        micro_batches: of one optimizer step.
+        num_workers: processes that load.
+        collate: how a list of samples becomes a batch; torch's default if None.
     """
 
-    steps: int | list[int] = 100000
-    batch_size: int | list[int] = 128
-    micro_batches: int = 1
-    learning_rate: float | list[float] = 3e-4
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    beta2: float = 0.999
-    gradient_clip: float = 0.0
-    weight_ema: float = 0.0
-    val_every: int = 5000
-    checkpoint_every: int = 1000
-    patience: int = 0
-    log_every: int = 50
-    activation_checkpointing: bool = False
-    precision: str = "auto"
-    compile: bool | str = "auto"
+    def __init__(
+        self,
+        train: Any,
+        val: Any,
+        num_val: int,
+        steps: int,
+        batch_size: int,
+        micro_batches: int,
+        num_workers: int,
+        collate: Any = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.num_val = train, val, num_val
+        self.steps, self.batch_size, self.micro_batches = steps, batch_size, micro_batches
+        self.options = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches", "val_every", "checkpoint_every", "log_every"):
-            values = getattr(self, name)
-            if min(values if isinstance(values, list) else [values]) < 1:
-                raise ValueError(f"{name} must be at least 1, got {values}")
-        rates = self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
-        if not min(rates) > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"beta2 must lie in [0, 1), got {self.beta2}")
-        if not 0 <= self.weight_ema < 1:
-            raise ValueError(f"weight_ema must lie in [0, 1), got {self.weight_ema}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be true, false or auto, got {self.compile}")
-        for name in ("warmup_steps", "weight_decay", "gradient_clip", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for steps in self.steps if isinstance(self.steps, list) else [self.steps]:
-            if steps > self.val_every and steps % self.val_every:
-                raise ValueError(f"steps must be a multiple of val_every ({self.val_every}), got {steps}")
-        for batch in self.batch_size if isinstance(self.batch_size, list) else [self.batch_size]:
-            if batch % self.micro_batches:
-                raise ValueError(f"batch_size must be a multiple of micro_batches ({self.micro_batches}), got {batch}")
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        batches = TrainingBatches(
+            self.trainer.global_step,
+            self.steps,
+            self.batch_size,
+            self.micro_batches,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        return DataLoader(self.train, batch_sampler=batches, **self.options)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        batches = ValidationBatches(self.num_val, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(self.val, batch_sampler=batches, **self.options)  # type: ignore[arg-type]
 
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:

@@ -4,13 +4,15 @@ B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from x_transformers import Decoder as DecoderStack
 
-from prior.cached import CachedDecoder
 from prior.sizes import check_sizes
+
+if TYPE_CHECKING:
+    from prior.cached import CachedDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ class CodeTransformer(nn.Module):
 
     def __init__(self, codebook_size: int, grid: tuple[int, int], config: TransformerConfig, dropout: float) -> None:
         super().__init__()
+        from x_transformers import Decoder as DecoderStack  # takes a second to import, and most stages need none
+
         assert isinstance(config.width, int) and isinstance(config.heads, int)
         head_dim = config.width // config.heads
         self.embedding = nn.Embedding(codebook_size, config.width)
@@ -106,6 +110,8 @@ class CodeTransformer(nn.Module):
         hidden = self.layers(self.dropout(tokens), rotary_pos_emb=(self.angles, 1.0))
         return self.head(hidden).view(*codes.shape, -1)
 
-    def decoder(self, condition: Tensor) -> CachedDecoder:
+    def decoder(self, condition: Tensor) -> "CachedDecoder":
         """Return a decoder that yields one position's logits after another, each computed once."""
+        from prior.cached import CachedDecoder
+
         return CachedDecoder(self, condition)

@@ -42,6 +42,13 @@ def test_help_answers_without_importing_torch() -> None:
     assert "smalti STAGE CONFIG.yaml" in done.stdout
 
 
+def test_stages_start_without_the_libraries_of_those_that_train() -> None:
+    slow = ["lightning", "x_transformers", "torchmetrics", "webdataset", "datasets"]
+    code = f"import sys; import pipelines.run; loaded = set({slow}) & set(sys.modules); assert not loaded, loaded"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_files_stay_small_enough_to_read() -> None:
     long = {path.name: n for path in SOURCES if (n := len(path.read_text().splitlines())) > 350}
     assert not long

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.config import at_level, load_config, make_parser
 from pipelines.errors import ConfigError
-from pipelines.train_prior import PriorConfig
+from pipelines.sections import PriorConfig
 from prior import TransformerConfig
 
 

@@ -13,7 +13,8 @@ from pipelines import codes, data
 from pipelines.config import load_config
 from pipelines.errors import StageError
 from pipelines.run import Run
-from pipelines.training import TrainingConfig, clip_gradients, learning_rate_factor, make_optimizer, seed_step
+from pipelines.sections import TrainingConfig
+from pipelines.training import clip_gradients, learning_rate_factor, make_optimizer, seed_step
 from tokenizer import HierarchicalVQVAE
 
 
