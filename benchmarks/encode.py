@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from benchmarks.measure import main, print_table
-from benchmarks.pictures import jpegs, packed
+from benchmarks.pictures import packed, pictures
 from pipelines.compute import ComputeConfig, num_processes
 from pipelines.encode import EncodeConfig, encode
 from pipelines.pack import ImagesConfig, pack
@@ -72,7 +72,7 @@ def decode_resize_encode(data: bytes) -> int:
 def measure_pack(count: int = 4000) -> dict[str, float]:
     """Return images a second of the stage and of Pillow alone, each in a process for each core."""
     with tempfile.TemporaryDirectory() as folder:
-        files = jpegs(count, 96)
+        files = pictures(count, 96)
         for number, data in enumerate(files):
             (Path(folder) / f"{number:06d}.jpg").write_bytes(data)
         config = ImagesConfig(source=f"folder:{folder}", size=64, shard_size=500)
