@@ -4,7 +4,8 @@
 
 Each process takes half of a batch of 64 images of 32 pixels through the tokenizer of width 128. Beside it stands one
 process with that half and no other to wait for: the difference is what DDP costs, waiting included. Then the shards:
-how long two processes of one thread take to pack, encode and sample, beside one.
+how long two processes of one thread take to pack, encode and sample, beside one; a process's start, in which Python
+loads its libraries, is of the same length in both.
 """
 
 import os
@@ -27,18 +28,20 @@ from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerC
 from tokenizer.ema import Statistics, assignment_statistics, candidate_positions, take_owned
 
 SIZE, PART = 32, 32
+# Stages that each worker has a share of, and which last half a minute: their start tells little then.
 FOLDERS = {"pack": "images", "encode": "codes", "sample": "samples"}
-# A run whose stages last some seconds beside their start, which is told apart.
 RUN = {
     "images": {"source": "digits", "size": 64, "channels": 1, "upscale": True, "shard_size": 100},
     "tokenizer": {
-        "model": {"strides": [16, 8], "codebook_size": 64, "width": 64},
+        "model": {"strides": [16, 8], "codebook_size": 64, "width": 128},
         "training": {"steps": 2, "batch_size": 8, "val_every": 2, "compile": False},
     },
+    "encode": {"views": ["image", "flip", "crop", "image", "flip", "crop"]},
     "prior": {"transformer": {"width": 256, "depth": 6}, "training": {"steps": 2, "batch_size": 8, "val_every": 2}},
-    "sample": {"count": 160, "batch_size": 10, "shard_size": 20},
+    "sample": {"count": 600, "batch_size": 10, "shard_size": 50},
     "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},
 }
+LARGE_IMAGES = RUN["images"] | {"size": 512, "shard_size": 50}
 
 
 def step_of(model: torch.nn.Module, inner: HierarchicalVQVAE) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -88,9 +91,8 @@ def measure_ddp() -> dict[str, float]:
         return yaml.safe_load(Path(folder, "figures.yaml").read_text())
 
 
-def seconds_of(stage: str, config: Path, processes: int) -> float:
-    """Return how long a stage takes, from nothing and with its start, in processes begun at once as torchrun does."""
-    shutil.rmtree(config.parent / "run" / FOLDERS[stage])
+def seconds_of(stage: str, config: Path, processes: int = 1) -> float:
+    """Return how long a stage takes, with its start, in processes begun at once as torchrun does."""
     start, jobs = time.perf_counter(), []
     for rank in range(processes):
         place = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(processes)}
@@ -100,16 +102,30 @@ def seconds_of(stage: str, config: Path, processes: int) -> float:
     return time.perf_counter() - start
 
 
+def seconds_of_one_and_two(stage: str, config: Path) -> list[float]:
+    """Return how long a stage takes from nothing in one process, and in two."""
+    seconds = []
+    for processes in (1, 2):
+        shutil.rmtree(config.parent / FOLDERS[stage], ignore_errors=True)
+        seconds.append(seconds_of(stage, config, processes))
+    return seconds
+
+
 def measure_sharing() -> dict[str, list[float]]:
-    """Return seconds of pack, encode and sample in one process and in two."""
-    with TemporaryDirectory() as folder:
-        config = Path(folder, "run.yaml")
-        config.write_text(yaml.safe_dump({"run_dir": f"{folder}/run", **RUN}))
-        subprocess.run([sys.executable, "-m", "pipelines.cli", "run", config], check=True, capture_output=True)
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "pipelines.cli", "encode", config], check=True, capture_output=True)
-        found = {"start": [time.perf_counter() - start] * 2}  # of a stage that finds its work done
-        return found | {stage: [seconds_of(stage, config, processes) for processes in (1, 2)] for stage in FOLDERS}
+    """Return seconds of pack, encode and sample in one process and in two, and those of a stage's start."""
+    with TemporaryDirectory() as name:
+        large, small = Path(name, "large", "run.yaml"), Path(name, "small", "run.yaml")
+        for config, images in ((large, LARGE_IMAGES), (small, RUN["images"])):
+            config.parent.mkdir()
+            config.write_text(yaml.safe_dump({"run_dir": str(config.parent), **RUN, "images": images}))
+        found = {"pack": seconds_of_one_and_two("pack", large)}
+        for stage in ("pack", "train-tokenizer"):
+            seconds_of(stage, small)
+        found["encode"] = seconds_of_one_and_two("encode", small)
+        seconds_of("train-prior", small)
+        found["sample"] = seconds_of_one_and_two("sample", small)
+        found["start"] = [seconds_of("pack", small)] * 2  # of a stage that finds its work done
+        return found
 
 
 def measure() -> dict:
