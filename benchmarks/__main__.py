@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("lookup", "pixelsnail", "transformer", "training", "encode", "ddp")
+NAMES = ("lookup", "pixelsnail", "transformer", "training", "curves", "encode", "growth", "ddp")
 HEAD = """\
 # Benchmarks
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.measure import interleaved_medians, main, print_table
+from benchmarks.measure import DEVICE, interleaved_medians, main, print_table, resident_mib
 from tokenizer import Codebook, CodebookConfig, CodebookEMA, Quantized, nearest_code
 from tokenizer.ema import assignment_statistics
 
@@ -34,7 +34,7 @@ DECAY = 0.99
 
 def ema_step(codebook: Codebook, vectors: Tensor) -> Callable[[], None]:
     """Return our whole step of training a codebook: look up, sum, update; `vectors` float32 (N, D)."""
-    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0))
+    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0)).to(DEVICE)
 
     def step() -> None:
         output = codebook(vectors.T[None, :, :, None])
@@ -53,7 +53,7 @@ def peer_layer(vectors: Tensor, codes: Tensor, training: bool) -> Callable[[], o
         rotation_trick=False,
         kmeans_init=False,
     )
-    layer.codebook = codes
+    layer.to(codes).codebook = codes
     layer.train(training)
     return lambda: layer(vectors[None])
 
@@ -61,13 +61,13 @@ def peer_layer(vectors: Tensor, codes: Tensor, training: bool) -> Callable[[], o
 def drawn(n: int, k: int, d: int) -> tuple[Tensor, Codebook]:
     """Return normal vectors (N, D) and a codebook of normal codes."""
     torch.manual_seed(0)
-    return torch.randn(n, d), Codebook(k, d)
+    return torch.randn(n, d, device=DEVICE), Codebook(k, d).to(DEVICE)
 
 
 def works_of(n: int, k: int, d: int) -> dict[str, Callable[[], object]]:
     """Return what is timed at one shape; lookups and steps have a codebook each."""
     vectors, codebook = drawn(n, k, d)
-    codes, scores = codebook.vectors.clone(), torch.empty(n, k)
+    codes, scores = codebook.vectors.clone(), torch.empty(n, k, device=DEVICE)
     works: dict[str, Callable[[], object]] = {
         "product": lambda: vectors @ codes.T,
         "product, mapped": lambda: torch.mm(vectors, codes.T, out=scores),
@@ -117,30 +117,31 @@ def growth() -> dict[str, dict[str, float]]:
 
 
 def extra_mib(work: str) -> float:
-    """Return how far resident memory rises over inputs and state, in MiB; for a process of its own, under Linux.
+    """Return how far memory rises over inputs and state, in MiB; for a process of its own, under Linux.
+
+    What is resident on a CPU, what is allocated on a GPU.
 
     Args:
         work: "lookup", from vectors to codes, or "EMA", from codes to the moved codebook.
     """
     vectors, codebook = drawn(*MEMORY_SHAPE)
-    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0))
+    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0)).to(DEVICE)
     size, dim = codebook.vectors.shape
-    output = Quantized(vectors, torch.randint(size, (len(vectors),)), vectors.new_zeros(()), vectors)
+    output = Quantized(vectors, torch.randint(size, (len(vectors),), device=DEVICE), vectors.new_zeros(()), vectors)
     small, few = drawn(64, 64, dim)
     ema_step(few, small)()  # libraries load their code and start their threads
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident_mib("VmRSS")
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = resident_mib("VmRSS")
     if work == "lookup":
         nearest_code(vectors, codebook.vectors)
     else:
         ema.update(codebook, assignment_statistics(output, size, vectors[:256]))
-    return resident_mib("VmHWM") - before
-
-
-def resident_mib(field: str) -> float:
-    """Return a field of this process's memory status, in MiB: VmRSS, resident now, or VmHWM, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else resident_mib("VmHWM")
+    return peak - before
 
 
 def memory() -> dict[str, float]:

@@ -55,6 +55,12 @@ def bytes_per_s(size: int = 256 * 2**20, repeats: int = 9) -> float:
     return size * (1 + on_gpu) / seconds
 
 
+def resident_mib(field: str) -> float:
+    """Return a field of this process's memory status, in MiB: VmRSS, resident now, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+
+
 def machine() -> dict[str, str | int]:
     """Return what the figures were measured on: processor, threads, versions, commit and date."""
     return {
