@@ -110,12 +110,24 @@ class CachedDecoder:
         self.head = PackedLinear(after_norm(network.layers.final_norm, network.head.weight), network.head.bias, dtype)
         # What precedes the first code is one more code.
         self.embedding = torch.cat([network.embedding.weight, network.start[None]])
-        self.condition = condition.flatten(2).permute(2, 0, 1).contiguous()  # (T, B, C)
         angles = network.angles[0, :, ::2].float()
         self.turns = torch.polar(torch.ones_like(angles), angles)  # (T, d / 2)
-        self.code = torch.full((self.batch,), len(network.embedding.weight), device=condition.device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=condition.device)
-        self.places = torch.arange(kept, device=condition.device)
+        device = condition.device
+        self.code = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.places = torch.arange(kept, device=device)
+        self.condition = torch.empty(self.length, self.batch, condition.shape[1], device=device)
+        self.uniforms = torch.empty(self.length, self.batch, dtype=torch.float64, device=device)
+        self.drawn = torch.empty(self.length, self.batch, dtype=torch.int64, device=device)
+        self.choose: Choose | None = None  # that of the graphs
+        self.graphs: dict[int, Callable[[], None]] = {}  # by the places that attention looks at
+        self.restart(condition)
+
+    def restart(self, condition: Tensor) -> None:
+        """See `prior.decoding.Decoder.restart`."""
+        self.condition.copy_(condition.flatten(2).permute(2, 0, 1))  # (T, B, C)
+        self.code.fill_(len(self.embedding) - 1)
+        self.position.zero_()
         self.steps = 0
 
     @torch.no_grad()
@@ -130,28 +142,32 @@ class CachedDecoder:
     @torch.no_grad()
     def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
         """See `prior.decoding.Decoder.draw`."""
-        drawn = torch.empty(self.length, self.batch, dtype=torch.int64, device=self.code.device)
-        by_position = uniforms.t().contiguous()
+        self.uniforms.copy_(uniforms.t())
+        if choose != self.choose:
+            self.choose = choose
+            self.graphs.clear()
         for first in range(0, self.length, BUCKET):
-            one = partial(self._draw_position, choose, by_position, drawn, first + BUCKET)
-            draw_one = captured(one, [self.code, self.position]) if self.code.is_cuda else one
+            places = first + BUCKET
+            if places not in self.graphs:
+                one = partial(self._draw_position, choose, places)
+                self.graphs[places] = captured(one, [self.code, self.position]) if self.code.is_cuda else one
             for _ in range(min(BUCKET, self.length - first)):
-                draw_one()
-        return drawn.t()
+                self.graphs[places]()
+        return self.drawn.t().clone()
 
-    def _draw_position(self, choose: Choose, uniforms: Tensor, drawn: Tensor, length: int) -> None:
-        """Draw the codes at self.position, write them to `drawn`, and move on; uniforms and drawn are (T, B)."""
-        uniform = uniforms.index_select(0, self.position)[0]
-        self.code.copy_(choose(self._logits(length), uniform))
-        drawn.index_copy_(0, self.position, self.code[None])
+    def _draw_position(self, choose: Choose, places: int) -> None:
+        """Draw the codes at self.position into self.drawn, and move on."""
+        uniform = self.uniforms.index_select(0, self.position)[0]
+        self.code.copy_(choose(self._logits(places), uniform))
+        self.drawn.index_copy_(0, self.position, self.code[None])
         self.position += 1
 
-    def _logits(self, length: int) -> Tensor:
-        """Return the logits (B, K) at self.position after self.code, looking at the first `length` places."""
+    def _logits(self, places: int) -> Tensor:
+        """Return the logits (B, K) at self.position after self.code, looking at so many places from the first."""
         x = self.embedding.index_select(0, self.code) + self.condition.index_select(0, self.position)[0]
         turn = self.turns.index_select(0, self.position)[0]
-        mask = torch.zeros(1, length, dtype=self.head.dtype, device=x.device)
-        mask = mask.masked_fill(self.places[:length] > self.position, -torch.inf)
+        mask = torch.zeros(1, places, dtype=self.head.dtype, device=x.device)
+        mask = mask.masked_fill(self.places[:places] > self.position, -torch.inf)
         for attention, feed_forward in self.layers:
             x = feed_forward.step(attention.step(x, turn, self.position, mask))
         return self.head(F.normalize(x, dim=1))

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# From logits (B, K) and uniforms (B,) of one position to its codes, int64 (B,).
+# From logits (B, K) and uniforms (B,) of one position to its codes, int64 (B,). Equal ones choose alike.
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -22,6 +22,10 @@ class Decoder(Protocol):
 
     def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
         """Return the codes int64 (B, T) of all positions, each chosen by its uniforms, (B, T)."""
+        ...
+
+    def restart(self, condition: Tensor) -> None:
+        """Begin again at position 0, under another condition (B, C, h, w) of the same shape."""
         ...
 
 
@@ -52,10 +56,7 @@ class RecomputingDecoder:
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor], condition: Tensor) -> None:
         self.network = network
-        self.condition = condition
-        b, _, h, w = condition.shape
-        self.codes = torch.zeros(b, h, w, dtype=torch.int64, device=condition.device)
-        self.position = 0
+        self.restart(condition)
 
     def step(self, previous: Tensor | None) -> Tensor:
         """See `Decoder.step`."""
@@ -68,3 +69,10 @@ class RecomputingDecoder:
     def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
         """See `Decoder.draw`."""
         return draw_by_steps(self, choose, uniforms)
+
+    def restart(self, condition: Tensor) -> None:
+        """See `Decoder.restart`."""
+        self.condition = condition
+        b, _, h, w = condition.shape
+        self.codes = torch.zeros(b, h, w, dtype=torch.int64, device=condition.device)
+        self.position = 0

@@ -4,8 +4,9 @@ B batch, h w code grid, K codebook_size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,13 +16,31 @@ from prior.level import LevelPrior
 from prior.sampling import check_sampling, filtered_probabilities, inverse_cdf, uniforms
 
 
-class LevelSampling(NamedTuple):
-    """How one level is drawn; see `HierarchicalPrior.sample`."""
+@dataclass(frozen=True)
+class LevelSampling:
+    """How one level is drawn; see `HierarchicalPrior.sample`. A `prior.decoding.Choose`.
+
+    Under guidance the first half of a batch is given its class, the second half is the same samples without it: one
+    batch of twice the size, and both halves get the same codes.
+    """
 
     temperature: float
     top_k: int
     top_p: float
     guidance: float
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance)
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Return the codes int64 (B,) of a position, from logits (B, K) and uniforms (B,)."""
+        logits = logits.float()
+        if self.guidance != 1:
+            given, not_given = logits.chunk(2)
+            logits = not_given + self.guidance * (given - not_given)
+        probabilities = filtered_probabilities(logits, self.temperature, self.top_k, self.top_p)
+        codes = inverse_cdf(probabilities, uniforms[: len(logits)])
+        return codes if self.guidance == 1 else torch.cat([codes, codes])
 
 
 class HierarchicalPrior(nn.Module):
@@ -122,7 +141,6 @@ class HierarchicalPrior(nn.Module):
             settings = LevelSampling(
                 *(setting[number] if isinstance(setting, Sequence) else setting for setting in given)  # type: ignore[arg-type]
             )
-            check_sampling(*settings)
             if settings.guidance != 1 and classes is None:
                 raise ValueError("guidance needs classes; leave it at 1 where no class is given")
             codes.append(_sample_level(level, codes, classes, stream, settings))
@@ -166,21 +184,10 @@ def _sample_level(
 ) -> Tensor:
     """Draw one level's codes (B, h, w) from its uniforms (B, h*w)."""
     batch = len(stream)
-    guided = settings.guidance != 1
-    if guided:
+    if settings.guidance != 1:
         assert classes is not None
-        # One batch of twice the size: given the class above, not given it below.
         classes = torch.cat([classes, torch.full_like(classes, len(level.config.class_names))])
         coarser = [torch.cat([codes, codes]) for codes in coarser]
         stream = torch.cat([stream, stream])
-
-    def choose(logits: Tensor, uniform: Tensor) -> Tensor:
-        logits = logits.float()
-        if guided:
-            given, not_given = logits.chunk(2)
-            logits = not_given + settings.guidance * (given - not_given)
-        code = inverse_cdf(filtered_probabilities(logits, *settings[:3]), uniform[:batch])
-        return torch.cat([code, code]) if guided else code
-
-    codes = level.decoder(coarser, classes, len(stream)).draw(choose, stream)[:batch]
-    return codes.reshape(batch, *level.config.grids[-1])
+    drawn = level.decoder(coarser, classes, len(stream)).draw(settings, stream)
+    return drawn[:batch].reshape(batch, *level.config.grids[-1])

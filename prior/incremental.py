@@ -56,6 +56,10 @@ class IncrementalConvolution:
         shape = (self.reach + 1, batch, columns + 2 * self.reach, layer.left.in_channels)
         self.rows = torch.zeros(shape, dtype=dtype, device=flat.device)
 
+    def clear(self) -> None:
+        """Forget all inputs: what lies above the first row is zero again."""
+        self.rows.zero_()
+
     def put(self, x: Tensor, place: Place) -> None:
         """Keep the input (B, in_channels) of a place."""
         self.rows[place.row % len(self.rows), :, place.column + self.reach] = x
@@ -136,7 +140,6 @@ class IncrementalDecoder:
     def __init__(self, network: "PixelSNAIL", condition: Tensor) -> None:
         b, _, h, w = condition.shape
         dtype = working_dtype(condition)
-        self.condition = condition
         self.embedding = network.embedding
         self.start = IncrementalConvolution(network.start, dtype, b, w)
         self.layers: list[IncrementalBlock | IncrementalAttention] = []
@@ -145,7 +148,7 @@ class IncrementalDecoder:
             if len(network.attentions):
                 self.layers.append(IncrementalAttention(network.attentions[number], dtype, b, h * w))
         self.head = pointwise(network.head, dtype)
-        self.position = 0
+        self.restart(condition)
 
     @torch.no_grad()
     def step(self, previous: Tensor | None) -> Tensor:
@@ -167,6 +170,16 @@ class IncrementalDecoder:
     def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
         """See `prior.decoding.Decoder.draw`."""
         return draw_by_steps(self, choose, uniforms)
+
+    def restart(self, condition: Tensor) -> None:
+        """See `prior.decoding.Decoder.restart`."""
+        self.condition = condition
+        self.position = 0
+        self.start.clear()
+        for layer in self.layers:
+            if isinstance(layer, IncrementalBlock):
+                layer.first.clear()
+                layer.second.clear()
 
     def _place(self, position: int) -> Place:
         return Place(position, *divmod(position, self.condition.shape[3]))

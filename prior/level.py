@@ -6,7 +6,7 @@ B batch, h w code grid, K codebook_size.
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prior.conditioning import Conditioning
-from prior.decoding import Decoder
+from prior.decoding import Decoder, working_dtype
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.sizes import MAX_CODES
 from prior.transformer import CodeTransformer, TransformerConfig
@@ -78,6 +78,11 @@ class LevelPrior(nn.Module):
             self.network = CodeTransformer(codebook_size, grid, size, dropout)
         else:
             self.network = PixelSNAIL(codebook_size, size, dropout)
+        self._decoder: Decoder | None = None
+        self._decoder_of: tuple = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_decoder": None, "_decoder_of": ()}  # copies make their own
 
     def logits(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
         """Return the logits of every code given those before it in raster order.
@@ -101,8 +106,19 @@ class LevelPrior(nn.Module):
         return nats.view(len(codes), -1).double().sum(1)
 
     def decoder(self, coarser: list[Tensor], classes: Tensor | None, batch_size: int) -> Decoder:
-        """Return a decoder that yields one position's logits after another; arguments as for `logits`."""
-        return self.network.decoder(self.conditioning(coarser, classes, batch_size))
+        """Return a decoder that yields one position's logits after another; arguments as for `logits`.
+
+        It is kept, with its copy of the weights, and started anew as long as weights and shapes stay the same: what it
+        lays out and captures once serves all batches. So the one returned before is not to be used any more.
+        """
+        condition = self.conditioning(coarser, classes, batch_size)
+        weights = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self.network.parameters()]
+        made_of = (condition.shape, condition.device, working_dtype(condition), *weights)
+        if self._decoder is None or made_of != self._decoder_of:
+            self._decoder, self._decoder_of = self.network.decoder(condition), made_of
+        else:
+            self._decoder.restart(condition)
+        return self._decoder
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json`."""
