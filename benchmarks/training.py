@@ -5,14 +5,17 @@
 Stage one is the two-level tokenizer of width 128 at 64 pixels, batch 32 (256 pixels, batch 64 on a GPU); stage two a
 Transformer over 16x16 codes (those of 111M and 343M over 24x24 codes on a GPU). A step is forward, loss, backward,
 optimizer and, in stage one, the EMA of the codebooks. The limit is the speed of a bare matrix product in the same
-precision; the operations counted are those of convolutions and products alone. The share of time that training waits
-for data is that of loading a batch like CIFAR's: decoded in the first epoch, from memory in those after it.
+precision; the operations counted are those of convolutions and products alone. The plain loop has our codebooks too;
+beside it stands the same network with those of vector-quantize-pytorch, also in float32. The share of time that
+training waits for data is that of loading a batch like CIFAR's: decoded in the first epoch, from memory in those after
+it.
 """
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import DEVICE, interleaved_medians, main, print_table
@@ -21,8 +24,13 @@ from pipelines.compute import ComputeConfig
 from pipelines.data import AugmentConfig, ImageShards, TrainingImages
 from prior.level import LevelConfig, LevelPrior
 from prior.transformer import TransformerConfig
-from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
+from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, Quantized, TokenizerConfig, TokenizerLoss
 from tokenizer.ema import assignment_statistics, candidate_positions, take_owned
+
+try:
+    from vector_quantize_pytorch import VectorQuantize
+except ImportError:
+    VectorQuantize = None
 
 ON_GPU = DEVICE.type == "cuda"
 SIZE, BATCH = (256, 64) if ON_GPU else (64, 32)
@@ -81,6 +89,39 @@ def tokenizer_step(
     return step
 
 
+class UsualCodebook(nn.Module):
+    """vector-quantize-pytorch's in the place of ours: an N x K matrix of distances, and a one-hot one for its EMA."""
+
+    def __init__(self, codebook_size: int, code_dim: int) -> None:
+        super().__init__()
+        self.layer = VectorQuantize(
+            dim=code_dim, codebook_size=codebook_size, decay=0.99, rotation_trick=False, accept_image_fmap=True
+        )
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Look up, and take an EMA step."""
+        quantized, codes, commitment = self.layer(latents)
+        return Quantized(quantized, codes, commitment.squeeze(), latents)
+
+
+def usual_tokenizer_step() -> Callable[[], None]:
+    """Return a function that takes one step of stage one as it is usually written, in float32."""
+    torch.manual_seed(0)
+    config = TokenizerConfig()
+    model = HierarchicalVQVAE(config, SIZE, 3).to(DEVICE)
+    model.codebooks = nn.ModuleList(UsualCodebook(k, config.code_dim).to(DEVICE) for k in config.codebook_sizes)
+    images = torch.rand(BATCH, 3, SIZE, SIZE, device=DEVICE) * 2 - 1
+    loss, optimizer = TokenizerLoss("mse", 0.25), torch.optim.AdamW(model.parameters(), lr=3e-4)
+
+    def step() -> None:
+        output = model(images)
+        optimizer.zero_grad()
+        loss(output.reconstruction, images, [level.commitment for level in output.levels]).backward()
+        optimizer.step()
+
+    return step
+
+
 def prior_step(
     channels_last: bool,
     half: bool,
@@ -117,16 +158,20 @@ def operations_per_s(dtype: torch.dtype) -> float:
     return 2 * side**3 / interleaved_medians({"product": lambda: a @ b}, 5)["product"]
 
 
-def measure_steps(title: str, make: Callable[..., Callable], units: int, unit: str) -> dict:
-    """Time a stage's step in every way, and print the table."""
+def measure_steps(
+    title: str, make: Callable[..., Callable], units: int, unit: str, usual: Callable[[], None] | None = None
+) -> dict:
+    """Time a stage's step in every way, and as it is usually written where that is given; print the table."""
     steps = {name: make(*way) for name, way in WAYS.items()}
+    if usual is not None:
+        steps["vector-quantize-pytorch"] = usual
     with FlopCounterMode(display=False) as counter:
         make(False, False, False)()
     seconds = interleaved_medians(steps, repeats=7, warmup=3)
     peaks = {half: operations_per_s(torch.bfloat16 if half else torch.float32) for half in (False, True)}
     rows = []
     for name, one in seconds.items():
-        reached = counter.get_total_flops() / one / peaks[WAYS[name][1]]
+        reached = counter.get_total_flops() / one / peaks[name in WAYS and WAYS[name][1]]
         rows.append([name, one * 1e3, units / one, seconds["plain float32"] / one, f"{reached:.0%}"])
     print_table([title, "ms a step", f"{unit}/s", "faster", "of the bare product"], rows)
     return {"seconds": seconds, "operations": counter.get_total_flops(), "operations_per_s": [*peaks.values()]}
@@ -150,7 +195,10 @@ def measure_waiting(count: int = 1920, batch: int = 64) -> dict[str, float]:
 
 def measure() -> dict:
     """Time both stages and the loading."""
-    figures = {"stage one": measure_steps("stage one", tokenizer_step, BATCH, "images")}
+    if VectorQuantize is None:
+        print("vector-quantize-pytorch is missing, its row too: pip install '.[bench]'")
+    usual = usual_tokenizer_step() if VectorQuantize else None
+    figures = {"stage one": measure_steps("stage one", tokenizer_step, BATCH, "images", usual)}
     for name, size in PRIORS.items():
         figures[name] = measure_steps(
             f"stage two, {name}",

@@ -28,7 +28,8 @@ class TrainingConfig:
         log_every: steps between rows of metrics.csv.
         activation_checkpointing: compute activations anew in the backward pass instead of keeping them; saves memory.
         precision: "auto" (bf16 where the hardware has it), "32-true", "bf16-mixed" or what else Lightning knows.
-        compile: torch.compile the model; "auto" does on a GPU.
+        compile: torch.compile the model; "auto" does on a GPU. On a CPU it makes Transformers a sixth faster in long
+            jobs, tokenizers hardly.
     """
 
     steps: int | list[int] = 100000

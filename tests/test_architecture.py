@@ -1,6 +1,7 @@
 """Data flows one way: pipelines know tokenizer and prior, which know nothing of each other or of pipelines."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,12 @@ def test_stages_start_without_the_libraries_of_those_that_train() -> None:
     code = f"import sys; import pipelines.run; loaded = set({slow}) & set(sys.modules); assert not loaded, loaded"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_what_there_is(path: Path) -> None:
+    if path.name != "digits.py":  # the demo runs that one
+        assert importlib.import_module(f"benchmarks.{path.stem}").__doc__
 
 
 def test_files_stay_small_enough_to_read() -> None:
