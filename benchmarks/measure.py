@@ -124,5 +124,5 @@ def _commit() -> str:
         done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":!results", ":!README.md")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")

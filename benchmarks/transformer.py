@@ -7,7 +7,7 @@ AutoregressiveWrapper draws with its cache from the same weights; to make both c
 wrapper's layers and rotary positions (along the raster, not rows and columns), starts from the wrapper's prompt and is
 given a condition of zero. The limit at batch 1 is the time to read the weights once a position, at the speed of a plain
 sum over memory. Beside it stand the products of those weights alone; attention over the cache comes on top. On a GPU a
-Transformer of 343M in bfloat16 draws too, beside the speed of a copy in its memory.
+Transformer of 24 layers of width 1024 draws too, in bfloat16 and beside the speed of a copy in its memory.
 """
 
 import torch

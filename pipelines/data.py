@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from pipelines.cache import Cache
 from pipelines.errors import StageError
@@ -21,7 +22,8 @@ from pipelines.order import drawn_sample
 from pipelines.pictures import FORMATS, BadImageError, pixels_of
 from pipelines.shards import SampleIndex, index_shard, read_member
 
-# A split whose pixels take no more is decoded once: decoding CIFAR takes a tenth of the time of its training steps.
+# A split whose pixels take no more is decoded once by a process that trains and loads: decoding CIFAR takes a tenth of
+# the time of its training steps. Loaders of their own decode while others train, and would each keep it all.
 KEPT_BYTES = 2**29
 # Draws whose random changes are drawn at once: a generator for each would take as long as decoding a small image.
 AUGMENTED_DRAWS = 1024
@@ -47,7 +49,7 @@ class AugmentConfig:
 class ImageShards:
     """One split of packed images, read by index; each shard is fetched, checked and indexed when it is first touched.
 
-    Images of a small split stay in memory once they are decoded.
+    Images of a small split stay in memory once they are decoded, but in a loader's process.
 
     Args:
         folder: an `images` folder, local or remote.
@@ -81,7 +83,7 @@ class ImageShards:
         pixels = self.kept.get(index)
         if pixels is None:
             pixels = self._decoded(index)
-            if self.keeps:
+            if self.keeps and get_worker_info() is None:
                 self.kept[index] = pixels
         return pixels
 

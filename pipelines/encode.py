@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -84,10 +85,10 @@ def encode(
         )
     mark = fingerprint(tokenizer, tokenizer.settings)
     views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
-    # Asked of the whole job, so that all its workers, and those that resume it, answer alike.
     count = sum(receipt["samples"] * len(views[split]) for split, receipt in all_receipts(manifest))
     compiled = compiles(config, compute, count * tokenizer.image_size**2)
-    settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision, compiled])
+    # What was asked, not what came of it here: a job may go on elsewhere.
+    settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision, config.compile])
     jobs, sources = [], []
     for split, receipt in all_receipts(manifest):
         provenance = {"made_from": receipt["sha256"], "fingerprints": {"tokenizer": mark}, "settings": settings}
@@ -97,7 +98,7 @@ def encode(
     todo = this_workers(jobs, folder, cache)
     device = inference_device(compute, precise=config.precision == "float32")
     model = tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    encoder = torch.compile(model.encode) if compiled else model.encode
+    encoder = compiled_encoder(model, config.batch_size) if compiled else model.encode
     total = sum(jobs[number].samples for number in todo)
     with progress_bar(total, "encode", "images", disable=this_worker().rank > 0) as bar:
         for number in todo:
@@ -130,6 +131,20 @@ def compiles(config: EncodeConfig, compute: ComputeConfig, pixels: int) -> bool:
     if config.compile == "auto":
         return on_gpu(compute) and pixels >= COMPILED_PIXELS
     return bool(config.compile)
+
+
+def compiled_encoder(model: HierarchicalVQVAE, batch_size: int) -> Callable[[Tensor], list[Tensor]]:
+    """Return the encoder, compiled for one size of batch; smaller ones are filled up, and their filling encoded too.
+
+    A size of its own would be compiled for, in other last bits, by the processes alone that meet it.
+    """
+    encode = torch.compile(model.encode, dynamic=False)
+
+    def encoder(images: Tensor) -> list[Tensor]:
+        filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))
+        return encode(filled.contiguous(memory_format=torch.channels_last))
+
+    return encoder
 
 
 class _Views:

@@ -29,6 +29,7 @@ from pipelines.shards import (
     write_shard,
 )
 from prior import HierarchicalPrior
+from prior.decoding import Decoders
 from prior.sampling import check_sampling
 from tokenizer import HierarchicalVQVAE
 
@@ -122,10 +123,11 @@ def sample(
         ranges.append((start, stop))
     cache = compute.cache
     todo = this_workers(jobs, folder, cache)
+    decoders: Decoders = {}
     total = sum(jobs[number].samples for number in todo)
     with progress_bar(total, "sample", "images", disable=this_worker().rank > 0) as bar:
         for number in todo:
-            drawn = _drawn(config, seed, classes, tokenizer, prior, *ranges[number], bar.update)
+            drawn = _drawn(config, seed, classes, tokenizer, prior, decoders, *ranges[number], bar.update)
             write_shard(jobs[number].path, drawn, jobs[number].provenance)
     if not outstanding(jobs, cache):
         names = [job.path.name for job in jobs]
@@ -180,6 +182,7 @@ def _drawn(
     classes: list[int],
     tokenizer: HierarchicalVQVAE,
     prior: HierarchicalPrior,
+    decoders: Decoders,
     start: int,
     stop: int,
     tick: Any,
@@ -191,9 +194,8 @@ def _drawn(
         indices = range(first, first + config.batch_size)
         labels = [classes[index % len(classes)] for index in indices] if classes else None
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            codes = prior.sample(
-                labels, seed, config.temperature, config.top_k, config.top_p, config.guidance, indices=indices
-            )
+            settings = (config.temperature, config.top_k, config.top_p, config.guidance)
+            codes = prior.sample(labels, seed, *settings, indices, decoders)
             images = to_uint8(tokenizer.decode(codes))
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
         for row, index in enumerate(indices[: stop - first]):

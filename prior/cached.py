@@ -7,7 +7,7 @@ B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head, n 
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -121,8 +121,11 @@ class CachedDecoder:
         self.drawn = torch.empty(self.length, self.batch, dtype=torch.int64, device=device)
         self.choose: Choose | None = None  # that of the graphs
         self.graphs: dict[int, Callable[[], None]] = {}  # by the places that attention looks at
+        if condition.is_cuda:  # what all graphs share: where they are captured, and where temporaries lie
+            self.capture = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.restart(condition)
 
+    @torch.no_grad()
     def restart(self, condition: Tensor) -> None:
         """See `prior.decoding.Decoder.restart`."""
         self.condition.copy_(condition.flatten(2).permute(2, 0, 1))  # (T, B, C)
@@ -146,14 +149,21 @@ class CachedDecoder:
         if choose != self.choose:
             self.choose = choose
             self.graphs.clear()
-        for first in range(0, self.length, BUCKET):
-            places = first + BUCKET
-            if places not in self.graphs:
-                one = partial(self._draw_position, choose, places)
-                self.graphs[places] = captured(one, [self.code, self.position]) if self.code.is_cuda else one
-            for _ in range(min(BUCKET, self.length - first)):
-                self.graphs[places]()
+        with torch.cuda.device_of(self.code):
+            for first in range(0, self.length, BUCKET):
+                draw_one = self._drawing(choose, first + BUCKET)
+                for _ in range(min(BUCKET, self.length - first)):
+                    draw_one()
         return self.drawn.t().clone()
+
+    def _drawing(self, choose: Choose, places: int) -> Callable[[], None]:
+        """Return what draws the next position: plain on a CPU, a graph on a GPU."""
+        one = partial(self._draw_position, choose, places)
+        if not self.code.is_cuda:
+            return one
+        if places not in self.graphs:
+            self.graphs[places] = captured(one, [self.code, self.position], *self.capture)
+        return self.graphs[places]
 
     def _draw_position(self, choose: Choose, places: int) -> None:
         """Draw the codes at self.position into self.drawn, and move on."""
@@ -173,15 +183,16 @@ class CachedDecoder:
         return self.head(F.normalize(x, dim=1))
 
 
-def captured(work: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
+def captured(work: Callable[[], None], state: list[Tensor], side: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
     """Return work on fixed tensors as one launch: its hundreds of small kernels would wait for Python one by one.
 
     Args:
-        work: reads and writes the same memory at each call.
+        work: reads and writes the same memory at each call, on the current device.
         state: what a call changes and the next one depends on; put back after the calls that capturing takes.
+        side: the stream to capture on.
+        pool: of memory, which graphs may share that are replayed one at a time.
     """
     before = [tensor.clone() for tensor in state]
-    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()  # libraries set themselves up, which a capture does not allow
@@ -189,8 +200,8 @@ def captured(work: Callable[[], None], state: list[Tensor]) -> Callable[[], None
     for tensor, value in zip(state, before, strict=True):
         tensor.copy_(value)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # notes the kernels down without running them
-        work()
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        work()  # notes the kernels down without running them
     return graph.replay
 
 

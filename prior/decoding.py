@@ -21,12 +21,16 @@ class Decoder(Protocol):
         ...
 
     def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
-        """Return the codes int64 (B, T) of all positions, each chosen by its uniforms, (B, T)."""
+        """Return the codes int64 (B, T) of all positions, each chosen by its uniforms, (B, T); from position 0 on."""
         ...
 
     def restart(self, condition: Tensor) -> None:
         """Begin again at position 0, under another condition (B, C, h, w) of the same shape."""
         ...
+
+
+# Decoders of earlier batches, by level, shape of the condition, and type of products.
+Decoders = dict[tuple[int, torch.Size, torch.dtype], Decoder]
 
 
 def draw_by_steps(decoder: Decoder, choose: Choose, uniforms: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prior.decoding import Decoders
 from prior.level import LevelPrior
 from prior.sampling import check_sampling, filtered_probabilities, inverse_cdf, uniforms
 
@@ -102,6 +103,7 @@ class HierarchicalPrior(nn.Module):
         top_p: float | Sequence[float] = 1.0,
         guidance: float | Sequence[float] = 1.0,
         indices: Sequence[int] | None = None,
+        decoders: Decoders | None = None,
     ) -> list[Tensor]:
         """Draw codes, coarse level first.
 
@@ -116,6 +118,8 @@ class HierarchicalPrior(nn.Module):
             top_p: see `filtered_probabilities`.
             guidance: s of uncond + s (cond - uncond); 1 is the model as it is.
             indices: index of each sample, which picks its stream; 0, 1, 2, … if not given.
+            decoders: a dict to keep decoders in, for the next batch of as many samples; made with `{}`, and to be left
+                behind when weights change. They hold copies of the weights, and the keys and values of a batch.
 
         Returns:
             int64 (B, h, w) a level, coarse to fine.
@@ -143,7 +147,7 @@ class HierarchicalPrior(nn.Module):
             )
             if settings.guidance != 1 and classes is None:
                 raise ValueError("guidance needs classes; leave it at 1 where no class is given")
-            codes.append(_sample_level(level, codes, classes, stream, settings))
+            codes.append(_sample_level(level, codes, classes, stream, settings, decoders))
         return codes
 
     def _class_tensor(self, classes: Sequence[int] | Tensor | None) -> Tensor | None:
@@ -181,6 +185,7 @@ def _sample_level(
     classes: Tensor | None,
     stream: Tensor,
     settings: LevelSampling,
+    decoders: Decoders | None,
 ) -> Tensor:
     """Draw one level's codes (B, h, w) from its uniforms (B, h*w)."""
     batch = len(stream)
@@ -189,5 +194,5 @@ def _sample_level(
         classes = torch.cat([classes, torch.full_like(classes, len(level.config.class_names))])
         coarser = [torch.cat([codes, codes]) for codes in coarser]
         stream = torch.cat([stream, stream])
-    drawn = level.decoder(coarser, classes, len(stream)).draw(settings, stream)
+    drawn = level.decoder(coarser, classes, len(stream), decoders).draw(settings, stream)
     return drawn[:batch].reshape(batch, *level.config.grids[-1])

@@ -6,7 +6,7 @@ B batch, h w code grid, K codebook_size.
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prior.conditioning import Conditioning
-from prior.decoding import Decoder, working_dtype
+from prior.decoding import Decoder, Decoders, working_dtype
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.sizes import MAX_CODES
 from prior.transformer import CodeTransformer, TransformerConfig
@@ -78,11 +78,6 @@ class LevelPrior(nn.Module):
             self.network = CodeTransformer(codebook_size, grid, size, dropout)
         else:
             self.network = PixelSNAIL(codebook_size, size, dropout)
-        self._decoder: Decoder | None = None
-        self._decoder_of: tuple = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_decoder": None, "_decoder_of": ()}  # copies make their own
 
     def logits(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
         """Return the logits of every code given those before it in raster order.
@@ -105,20 +100,23 @@ class LevelPrior(nn.Module):
         nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
         return nats.view(len(codes), -1).double().sum(1)
 
-    def decoder(self, coarser: list[Tensor], classes: Tensor | None, batch_size: int) -> Decoder:
+    def decoder(
+        self, coarser: list[Tensor], classes: Tensor | None, batch_size: int, kept: Decoders | None = None
+    ) -> Decoder:
         """Return a decoder that yields one position's logits after another; arguments as for `logits`.
 
-        It is kept, with its copy of the weights, and started anew as long as weights and shapes stay the same: what it
-        lays out and captures once serves all batches. So the one returned before is not to be used any more.
+        Where `kept` holds one that fits, that is started anew: what it laid out and captured serves many batches. A
+        new one is added to it.
         """
         condition = self.conditioning(coarser, classes, batch_size)
-        weights = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self.network.parameters()]
-        made_of = (condition.shape, condition.device, working_dtype(condition), *weights)
-        if self._decoder is None or made_of != self._decoder_of:
-            self._decoder, self._decoder_of = self.network.decoder(condition), made_of
+        if kept is None:
+            return self.network.decoder(condition)
+        key = (self.config.level, condition.shape, working_dtype(condition))
+        if key in kept:
+            kept[key].restart(condition)
         else:
-            self._decoder.restart(condition)
-        return self._decoder
+            kept[key] = self.network.decoder(condition)
+        return kept[key]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json`."""

@@ -25,7 +25,7 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight = weight.detach().to(dtype, copy=True).contiguous()
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self.dtype, self.bytes = dtype, self.weight.numel() * self.weight.element_size()
         self.inputs = self.weight.shape[1]
         self.packed = packs(self.weight)

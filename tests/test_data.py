@@ -34,11 +34,12 @@ def test_images_are_found_by_index_across_shards(tiny_run: Path, cache: Cache) -
     assert len(shards) == position
 
 
-@pytest.mark.parametrize(("kept_bytes", "decoded"), [(2**29, 1), (0, 2)])
-def test_a_small_split_is_decoded_once_and_a_large_one_is_not_kept(
-    tiny_run: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, kept_bytes: int, decoded: int
+@pytest.mark.parametrize(("kept_bytes", "worker", "decoded"), [(2**29, None, 1), (0, None, 2), (2**29, "0", 2)])
+def test_a_small_split_is_decoded_once_a_large_one_or_a_loaders_is_not_kept(
+    tiny_run: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, kept_bytes: int, worker: str | None, decoded: int
 ) -> None:
     monkeypatch.setattr(data, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(data, "get_worker_info", lambda: worker)
     shards = ImageShards(tiny_run.parent / "run" / "images", "train", cache)
     calls: list[object] = []
     monkeypatch.setattr(data, "sample_pixels", lambda *given: calls.append(given) or sample_pixels(*given))

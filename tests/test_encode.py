@@ -36,16 +36,20 @@ def encoded(tiny_run: Path, folder: Path, write_config: Callable[..., Path], **c
     return {path.name: path.read_bytes() for path in (folder / "run" / "codes").iterdir()}
 
 
-def test_compiling_is_among_the_settings_that_codes_name(
+def test_a_compiled_encoder_sees_one_size_of_batch_and_is_named_by_the_receipts(
     tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or function)
+    sizes: set[int] = set()
+
+    def recording(function: Callable, dynamic: bool) -> Callable:
+        return lambda images: (sizes.add(len(images)), function(images))[1]
+
+    monkeypatch.setattr(torch, "compile", recording)
     plain = encoded(tiny_run, tmp_path / "plain", write_config)
-    assert not calls
+    assert not sizes
     compiled = encoded(tiny_run, tmp_path / "compiled", write_config, compile=True)
-    assert len(calls) == 1
-    assert plain["train-000000.tar"] == compiled["train-000000.tar"]
+    assert sizes == {64}
+    assert all(plain[name] == compiled[name] for name in plain if name.endswith(".tar"))
     assert plain["train-000000.json"] != compiled["train-000000.json"]
 
 

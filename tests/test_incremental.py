@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 
@@ -44,7 +42,7 @@ def test_the_codes_are_those_of_the_recomputing_decoder(guidance: float, monkeyp
     prior = tiny_prior("pixelsnail", [(2, 2), (4, 4)], [16, 16])
     fast = prior.sample([0, 1, 2], seed=3, guidance=guidance)
     monkeypatch.setattr(PixelSNAIL, "decoder", lambda network, condition: RecomputingDecoder(network, condition))
-    plain = copy.deepcopy(prior).sample([0, 1, 2], seed=3, guidance=guidance)  # a copy makes its own decoders
+    plain = prior.sample([0, 1, 2], seed=3, guidance=guidance)
     assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
 

@@ -1,4 +1,3 @@
-import copy
 import json
 from pathlib import Path
 
@@ -7,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prior import LevelPrior
-from tests.priors import NETWORKS, draw_codes, tiny_level, tiny_prior
+from tests.priors import NETWORKS, draw_codes, tiny_level
 
 GRIDS, SIZES = [(2, 2), (4, 4)], [5, 6]
 
@@ -61,26 +60,3 @@ def test_classes_and_coarser_codes_matter(network: str) -> None:
     assert not torch.allclose(nll, level.nll(codes[1], [(codes[0] + 1) % 5], torch.tensor([0, 1])))
     no_class = level.nll(codes[1], codes[:1], None)
     assert torch.equal(no_class, level.nll(codes[1], codes[:1], torch.tensor([3, 3])))
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_kept_decoder_draws_what_a_new_one_does(network: str) -> None:
-    prior = tiny_prior(network, [(2, 3), (4, 5)], [16, 16])
-    for labels, settings in (([0, 1], {}), ([2, 1], {"seed": 1}), ([1, 1], {"guidance": 2.0}), ([0, 2], {"top_k": 3})):
-        kept, new = (one.sample(labels, **settings) for one in (prior, copy.deepcopy(prior)))
-        assert all(torch.equal(a, b) for a, b in zip(kept, new, strict=True))
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_decoder_is_kept_until_weights_or_shapes_change(network: str) -> None:
-    level = tiny_level(network, [(2, 3)], [7])
-    first = level.decoder([], None, 2)
-    assert level.decoder([], None, 2) is first
-    assert level.decoder([], None, 3) is not first
-    moved = level.decoder([], None, 2)
-    with torch.no_grad():
-        next(level.network.parameters()).add_(1)
-    assert level.decoder([], None, 2) is not moved
-    with torch.autocast("cpu", torch.bfloat16):
-        assert level.decoder([], None, 2) is not moved
-    assert copy.deepcopy(level)._decoder is None

@@ -36,7 +36,8 @@ def test_weights_are_packed_where_onednn_is_and_kept_where_it_is_not(monkeypatch
 
 
 def test_weights_that_change_later_do_not_change_the_layer() -> None:
-    weight = torch.ones(5, 3)
-    layer = PackedLinear(weight, None, torch.float32)
+    weight, bias = torch.ones(5, 3), torch.ones(5)
+    layer = PackedLinear(weight, bias, torch.float32)
     weight.zero_()
-    assert torch.equal(layer(torch.ones(1, 3)), torch.full((1, 5), 3.0))
+    bias.zero_()
+    assert torch.equal(layer(torch.ones(1, 3)), torch.full((1, 5), 4.0))

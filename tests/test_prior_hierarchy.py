@@ -168,3 +168,26 @@ def test_what_does_not_belong_together_is_refused() -> None:
         prior.sample(indices=range(2), guidance=2.0)
     with pytest.raises(ValueError, match="equally many, got 3 and 2"):
         prior.sample([0, 1], indices=range(3))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_kept_decoders_draw_what_new_ones_do(network: str) -> None:
+    prior, decoders = tiny_prior(network, [(2, 3), (4, 5)], [16, 16]), {}
+    for labels, settings in (
+        ([0, 1], {}),
+        ([2, 1], {"seed": 1}),
+        ([1, 1], {"guidance": 2.0}),
+        ([0, 2, 1], {}),
+        ([0, 2], {"top_k": 3}),
+    ):
+        kept, new = (prior.sample(labels, **settings, **more) for more in ({"decoders": decoders}, {}))
+        assert all(torch.equal(a, b) for a, b in zip(kept, new, strict=True))
+    assert len(decoders) == 6  # two levels, for batches of two, of three and of two guided
+
+
+def test_decoders_are_kept_by_the_type_of_their_products() -> None:
+    prior, decoders = tiny_prior("transformer", GRIDS, SIZES), {}
+    prior.sample([0], decoders=decoders)
+    with torch.autocast("cpu", torch.bfloat16):
+        prior.sample([0], decoders=decoders)
+    assert {key[2] for key in decoders} == {torch.float32, torch.bfloat16}
