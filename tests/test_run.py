@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.config import load_config
 from pipelines.fingerprint import fingerprint
 from pipelines.run import Run
-from prior import HierarchicalPrior
+from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 
 Smalti = Callable[..., tuple[int, str]]
@@ -90,6 +90,23 @@ def test_code_shards_mirror_image_shards(tiny_run: Path) -> None:
         found = [np.load(io.BytesIO(codes[0][f"level{level}.npy"])) for level in (0, 1)]
         assert [array.dtype for array in found] == [np.dtype("uint8")] * 2
         assert all(np.array_equal(a, b[0].numpy()) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_sampling_job_lays_its_weights_out_once(
+    copy_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    honest = LevelPrior.decoder
+
+    def counting(level: LevelPrior, coarser: list, classes: object, batch_size: int, kept: dict) -> object:
+        before = len(kept)
+        decoder = honest(level, coarser, classes, batch_size, kept)
+        made.extend([level] * (len(kept) - before))
+        return decoder
+
+    monkeypatch.setattr(LevelPrior, "decoder", counting)
+    Run(load_config(copy_of(), ["--sample.folder=again"])).stage("sample")  # two batches of four
+    assert len(made) == 2  # one a level
 
 
 def test_samples_are_what_python_draws_with_the_same_seed(tiny_run: Path) -> None:

@@ -35,7 +35,9 @@ import webdataset  # noqa: F401  # as are the stages below: so that forks need n
 import yaml
 from safetensors.torch import load_file
 
-import pipelines.run  # noqa: F401
+import pipelines.run
+import pipelines.train_prior
+import pipelines.train_tokenizer  # noqa: F401
 from pipelines.cli import main as smalti
 
 PATIENCE_S, STEPS, CHECKPOINT_EVERY = 10.0, 200, 5
