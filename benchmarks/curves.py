@@ -11,8 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.measure import main, print_table
-from pipelines.config import load_config
-from pipelines.run import Run
+from pipelines.cli import main as smalti
 
 SEEDS = (0, 1, 2)
 WAYS = {
@@ -28,7 +27,7 @@ def curve(folder: Path, seed: int, training: dict[str, str]) -> dict[int, float]
     overrides = [f"--tokenizer.training.{name}={value}" for name, value in settings.items()]
     run = folder / "-".join([str(seed), *training.values()])
     overrides += [f"--seed={seed}", f"--run_dir={run}", f"--images.from={folder / 'images'}"]
-    Run(load_config("configs/digits.yaml", overrides)).stage("train-tokenizer")
+    assert smalti(["train-tokenizer", "configs/digits.yaml", *overrides]) == 0
     with (run / "tokenizer" / "metrics.csv").open() as file:
         return {int(row["step"]) + 1: float(row["val_mse"]) for row in csv.DictReader(file) if row["val_mse"]}
 
@@ -37,7 +36,7 @@ def measure() -> dict:
     """Train all, and print the table."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        Run(load_config("configs/digits.yaml", [f"--run_dir={folder}"])).stage("pack")
+        assert smalti(["pack", "configs/digits.yaml", f"--run_dir={folder}"]) == 0
         found = {way: [curve(folder, seed, settings) for seed in SEEDS] for way, settings in WAYS.items()}
     rows = []
     for step in found["float32"][0]:
