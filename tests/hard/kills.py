@@ -25,7 +25,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -383,6 +384,18 @@ def command(arguments: list[str], log: Path) -> str:
     return f"{arguments[0]} failed: {log.read_text()[-500:]}" if status else ""
 
 
+@contextmanager
+def new_folder(named: Path | None) -> Iterator[Path]:
+    """Yield the folder that was named, or a temporary one.
+
+    A fork that comes to its end runs the finalizers that it inherits: a TemporaryDirectory would go with the first one.
+    """
+    folder = (named or Path(tempfile.mkdtemp(prefix="kills-"))).resolve()
+    yield folder
+    if not named:
+        shutil.rmtree(folder)
+
+
 def main() -> int:
     """Make both runs and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -393,8 +406,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kills-") as temporary:
-        folder = (options.folder or Path(temporary)).resolve()
+    with new_folder(options.folder) as folder:
         (folder / "tmp").mkdir(parents=True)
         os.environ |= {"TMPDIR": str(folder / "tmp"), "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         tempfile.tempdir = None
