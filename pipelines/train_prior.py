@@ -19,7 +19,6 @@ from pipelines.manifest import read_manifest
 from pipelines.sections import PriorConfig
 from pipelines.training import (
     StepData,
-    clip_gradients,
     export,
     fit,
     keep_metrics,
@@ -124,14 +123,6 @@ class PriorTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return make_optimizer(self.model.parameters(), self.config.training)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_metrics(self, checkpoint)

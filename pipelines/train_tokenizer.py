@@ -27,7 +27,6 @@ from pipelines.quality import TokenizerQuality
 from pipelines.sections import TokenizerSection, TrainingConfig
 from pipelines.training import (
     StepData,
-    clip_gradients,
     export,
     fit,
     keep_metrics,
@@ -113,14 +112,6 @@ class TokenizerTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return make_optimizer(self.model.parameters(), self.training_config)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_metrics(self, checkpoint)

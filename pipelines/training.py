@@ -141,6 +141,22 @@ def clip_gradients(module: pl.LightningModule, optimizer: torch.optim.Optimizer,
         nn.utils.clip_grad_norm_(parameters, largest_norm)
 
 
+class ClipGradients(Callback):
+    """Clips before each optimizer step, of either stage.
+
+    Args:
+        largest_norm: see `clip_gradients`.
+    """
+
+    def __init__(self, largest_norm: float) -> None:
+        self.largest_norm = largest_norm
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        clip_gradients(pl_module, optimizer, self.largest_norm)
+
+
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     """Seed torch as a function of the place in training, so that a resumed run draws what an uninterrupted one does."""
     torch.manual_seed((((seed * 1_000_003 + step) * 1009 + micro) * 10007 + rank) % 2**63)
@@ -197,6 +213,8 @@ def fit(
     ]
     if config.weight_ema:
         callbacks.insert(0, WeightAveraging(multi_avg_fn=averaging(config.weight_ema)))
+    if config.gradient_clip:
+        callbacks.append(ClipGradients(config.gradient_clip))
     if config.patience:
         callbacks.append(EarlyStopping(monitor, patience=config.patience, min_delta=0.0))
     if config.activation_checkpointing:
@@ -254,7 +272,6 @@ def _trainer(config: TrainingConfig, compute: ComputeConfig, folder: Path, callb
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         accumulate_grad_batches=config.micro_batches,
-        gradient_clip_val=config.gradient_clip or None,
         log_every_n_steps=min(config.log_every, config.steps),
         callbacks=callbacks,
         logger=make_loggers(compute.logger, folder),

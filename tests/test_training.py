@@ -113,9 +113,18 @@ def test_a_job_killed_twice_before_its_next_checkpoint_loses_nothing_but_time(
 
 @pytest.mark.parametrize(("stage", "kind"), [("train-tokenizer", "tokenizer"), ("train-prior", "prior")])
 def test_half_precision_trains_with_clipped_gradients(
-    stage: str, kind: str, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+    stage: str,
+    kind: str,
+    tiny_run: Path,
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a machine with bfloat16 does by itself."""
+    norms: list[float] = []
+    monkeypatch.setattr(
+        "pipelines.training.clip_gradients", lambda *given: norms.append(given[2]) or clip_gradients(*given)
+    )
     run = tiny_run.parent / "run"
     training = {"precision": "bf16-mixed", "gradient_clip": 1.0}
     changes: dict = {"images": {"from": str(run / "images")}, kind: {"training": training}}
@@ -124,6 +133,7 @@ def test_half_precision_trains_with_clipped_gradients(
     Run(load_config(write_config(tmp_path, changes))).stage(stage)
     figures = rows(tmp_path / "run" / ("tokenizer" if kind == "tokenizer" else "prior/level0") / "metrics.csv")
     assert all(float(figures[-1][name]) < 100 for name in figures[-1] if name.startswith("val_"))
+    assert norms[:6] == [1.0] * 6  # at each of six steps of a level
 
 
 def test_gradients_are_clipped_to_a_norm_over_all_parameters() -> None:
