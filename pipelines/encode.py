@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from pipelines.compute import ComputeConfig, inference_device, num_processes, on_gpu, this_worker
 from pipelines.data import sample_pixels, shift_pixels, to_unit_range
 from pipelines.errors import StageError
-from pipelines.fingerprint import digest, fingerprint
+from pipelines.fingerprint import digest, manifest_digest, tokenizer_fingerprint
 from pipelines.manifest import all_receipts, read_manifest, receipts_of, write_manifest
 from pipelines.progress import progress_bar
 from pipelines.shards import (
@@ -83,7 +83,7 @@ def encode(
             f"but {images} was packed with {found[0]} and {found[1]}; "
             "set images.size and images.channels to the tokenizer's"
         )
-    mark = fingerprint(tokenizer, tokenizer.settings)
+    mark = tokenizer_fingerprint(tokenizer)
     views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
     count = sum(receipt["samples"] * len(views[split]) for split, receipt in all_receipts(manifest))
     compiled = compiles(config, compute, count * tokenizer.image_size**2)
@@ -120,7 +120,7 @@ def encode(
             "preprocessing": manifest["preprocessing"],
             "views": config.views,
             "precision": config.precision,
-            "made_from": digest(manifest),
+            "made_from": manifest_digest(manifest),
         }
         names = {split: [receipt["shard"] for receipt in receipts_of(manifest, split)] for split in manifest["splits"]}
         write_manifest(folder, names, contents)

@@ -1,15 +1,39 @@
-"""Fingerprints: which model, which settings, which bytes."""
+"""Fingerprints: which model, which settings, which bytes.
+
+They outlive the version that took them. What a format-1 file holds is hashed as it was then, for ever; a setting that
+came later, `field(..., metadata={"introduced": value})`, counts only where it is not the value under which it was
+introduced, which never changes, whatever becomes of the default.
+"""
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import nn
+
+from prior import LevelPrior
+from tokenizer import HierarchicalVQVAE
 
 
 def digest(settings: Any) -> str:
     """Return the sha256 of plain data, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hashed(settings: Any) -> Any:
+    """Return dataclasses as plain data, without the later settings that have the value of their introduction."""
+    if is_dataclass(settings) and not isinstance(settings, type):
+        named = {field.name: (getattr(settings, field.name), field.metadata) for field in fields(settings)}
+        return {
+            name: hashed(value)
+            for name, (value, metadata) in named.items()
+            if "introduced" not in metadata or hashed(value) != metadata["introduced"]
+        }
+    if isinstance(settings, Mapping):
+        return {name: hashed(value) for name, value in settings.items()}
+    return [hashed(value) for value in settings] if isinstance(settings, list | tuple) else settings
 
 
 def fingerprint(model: nn.Module, settings: dict) -> str:
@@ -24,3 +48,23 @@ def fingerprint(model: nn.Module, settings: dict) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: HierarchicalVQVAE) -> str:
+    """Return the fingerprint of a tokenizer."""
+    images = {"image_size": tokenizer.image_size, "channels": tokenizer.channels}
+    return fingerprint(tokenizer, images | hashed(tokenizer.config))
+
+
+def prior_fingerprint(level: LevelPrior) -> str:
+    """Return the fingerprint of one level's prior."""
+    return fingerprint(level, hashed(level.config))
+
+
+def manifest_digest(manifest: dict) -> str:
+    """Return what a manifest is named by in that which is made from it: the same for receipts of before `format: 1`."""
+    splits = {
+        split: [{key: value for key, value in receipt.items() if (key, value) != ("format", 1)} for receipt in receipts]
+        for split, receipts in manifest["splits"].items()
+    }
+    return digest(manifest | {"splits": splits})

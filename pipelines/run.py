@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pipelines.cache import Cache
@@ -11,7 +11,7 @@ from pipelines.compute import ComputeConfig, started_by_a_launcher, this_worker
 from pipelines.config import Config, at_level
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
-from pipelines.fingerprint import digest, fingerprint
+from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
 from pipelines.manifest import all_receipts, read_manifest
 from pipelines.pack import pack
 from pipelines.places import is_local, make_folder, place
@@ -97,7 +97,7 @@ class Run:
             return _skip("train-tokenizer", f"the tokenizer comes from {config.tokenizer.from_}")
         if config.compute.strategy == "fsdp":
             raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
-        made_from = {"images": digest(read_manifest(self.images, "images", "pack"))}
+        made_from = {"images": manifest_digest(read_manifest(self.images, "images", "pack"))}
         settings = {"seed": config.seed, "tokenizer": config.tokenizer, "made_from": made_from}
         with self._alone(self.root / "tokenizer"):
             folder = self._open("train-tokenizer", self.root / "tokenizer", settings)
@@ -135,9 +135,9 @@ class Run:
     def _train_level(self, level: int, manifest: dict) -> bool:
         config, stage = self.config, "train-prior"
         section = prior_at_level(config.prior, level, len(manifest["levels"]))
-        prior = asdict(section)
+        prior = hashed(section)
         del prior["pixelsnail" if section.network == "transformer" else "transformer"]  # the size that is not used
-        settings = {"seed": config.seed, "prior": prior, "made_from": {"codes": digest(manifest)}}
+        settings = {"seed": config.seed, "prior": prior, "made_from": {"codes": manifest_digest(manifest)}}
         folder = self.root / "prior" / f"level{level}"
         with self._alone(folder):
             self._open(stage, folder, settings)
@@ -186,7 +186,7 @@ class Run:
             _verified(self.images, _count(images))
         if self.config.tokenizer.from_ or is_complete(self.root / "tokenizer"):
             tokenizer = self._tokenizer()
-            _verified(self.root / "tokenizer", fingerprint(tokenizer, tokenizer.settings)[:12])
+            _verified(self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
         if is_complete(self.codes):
             codes = verify_codes(self.codes, images, tokenizer, cache)
             _verified(self.codes, _count(codes))
@@ -257,7 +257,7 @@ class Run:
         manifest = read_manifest(self.codes, "codes", "encode")
         if self.config.tokenizer.from_ or is_complete(self.root / "tokenizer"):
             tokenizer = self._tokenizer()
-            mark = fingerprint(tokenizer, tokenizer.settings)
+            mark = tokenizer_fingerprint(tokenizer)
             if manifest["tokenizer"] != mark:
                 raise StageError(
                     f"{self.codes} was written with tokenizer {manifest['tokenizer'][:12]} "
@@ -269,8 +269,8 @@ class Run:
     def _codes_fit(self, tokenizer: HierarchicalVQVAE) -> bool:
         manifest = read_manifest(self.codes, "codes", "encode")
         images = read_manifest(self.images, "images", "pack")
-        mark = fingerprint(tokenizer, tokenizer.settings)
-        fits = manifest["tokenizer"] == mark and manifest["made_from"] == digest(images)
+        mark = tokenizer_fingerprint(tokenizer)
+        fits = manifest["tokenizer"] == mark and manifest["made_from"] == manifest_digest(images)
         return fits and shards_hold(manifest, self.codes, self.config.compute.cache)
 
     def _samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:

@@ -1,7 +1,7 @@
 """Stage sample: priors draw codes, the tokenizer decodes them, sample shards keep both."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pipelines.cache import Cache
 from pipelines.compute import ComputeConfig, inference_device, this_worker
 from pipelines.data import to_uint8
 from pipelines.errors import StageError
-from pipelines.fingerprint import digest, fingerprint
+from pipelines.fingerprint import digest, hashed, prior_fingerprint, tokenizer_fingerprint
 from pipelines.manifest import write_manifest
 from pipelines.pictures import encode_image, picture_grid, pixels_of, to_picture
 from pipelines.places import whole
@@ -110,7 +110,7 @@ def sample(
             raise StageError(f"sample.{name} must be one value or one a level ({len(prior.levels)}), got {values}")
     device = inference_device(compute, precise=config.precision == "float32")
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    how = {"seed": seed, "device": device.type, "threads": threads, **asdict(config)}
+    how = {"seed": seed, "device": device.type, "threads": threads, **hashed(config)}
     del how["folder"], how["count"]
     tokenizer, prior = tokenizer.to(device), prior.to(device)
     per_shard = -(-config.shard_size // config.batch_size) * config.batch_size
@@ -146,8 +146,8 @@ def sample(
 
 def model_fingerprints(tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:
     """Return what receipts and manifest of samples name their models by: "tokenizer", "prior0", "prior1", …"""
-    levels = {f"prior{number}": fingerprint(level, asdict(level.config)) for number, level in enumerate(prior.levels)}
-    return {"tokenizer": fingerprint(tokenizer, tokenizer.settings), **levels}
+    levels = {f"prior{number}": prior_fingerprint(level) for number, level in enumerate(prior.levels)}
+    return {"tokenizer": tokenizer_fingerprint(tokenizer), **levels}
 
 
 def check_belong_together(prior: HierarchicalPrior, tokenizer_fingerprint: str) -> None:

@@ -19,6 +19,8 @@ from pipelines.compute import this_worker
 from pipelines.errors import StageError
 from pipelines.places import read_bytes, whole, write_text
 
+# Of receipts; those of before it was written are of format 1.
+FORMAT = 1
 # No sample of ours comes near; a member that claims more is not read.
 MAX_MEMBER_BYTES = 2**28
 # What shards may be called: nothing that leads out of their folder.
@@ -120,7 +122,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], pro
             sha256 = hashlib.file_digest(written, "sha256").hexdigest()
         size = temporary.stat().st_size
         receipt_path(path).unlink(missing_ok=True)  # an old receipt must not vouch for the new shard
-    receipt = {"shard": path.name, "sha256": sha256, "bytes": size, "samples": count, **provenance}
+    receipt = {"format": FORMAT, "shard": path.name, "sha256": sha256, "bytes": size, "samples": count, **provenance}
     write_json(receipt_path(path), receipt)
     return receipt
 
@@ -144,6 +146,8 @@ def read_receipt(shard: Path) -> dict | None:
     except (OSError, ValueError, RecursionError):
         return None
     whole_receipt = isinstance(receipt, dict) and receipt.get("shard") == shard.name and "sha256" in receipt
+    if whole_receipt and receipt.get("format", FORMAT) != FORMAT:
+        raise StageError(f"{receipt_path(shard)} is of format {receipt['format']}, not {FORMAT}; update smalti")
     return receipt if whole_receipt else None
 
 

@@ -4,7 +4,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from pipelines.errors import StageError
+from pipelines.fingerprint import hashed
 from pipelines.places import exists, is_local, make_folder, read_bytes, remove_folder, sweep, whole, write_text
 from pipelines.plain import read_yaml
 from prior import LevelPrior
@@ -21,12 +21,9 @@ from tokenizer import HierarchicalVQVAE
 
 def plain(settings: Any) -> Any:
     """Return dataclasses as plain data for YAML, with `from` for `from_`."""
-    if is_dataclass(settings) and not isinstance(settings, type):
-        settings = asdict(settings)
+    settings = hashed(settings)
     if isinstance(settings, dict):
         return {("from" if key == "from_" else key): plain(value) for key, value in settings.items()}
-    if isinstance(settings, list | tuple):
-        return [plain(value) for value in settings]
     return settings
 
 

@@ -9,7 +9,7 @@ from pipelines.cache import Cache
 from pipelines.codes import code_sample
 from pipelines.data import checked_pixels
 from pipelines.errors import StageError
-from pipelines.fingerprint import digest, fingerprint
+from pipelines.fingerprint import manifest_digest, tokenizer_fingerprint
 from pipelines.manifest import all_receipts, read_manifest
 from pipelines.places import retried
 from pipelines.progress import progress_bar
@@ -61,7 +61,7 @@ def verify_codes(folder: Path, images: dict | None, tokenizer: HierarchicalVQVAE
     """
     manifest = read_manifest(folder, "codes", "encode")
     if tokenizer is not None:
-        mark = fingerprint(tokenizer, tokenizer.settings)
+        mark = tokenizer_fingerprint(tokenizer)
         if manifest["tokenizer"] != mark:
             raise StageError(
                 f"{folder} was written with tokenizer {manifest['tokenizer'][:12]} but the run's is {mark[:12]}; "
@@ -71,7 +71,7 @@ def verify_codes(folder: Path, images: dict | None, tokenizer: HierarchicalVQVAE
             raise StageError(f"{folder}/manifest.json names other levels than the tokenizer has; run `smalti encode`")
     sources: dict[str, str] = {}
     if images is not None:
-        if manifest["made_from"] != digest(images):
+        if manifest["made_from"] != manifest_digest(images):
             raise StageError(f"{folder} was made from other images than the run's; run `smalti encode` again")
         sources = {receipt["shard"]: receipt["sha256"] for _, receipt in all_receipts(images)}
     for _, receipt in all_receipts(manifest):

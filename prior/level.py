@@ -20,6 +20,8 @@ from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.sizes import MAX_CODES
 from prior.transformer import CodeTransformer, TransformerConfig
 
+# Of config.json. A field that came later has metadata={"introduced": value}: what it is where a file lacks it.
+FORMAT = 1
 # What weights may be stored as.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Codes in one grid; more is damage or malice.
@@ -123,7 +125,7 @@ class LevelPrior(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -134,10 +136,15 @@ class LevelPrior(nn.Module):
         """
         folder = Path(folder)
         try:
-            config = _level_config(json.loads((folder / "config.json").read_text()))
+            settings = json.loads((folder / "config.json").read_text())
+            if (found := settings.pop("format", FORMAT)) != FORMAT:
+                raise OtherFormatError(f"{folder}/config.json is of format {found}, not {FORMAT}; update smalti")
+            config = _level_config(settings)
             tensors = load_file(folder / "model.safetensors")
             with torch.device("meta"):  # sizes are believed when the tensors are there, not before memory is taken
                 expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        except OtherFormatError:
+            raise
         except LOADING_ERRORS as error:
             raise ValueError(f"{folder} holds no readable prior ({error}); run `smalti train-prior`") from error
         wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
@@ -157,6 +164,10 @@ class LevelPrior(nn.Module):
         return model.eval()
 
 
+class OtherFormatError(ValueError):
+    """Written by a later version."""
+
+
 # What a file that lies about a prior can raise on its way to one.
 LOADING_ERRORS = (
     *(OSError, SafetensorError, ValueError, TypeError, KeyError),
@@ -165,9 +176,16 @@ LOADING_ERRORS = (
 
 
 def _level_config(settings: dict) -> LevelConfig:
-    known = {field.name for field in fields(LevelConfig)}
-    if not isinstance(settings, dict) or set(settings) != known:
-        raise ValueError(f"config.json must hold exactly the settings {sorted(known)}")
+    settings = _with_later(LevelConfig, settings)
     size = TransformerConfig if settings["network"] == "transformer" else PixelSNAILConfig
     grids = [(h, w) for h, w in settings["grids"]]
-    return LevelConfig(**settings | {"grids": grids, "size": size(**settings["size"])})
+    return LevelConfig(**settings | {"grids": grids, "size": size(**_with_later(size, settings["size"]))})
+
+
+def _with_later(config: type, settings: dict) -> dict:
+    """Add the settings that came after a file was written, and refuse what is missing or too much."""
+    known = {field.name: field.metadata for field in fields(config)}
+    later = {name: metadata["introduced"] for name, metadata in known.items() if "introduced" in metadata}
+    if set(later | settings) != set(known):
+        raise ValueError(f"config.json must hold exactly the settings {sorted(known)}")
+    return later | settings

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipelines.config import load_config
-from pipelines.fingerprint import fingerprint
+from pipelines.fingerprint import tokenizer_fingerprint
 from pipelines.run import Run
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
@@ -76,7 +76,7 @@ def test_code_shards_mirror_image_shards(tiny_run: Path) -> None:
     manifest = json.loads((run / "codes" / "manifest.json").read_text())
     assert manifest["levels"] == [{"grid": [2, 2], "codebook_size": 16}, {"grid": [4, 4], "codebook_size": 32}]
     tokenizer = HierarchicalVQVAE.from_pretrained(run / "tokenizer")
-    assert manifest["tokenizer"] == fingerprint(tokenizer, tokenizer.settings)
+    assert manifest["tokenizer"] == tokenizer_fingerprint(tokenizer)
     for shard in (run / "images").glob("*.tar"):
         images, codes = (
             list(webdataset.WebDataset(str(run / kind / shard.name), shardshuffle=False))

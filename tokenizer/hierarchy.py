@@ -22,6 +22,8 @@ from tokenizer.networks import decoder, encoder
 MAX_WIDTH, MAX_BLOCKS, MAX_LEVELS, MAX_CODES = 2**16, 50, 8, 2**31
 
 
+# Of config.json. A field that came later has metadata={"introduced": value}: what it is where a file lacks it.
+FORMAT = 1
 # What weights may be stored as.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -236,7 +238,7 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write `model.safetensors` and `config.json`; called by `save_pretrained` and `push_to_hub`."""
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, save_directory / "model.safetensors")
-        (save_directory / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+        (save_directory / "config.json").write_text(json.dumps({"format": FORMAT, **self.settings}, indent=2) + "\n")
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
         """Return the card that `save_pretrained` puts beside the model: what it reads and gives, how to load it."""
@@ -277,9 +279,13 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
             tensors = load_file(folder / "model.safetensors")
         except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder} holds no readable tokenizer ({error}); train or copy it again") from error
+        if isinstance(settings, dict) and settings.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"{folder}/config.json is of format {settings['format']}, not {FORMAT}; update smalti")
         known = {"image_size", "channels", *(field.name for field in fields(TokenizerConfig))}
-        if not isinstance(settings, dict) or set(settings) != known:
+        later = {f.name: f.metadata["introduced"] for f in fields(TokenizerConfig) if "introduced" in f.metadata}
+        if not isinstance(settings, dict) or set(later | settings) - {"format"} != known:
             raise ValueError(f"{folder}/config.json must hold exactly the settings {sorted(known)}")
+        settings = {name: value for name, value in (later | settings).items() if name != "format"}
         image_size, channels = settings.pop("image_size"), settings.pop("channels")
         try:
             with torch.device("meta"):  # sizes are believed when the tensors are there, not before memory is taken
