@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     show_traceback = "--traceback" in arguments
-    from pipelines.errors import ConfigError
+    from pipelines.errors import ConfigError, UserError
     from pipelines.signals import PARENT, Interrupted, end_with_parent, leave, requeue, signals_handled_by
 
     end_with_parent()
@@ -63,12 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _report(error, show_traceback)
         code = 2
-    except (ValueError, OSError) as error:
-        _report(error, show_traceback)
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in STORES:
-            raise
-        _report(error, show_traceback)
+        told = isinstance(error, UserError | OSError) or type(error).__module__.split(".")[0] in STORES
+        _report(error, show_traceback or not told)
+        if not told:
+            print(
+                "smalti: this is a fault of smalti, not of yours; please report it with the lines above",
+                file=sys.stderr,
+            )
     if code and any(name in os.environ for name in (PARENT, "TORCHELASTIC_RUN_ID", "SLURM_NTASKS")):
         # The libraries' own way out waits for the other processes, of which some may never answer again.
         sys.stdout.flush()
@@ -109,7 +111,7 @@ def _command(arguments: list[str]) -> int:
     from pipelines.config import load_config
     from pipelines.run import Run
 
-    _quiet()
+    set_up_console()
     config = load_config(rest[0], overrides)
 
     run = Run(config, redo)
@@ -142,12 +144,14 @@ def _one_by_one(config: str, overrides: list[str], redo: list[str]) -> int:
     return 0
 
 
-def _quiet() -> None:
+def set_up_console() -> None:
     """Say what smalti says; leave out the libraries' chatter about themselves."""
-    logging.basicConfig(level=logging.INFO, format="smalti: %(message)s", stream=sys.stderr)
-    for name in list(logging.root.manager.loggerDict):
-        if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    from pipelines.progress import Console
+
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    if not any(isinstance(handler, Console) for handler in root.handlers):
+        root.addHandler(Console())
     for name in ("wandb", "datasets", "httpx", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

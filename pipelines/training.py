@@ -256,6 +256,8 @@ def fit(
 
 def _trainer(config: TrainingConfig, compute: ComputeConfig, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
     assert isinstance(config.steps, int)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # they speak of themselves, each in its own way
+        logging.getLogger(name).setLevel(logging.WARNING)
     plugins: list[Any] = [WholeCheckpoints()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `Leave` answers Slurm's signals between steps
