@@ -1,11 +1,11 @@
 """The configuration of a run: one YAML file and the overrides of the command line, as one dataclass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -15,7 +15,7 @@ from pipelines.errors import ConfigError
 from pipelines.pack import ImagesConfig
 from pipelines.plain import read_yaml
 from pipelines.sample import SampleConfig
-from pipelines.sections import PriorConfig, TokenizerSection
+from pipelines.sections import PriorConfig, TokenizerSection, at_level, prior_at_level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +61,20 @@ class Config:
         guidance = self.sample.guidance if isinstance(self.sample.guidance, list) else [self.sample.guidance]
         if self.prior.class_dropout == 0 and any(value != 1 for value in guidance):
             raise ValueError("sample.guidance needs a prior that knows no class too: set prior.class_dropout above 0")
+        if not self.images.classes and (self.sample.classes or any(value != 1 for value in guidance)):
+            raise ValueError("sample.classes and sample.guidance need classes; images.classes is false")
         if not self.tokenizer.from_ and not self.images.from_:
             self.tokenizer.model.grids(self.images.size)
         if not self.tokenizer.from_ and not self.codes.from_:
-            for section in (self.prior, self.prior.transformer, self.prior.pixelsnail, self.prior.training):
-                at_level(section, 0, self.tokenizer.model.num_levels)
-            for name in ("temperature", "top_k", "top_p", "guidance"):
-                values = getattr(self.sample, name)
-                if isinstance(values, list) and len(values) != self.tokenizer.model.num_levels:
-                    raise ValueError(
-                        f"sample.{name} must be one value or a list of {self.tokenizer.model.num_levels}, got {values}"
-                    )
+            self.check_levels(self.tokenizer.model.num_levels)
+        if not self.tokenizer.from_:
+            at_level(self.tokenizer.training, 0, 1, "tokenizer.training.")
+
+    def check_levels(self, num_levels: int) -> None:
+        """Raise ValueError unless every setting per level fits so many levels, and each level's prior can be built."""
+        for level in range(num_levels):
+            at_level(self.sample, level, num_levels, "sample.", ("temperature", "top_k", "top_p", "guidance"))
+            prior_at_level(self.prior, level, num_levels)
 
 
 def make_parser(stage: str = "STAGE") -> ArgumentParser:
@@ -121,23 +124,6 @@ def _find(path: Path) -> Traversable:
 
 
 FORBIDDEN = {"class_path", "init_args"}
-T = TypeVar("T")
-
-
-def at_level(settings: T, level: int, num_levels: int) -> T:
-    """Return a section with each list of one value a level replaced by this level's.
-
-    Raises:
-        ConfigError: a list has another length.
-    """
-    assert is_dataclass(settings) and not isinstance(settings, type)
-    changes: dict[str, Any] = {}
-    for name, value in ((f.name, getattr(settings, f.name)) for f in fields(settings)):
-        if isinstance(value, list):
-            if len(value) != num_levels:
-                raise ConfigError(f"{name} must be one value or a list of {num_levels}, one a level, got {value}")
-            changes[name] = value[level]
-    return replace(settings, **changes)
 
 
 def _check_sections(settings: dict, section: type, path: str = "") -> None:

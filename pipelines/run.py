@@ -3,12 +3,11 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 from pipelines.cache import Cache
 from pipelines.compute import ComputeConfig, started_by_a_launcher, this_worker
-from pipelines.config import Config, at_level
+from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
@@ -17,7 +16,7 @@ from pipelines.pack import pack
 from pipelines.places import is_local, make_folder, place
 from pipelines.processes import workers_of
 from pipelines.sample import model_fingerprints, sample
-from pipelines.sections import PriorConfig
+from pipelines.sections import at_level, prior_at_level
 from pipelines.shards import write_json
 from pipelines.stage import is_complete, only_process, open_stage
 from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples
@@ -277,17 +276,6 @@ class Run:
         manifest = read_manifest(folder, "samples", "sample")
         fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
-
-
-def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorConfig:
-    """Return the section for one level: every list replaced by this level's value."""
-    section = at_level(config, level, num_levels)
-    return replace(
-        section,
-        transformer=at_level(config.transformer, level, num_levels),
-        pixelsnail=at_level(config.pixelsnail, level, num_levels),
-        training=at_level(config.training, level, num_levels),
-    )
 
 
 def shards_hold(manifest: dict, folder: Path, cache: Cache) -> bool:

@@ -1,9 +1,11 @@
 """The sections of a config that train: they are read by every stage, also by those that do without Lightning."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from pipelines.data import AugmentConfig
+from pipelines.errors import ConfigError
 from prior import PixelSNAILConfig, TransformerConfig
 from tokenizer import CodebookConfig, TokenizerConfig
 
@@ -131,3 +133,45 @@ class PriorConfig:
                 raise ValueError(f"prior.dropout must lie in [0, 1), got {dropout}")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"prior.class_dropout must lie in [0, 1), got {self.class_dropout}")
+
+
+T = TypeVar("T")
+
+
+def at_level(settings: T, level: int, num_levels: int, section: str = "", names: Sequence[str] = ()) -> T:
+    """Return a section with each list of one value per level replaced by this level's.
+
+    Args:
+        settings: the section.
+        level: 0 for the coarsest.
+        num_levels: how long such a list must be.
+        section: its name with a dot, for messages.
+        names: the settings that may be such lists, where others may be lists too; all if empty.
+
+    Raises:
+        ConfigError: a list has another length, or a level's values do not go together; names the level.
+    """
+    assert is_dataclass(settings) and not isinstance(settings, type)
+    changes: dict[str, Any] = {}
+    for name in names or [one.name for one in fields(settings)]:
+        value = getattr(settings, name)
+        if isinstance(value, list):
+            if len(value) != num_levels:
+                raise ConfigError(
+                    f"{section}{name} must be one value or a list of {num_levels}, one per level, got {value}"
+                )
+            changes[name] = value[level]
+    try:
+        return replace(settings, **changes)
+    except ValueError as error:
+        raise ConfigError(f"{section}level {level}: {error}") from error
+
+
+def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorConfig:
+    """Return the section for one level: every list replaced by this level's value."""
+    section = at_level(config, level, num_levels, "prior.")
+    sizes = {
+        name: at_level(getattr(config, name), level, num_levels, f"prior.{name}.")
+        for name in ("transformer", "pixelsnail", "training")
+    }
+    return replace(section, **sizes)

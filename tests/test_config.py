@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import at_level, load_config, make_parser
+from pipelines.config import load_config, make_parser
 from pipelines.errors import ConfigError
-from pipelines.sections import PriorConfig
+from pipelines.sections import PriorConfig, at_level
 from prior import TransformerConfig
 
 
@@ -54,7 +54,7 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         ({"images": None}, [], "images must hold settings as .*, got None"),
         ({"prior": {"training": [1]}}, [], "prior.training must hold settings as"),
         ({}, ["--images={source: digits}"], "--images is a section; override its settings one by one"),
-        ({}, ["--prior.dropout=[0.1]"], r"dropout must be one value or a list of 2, one a level, got \[0.1\]"),
+        ({}, ["--prior.dropout=[0.1]"], r"dropout must be one value or a list of 2, one per level, got \[0.1\]"),
         ({}, ["--sample.temperature=[1,1,1]"], "sample.temperature must be one value or a list of 2"),
         ({}, ["--prior.transformer.heads=0"], "heads must be at least 1, got 0"),
         ({}, ["--prior.transformer.depth=[1,0]"], "depth must be at least 1, got 0"),
@@ -66,6 +66,23 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         ({}, ["--sample.folder=."], "sample.folder must name a folder of its own"),
         ({}, ["--sample.folder=images/x"], "sample.folder must name a folder of its own"),
         ({"seed": -1}, [], "seed must lie in"),
+        (
+            {},
+            ["--prior.transformer.width=[16,18]"],
+            r"prior.transformer.level 1: width must be a multiple of 4 \* heads",
+        ),
+        (
+            {},
+            ["--prior.pixelsnail.heads=[2,3]"],
+            "prior.pixelsnail.level 1: attention_width must be a multiple of heads",
+        ),
+        ({}, ["--tokenizer.training.steps=[6,6]"], "tokenizer.training.steps must be one value or a list of 1"),
+        (
+            {},
+            ["--images.classes=false", "--sample.guidance=2"],
+            "sample.guidance need classes; images.classes is false",
+        ),
+        ({}, ["--images.classes=false", "--sample.classes=[1]"], "sample.classes and sample.guidance need classes"),
     ],
 )
 def test_what_cannot_be_is_an_error_that_names_the_key(

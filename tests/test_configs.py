@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.config import load_config
-from pipelines.run import prior_at_level
+from pipelines.sections import prior_at_level
 from pipelines.train_prior import level_config
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
