@@ -27,7 +27,8 @@ stages:
 
 options:
   --section.key value   override a setting of CONFIG.yaml
-  --redo STAGE[,STAGE]  empty a stage's folder and make it again; with run, what follows it too
+  --redo STAGE[,STAGE]  empty a stage's folder and make it again; with run, what follows it too;
+                        the same command, given again before it is done, empties nothing and goes on
   --level N             train-prior: this level only
   --traceback           show where an error comes from
   -h, --help            this text; after a stage, every setting with its default
@@ -119,22 +120,29 @@ def _command(arguments: list[str]) -> int:
         run.stage(stage, options.level)
     elif several_processes(config.compute):
         run.check_order()
-        return _one_by_one(rest[0], overrides, redo)
+        code = _one_by_one(rest[0], overrides, redo, run.redo.note.name)
+        if code == 0:
+            run.redo.done()
+        return code
     else:
         run.all()
     return 0
 
 
-def _one_by_one(config: str, overrides: list[str], redo: list[str]) -> int:
-    """Do the stages as commands of their own, each of which starts its processes and ends with them."""
+def _one_by_one(config: str, overrides: list[str], redo: list[str], note: str) -> int:
+    """Do the stages as commands of their own, each of which starts its processes and ends with them.
+
+    What they empty for --redo stands in one note, whose name they are given.
+    """
     from pipelines.processes import end
+    from pipelines.redo import NOTE
 
     stages = STAGES[: STAGES.index("run")]
     first = min((stages.index(stage) for stage in redo), default=len(stages))
     for number, stage in enumerate(stages):
         again = ["--redo", stage] if number >= first and stage != "evaluate" else []
         command = [sys.executable, "-m", "pipelines.cli", stage, config, *overrides, *again]
-        child = subprocess.Popen(command)
+        child = subprocess.Popen(command, env=os.environ | {NOTE: note})
         try:
             code = child.wait()
         finally:

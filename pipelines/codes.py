@@ -94,7 +94,7 @@ def unpack_codes(folder: Path, manifest: dict, split: str, unpacked: Path, cache
             row += found
         for array in arrays:
             array.flush()
-    for stale in unpacked.glob(f"{split}-*.npy"):
+    for stale in unpacked.glob(f"{split}-{'[0-9a-f]' * len(stamp)}-*.npy"):
         if stamp not in stale.name:
             stale.unlink(missing_ok=True)
     return paths

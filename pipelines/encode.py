@@ -22,10 +22,10 @@ from pipelines.manifest import all_receipts, read_manifest, receipts_of, write_m
 from pipelines.progress import progress_bar
 from pipelines.shards import (
     ShardJob,
+    all_done,
     array_bytes,
     code_dtype,
     index_shard,
-    outstanding,
     read_member,
     this_workers,
     write_shard,
@@ -87,26 +87,25 @@ def encode(
     views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
     count = sum(receipt["samples"] * len(views[split]) for split, receipt in all_receipts(manifest))
     compiled = compiles(config, compute, count * tokenizer.image_size**2)
-    # What was asked, not what came of it here: a job may go on elsewhere.
-    settings = digest([seed, config.views, config.crop_shift, config.batch_size, config.precision, config.compile])
+    settings = settings_digest(config, seed)
     jobs, sources = [], []
     for split, receipt in all_receipts(manifest):
         provenance = {"made_from": receipt["sha256"], "fingerprints": {"tokenizer": mark}, "settings": settings}
         jobs.append(ShardJob(folder / receipt["shard"], receipt["samples"] * len(views[split]), provenance))
         sources.append((receipt, views[split]))
     cache = compute.cache
-    todo = this_workers(jobs, folder, cache)
+    share = this_workers(jobs, folder, cache)
     device = inference_device(compute, precise=config.precision == "float32")
     model = tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     encoder = compiled_encoder(model, config.batch_size) if compiled else model.encode
-    total = sum(jobs[number].samples for number in todo)
+    total = sum(jobs[number].samples for number in share.todo)
     with progress_bar(total, "encode", "images", disable=this_worker().rank > 0) as bar:
-        for number in todo:
+        for number in share.todo:
             receipt, shown = sources[number]
             shard = cache.shard(images / receipt["shard"], receipt)
             samples = _encoded(shard, model, encoder, shown, config, seed, compute, bar.update)
             write_shard(jobs[number].path, samples, jobs[number].provenance)
-    if not outstanding(jobs, cache):
+    if all_done(jobs, share, cache):
         contents = {
             "kind": "codes",
             "tokenizer": mark,
@@ -124,6 +123,11 @@ def encode(
         }
         names = {split: [receipt["shard"] for receipt in receipts_of(manifest, split)] for split in manifest["splits"]}
         write_manifest(folder, names, contents)
+
+
+def settings_digest(config: EncodeConfig, seed: int) -> str:
+    """Return the digest of what was asked, not of what came of it here: a job may go on elsewhere."""
+    return digest([seed, config.views, config.crop_shift, config.batch_size, config.precision, config.compile])
 
 
 def compiles(config: EncodeConfig, compute: ComputeConfig, pixels: int) -> bool:

@@ -1,15 +1,19 @@
 """Manifests: what a folder of shards holds, and what it was made from. It comes last and makes a stage complete."""
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.cache import Cache
 from pipelines.errors import StageError
 from pipelines.places import read_bytes
-from pipelines.shards import SHARD_NAME, read_receipt, receipt_path, write_json
+from pipelines.shards import SHARD_NAME, read_receipt, remove_shards, write_json
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # Beyond these nothing is believed; they keep a manifest from claiming memory.
@@ -19,13 +23,9 @@ MAX_SIDE, MAX_CODES, MAX_LEVELS, MAX_COUNT = 2**16, 2**31, 16, 2**48
 def write_manifest(folder: Path, splits: dict[str, list[str]], contents: dict[str, Any]) -> dict:
     """Merge the receipts of a folder's shards into `manifest.json`; it makes the stage complete.
 
-    Shards that are not named, left by other settings, are removed first.
+    Shards of ours that are not named, left by other settings, are removed first.
     """
-    named = {name for names in splits.values() for name in names}
-    for path in folder.glob("*.tar"):
-        if path.name not in named:
-            receipt_path(path).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+    remove_shards(folder, keep={name for names in splits.values() for name in names})
     receipts = {split: [read_receipt(folder / name) for name in names] for split, names in splits.items()}
     manifest = {"format": FORMAT_VERSION, **contents, "splits": receipts}
     write_json(folder / "manifest.json", manifest)
@@ -68,6 +68,15 @@ def receipts_of(manifest: dict, split: str) -> list[dict]:
 def all_receipts(manifest: dict) -> list[tuple[str, dict]]:
     """Return (split, receipt) of all shards, in order."""
     return [(split, receipt) for split in manifest["splits"] for receipt in receipts_of(manifest, split)]
+
+
+def shards_hold(manifest: dict, folder: Path, cache: Cache) -> bool:
+    """Whether all shards of a manifest are what it says; one that is not is made again by the stage."""
+    receipts = [receipt for _, receipt in all_receipts(manifest)]
+    wrong = next((receipt for receipt in receipts if not cache.holds(folder / receipt["shard"], receipt)), None)
+    if wrong:
+        logger.warning("%s is missing or damaged", folder / wrong["shard"])
+    return wrong is None
 
 
 def _wrong_entries(manifest: dict, kind: str) -> Any:

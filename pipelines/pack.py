@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pipelines.compute import ComputeConfig, num_processes, this_worker
-from pipelines.errors import StageError
+from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import digest
 from pipelines.manifest import write_manifest
 from pipelines.pictures import BadImageError, fit
-from pipelines.places import write_text
+from pipelines.places import lies_in, matches, place, read_bytes, write_text
+from pipelines.plain import read_yaml
 from pipelines.progress import progress_bar
-from pipelines.shards import ShardJob, outstanding, read_receipt, this_workers, write_shard
+from pipelines.shards import ShardJob, all_done, read_receipt, remove_shards, this_workers, write_shard
 from pipelines.signals import PARENT, end_with_parent
 from pipelines.sources import Source, open_source
 
@@ -92,26 +93,70 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
     )
     plans = plan_shards(source, config, seed)
     _check_keys(source, plans, config.source)
-    settings = {"size": config.size, "channels": config.channels, "upscale": config.upscale, "format": config.format}
-    identity = digest([source.identity, settings])
-
-    def provenance(plan: ShardPlan) -> dict[str, Any]:
-        chosen = digest([plan.source_split, plan.indices.tolist()])
-        return {"made_from": None, "fingerprints": {}, "settings": digest([identity, chosen])}
-
-    jobs = [ShardJob(folder / plan.name, len(plan.indices), provenance(plan)) for plan in plans]
-    todo = this_workers(jobs, folder, compute.cache)
-    tasks = [(jobs[number], plans[number], config) for number in todo]
+    jobs = shard_jobs(source, plans, config, folder)
+    share = this_workers(jobs, folder, compute.cache)
+    tasks = [(jobs[number], plans[number], config) for number in share.todo]
     processes = min(num_processes(compute), len(tasks))
-    total = sum(jobs[number].samples for number in todo)
+    total = sum(jobs[number].samples for number in share.todo)
     with progress_bar(total, "pack", "images", disable=this_worker().rank > 0) as bar:
         if processes > 1:
             _pack_in_processes(processes, source, tasks, bar.update)
         else:
             for task in tasks:
                 _pack_shard(source, *task, bar.update)
-    if not outstanding(jobs, compute.cache):
-        _finish(folder, plans, source, config, settings)
+    if all_done(jobs, share, compute.cache):
+        _finish(folder, plans, source, config)
+
+
+def check_source(source: str, folder: Path) -> None:
+    """Raise ConfigError where a source lies in the folder that it would be packed to."""
+    kind, _, rest = source.partition(":")
+    paths = [place(rest)] if kind == "folder" else matches(rest) if kind == "parquet" else []
+    if kind == "hf":  # its library takes the name of a folder too
+        paths = [Path(rest.partition(":")[0])]
+    if kind == "shards":
+        from webdataset.shardlists import expand_urls
+
+        paths = [path for url in expand_urls(rest) for path in matches(url)]
+    inside = next((path for path in paths if lies_in(path, folder)), None)
+    if inside:
+        raise ConfigError(
+            f"images.source must lie outside {folder}, which pack writes to, but {inside} lies in it; "
+            "move the source or choose another run_dir"
+        )
+
+
+def forget_other_source(source: str, folder: Path) -> None:
+    """Remove the shards of an unfinished folder that were made from another source: their receipts may look alike.
+
+    A source is known by the names of its files, and two folders may have the same.
+    """
+    kept = source
+    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
+        kept = read_yaml(read_bytes(folder / "config.yaml"))["images"]["source"]
+    if kept != source:
+        remove_shards(folder)
+
+
+def shard_jobs(source: Source, plans: list[ShardPlan], config: ImagesConfig, folder: Path) -> list[ShardJob]:
+    """Return the shards to write; their digests hold all that shapes their bytes, the seed by which images it chose."""
+    identity = digest([source.identity, _settings(config) | _later_settings(config)])
+
+    def provenance(plan: ShardPlan) -> dict[str, Any]:
+        chosen = digest([plan.source_split, plan.indices.tolist()])
+        return {"made_from": None, "fingerprints": {}, "settings": digest([identity, chosen])}
+
+    return [ShardJob(folder / plan.name, len(plan.indices), provenance(plan)) for plan in plans]
+
+
+def _settings(config: ImagesConfig) -> dict[str, Any]:
+    return {"size": config.size, "channels": config.channels, "upscale": config.upscale, "format": config.format}
+
+
+def _later_settings(config: ImagesConfig) -> dict[str, Any]:
+    """What digests of format 1 did not hold: it counts where it is not the default that it had then."""
+    before = {"classes": True, "image_column": "", "label_column": ""}
+    return {name: getattr(config, name) for name, value in before.items() if getattr(config, name) != value}
 
 
 def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPlan]:
@@ -231,7 +276,7 @@ def _too_many_bad(skipped: list[dict[str, str]], config: ImagesConfig) -> StageE
     )
 
 
-def _finish(folder: Path, plans: list[ShardPlan], source: Source, config: ImagesConfig, settings: dict) -> None:
+def _finish(folder: Path, plans: list[ShardPlan], source: Source, config: ImagesConfig) -> None:
     receipts = [receipt for plan in plans if (receipt := read_receipt(folder / plan.name))]
     skipped = [entry for receipt in receipts for entry in receipt["skipped"]]
     if len(skipped) > config.max_bad * sum(len(plan.indices) for plan in plans):
@@ -251,7 +296,7 @@ def _finish(folder: Path, plans: list[ShardPlan], source: Source, config: Images
         "image_size": config.size,
         "channels": config.channels,
         "class_names": source.class_names,
-        "preprocessing": {**settings, "resize": "short side, bicubic with antialiasing, centre crop"},
+        "preprocessing": {**_settings(config), "resize": "short side, bicubic with antialiasing, centre crop"},
         "made_from": config.source,
         "skipped": len(skipped),
     }

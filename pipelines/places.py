@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 import socket
 import tempfile
 import time
@@ -166,12 +165,11 @@ def make_folder(path: Path) -> None:
             raise cannot_write(path, error) from error
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it."""
-    if is_local(path):
-        shutil.rmtree(path)
-    else:
-        cast(Any, path).fs.rm(cast(Any, path).path, recursive=True)
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a place is a folder, or lies in it, whatever links and `..` lead there."""
+    if is_local(path) and is_local(folder):
+        return any(one.resolve().is_relative_to(folder.resolve()) for one in (path, path.parent))
+    return f"{path}/".startswith(f"{folder}/")
 
 
 def cannot_write(path: Path, error: OSError) -> StageError:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
+
 from pipelines.compute import ComputeConfig, local_processes, started_by_a_launcher
 from pipelines.errors import StageError
 from pipelines.signals import PARENT
@@ -23,7 +25,7 @@ def workers_of(compute: ComputeConfig) -> Iterator[None]:
     """Run the block in as many processes of this node as asked for; the first waits for the others at its end.
 
     The others are this same command, which Lightning's launcher starts again. They share no collective: each does its
-    part and ends.
+    part and ends. All have the same number of threads, on which the last bits of what is drawn depend.
 
     Raises:
         StageError: one of them failed.
@@ -35,8 +37,11 @@ def workers_of(compute: ComputeConfig) -> Iterator[None]:
     from lightning.fabric.plugins.environments import LightningEnvironment  # seconds to import, seldom used
     from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-    before = dict(os.environ)
+    before, threads = dict(os.environ), torch.get_num_threads()
     os.environ |= {PARENT: str(os.getpid()), "LOCAL_WORLD_SIZE": str(count)}
+    if "OMP_NUM_THREADS" not in os.environ:  # which would have set this process's threads too
+        torch.set_num_threads(max(1, threads // count))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), count, compute.num_nodes)
     children: list[subprocess.Popen] = launcher.launch(launcher.procs.copy)
     launcher.procs.clear()  # so that its observer, which kills this process when one of them fails, sees none
@@ -47,6 +52,7 @@ def workers_of(compute: ComputeConfig) -> Iterator[None]:
         end(children)
         os.environ.clear()
         os.environ.update(before)
+        torch.set_num_threads(threads)
     failed = sum(code != 0 for code in codes)
     if failed:
         raise StageError(f"{failed} of {count} processes failed, see above; the same command does what they left")

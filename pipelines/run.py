@@ -1,24 +1,26 @@
 """The stages of a run: which folder and which sections each one works on, in which order, and what is skipped."""
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pipelines.cache import Cache
 from pipelines.compute import ComputeConfig, started_by_a_launcher, this_worker
 from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
-from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
-from pipelines.manifest import all_receipts, read_manifest
-from pipelines.pack import pack
+from pipelines.fingerprint import digest, hashed, manifest_digest, tokenizer_fingerprint
+from pipelines.manifest import all_receipts, read_manifest, shards_hold
+from pipelines.pack import check_source, forget_other_source, pack
 from pipelines.places import is_local, make_folder, place
 from pipelines.processes import workers_of
-from pipelines.sample import model_fingerprints, sample
+from pipelines.redo import Redo
+from pipelines.sample import folder_of_set, model_fingerprints, sample
 from pipelines.sections import at_level, prior_at_level
 from pipelines.shards import write_json
-from pipelines.stage import is_complete, only_process, open_stage
+from pipelines.signals import PARENT
+from pipelines.stage import check_outside, is_complete, only_process, open_stage
 from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
@@ -38,12 +40,12 @@ class Run:
 
     def __init__(self, config: Config, redo: Sequence[str] = ()) -> None:
         self.config = config
-        self.redo = set(redo)
         self.root = place(config.run_dir, writable=True)
-        if self.redo and this_worker().world_size > 1:
+        if redo and this_worker().world_size > 1:
             if started_by_a_launcher():  # nobody knows who comes first
                 raise ConfigError("--redo goes with processes that smalti starts; remove the stage's folder instead")
-            self.redo = set()  # the process that started this one has emptied the folder
+            redo = ()  # the process that started this one has emptied the folder
+        self.redo = Redo(self.root, redo, config)
 
     @property
     def images(self) -> Path:
@@ -57,12 +59,20 @@ class Run:
 
     @property
     def unpacked(self) -> Path:
-        """Where codes are unpacked: in the run, or on local disk when that is elsewhere."""
-        local = is_local(self.root)
-        return self.root / "prior" / "codes" if local else self.config.compute.cache.folder / "codes"
+        """Where codes are unpacked: in the run, or on local disk when that is elsewhere, each folder of codes apart."""
+        if is_local(self.root):
+            return self.root / "prior" / "codes"
+        codes = self.codes.resolve() if is_local(self.codes) else self.codes
+        return self.config.compute.cache.folder / "codes" / digest(str(codes))[:16]
 
     def stage(self, name: str, level: int | None = None) -> bool:
         """Do one stage."""
+        self.redo = Redo(self.root, self.redo.stages, self.config, name, level)
+        done = self._do(name, level)
+        self.redo.done()
+        return done
+
+    def _do(self, name: str, level: int | None = None) -> bool:
         if name == "train-prior":
             return self.train_prior(level)
         stages = {
@@ -81,12 +91,17 @@ class Run:
         if config.images.from_:
             read_manifest(self.images, "images", "pack")
             return _skip("pack", f"images come from {self.images}")
-        folder = self._open("pack", self.root / "images", {"seed": config.seed, "images": config.images})
+        folder = self.root / "images"
+        if "pack" in self.redo.stages or not is_complete(folder):
+            check_source(config.images.source, folder)
+            if this_worker().rank == 0:
+                forget_other_source(config.images.source, folder)
+        self._open("pack", folder, {"seed": config.seed, "images": config.images})
         if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
             return _skip("pack", f"{folder} is complete")
         with workers_of(config.compute):
             pack(config.images, config.seed, config.compute, folder)
-        return True
+        return self._close("pack", folder)
 
     def train_tokenizer(self) -> bool:
         """Image shards to a tokenizer."""
@@ -106,7 +121,7 @@ class Run:
 
             training = at_level(config.tokenizer.training, 0, 1)
             train_tokenizer(config.tokenizer, training, config.seed, config.compute, self.images, folder)
-        return True
+        return self._close("train-tokenizer", folder)
 
     def encode(self) -> bool:
         """Image shards to code shards."""
@@ -120,7 +135,7 @@ class Run:
             return _skip("encode", f"{folder} is complete")
         with workers_of(config.compute):
             encode(config.encode, config.seed, config.compute, tokenizer, self.images, folder)
-        return True
+        return self._close("encode", folder)
 
     def train_prior(self, level: int | None = None) -> bool:
         """Code shards to one level's prior, or to all of them in turn."""
@@ -145,19 +160,19 @@ class Run:
             from pipelines.train_prior import train_prior  # Lightning takes seconds to import
 
             train_prior(section, level, config.seed, config.compute, self.codes, self.unpacked, folder)
-        return True
+        return self._close(stage, folder)
 
     def sample(self) -> bool:
         """Priors and tokenizer to sample shards."""
         config = self.config
         tokenizer, prior = self._tokenizer(), self._prior()
         settings = {"seed": config.seed, "sample": config.sample}
-        folder = self._open("sample", self.root / config.sample.folder, settings)
+        folder = self._open("sample", folder_of_set(self.root, config.sample.folder), settings)
         if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):
             return _skip("sample", f"{folder} is complete")
         with workers_of(config.compute):
             sample(config.sample, config.seed, config.compute, tokenizer, prior, folder)
-        return True
+        return self._close("sample", folder)
 
     def evaluate(self) -> bool:
         """Measure whatever is there: the tokenizer, and the priors if they are trained."""
@@ -203,10 +218,11 @@ class Run:
     def all(self) -> None:
         """Do every stage in order in this process; a stage that is made again takes those after it along."""
         self.check_order()
-        first = min((STAGES.index(stage) for stage in self.redo), default=len(STAGES))
-        self.redo = set(STAGES[first:])
+        first = min((STAGES.index(stage) for stage in self.redo.stages), default=len(STAGES))
+        self.redo.stages = set(STAGES[first:])
         for name in STAGES:
-            self.stage(name)
+            self._do(name)
+        self.redo.done()
 
     def check_order(self) -> None:
         """Raise ConfigError for what cannot be done in order."""
@@ -216,11 +232,31 @@ class Run:
             raise ConfigError("run starts its processes itself; under torchrun or Slurm start the stages one by one")
 
     def _open(self, stage: str, folder: Path, settings: dict) -> Path:
-        if this_worker().rank == 0:
-            open_stage(folder, stage, settings, redo=stage in self.redo)
-        else:  # the first worker judges the settings for all
+        config = self.config
+        named = {"images.from": config.images.from_, "tokenizer.from": config.tokenizer.from_}
+        check_outside(folder, stage, named | {"codes.from": config.codes.from_})
+        if this_worker().rank > 0:  # the first worker judges the settings for all
             make_folder(folder)
+            return folder
+        due = self.redo.due(stage, folder)
+        open_stage(folder, stage, settings, redo=due)
+        if due:
+            self.redo.emptied(folder)
         return folder
+
+    def _close(self, stage: str, folder: Path) -> bool:
+        """End a stage that had something to do; where others may still be at work, they complete it."""
+        if is_complete(folder):
+            self.redo.settled(folder)
+        elif this_worker().world_size > 1 or self.config.compute.num_nodes > 1:
+            if PARENT not in os.environ:  # who started this one tells of what comes of it
+                logger.info("%s: this process is done, the others are not yet", stage)
+        else:
+            raise StageError(
+                f"{stage} has ended but {folder} is not complete: a shard is missing or damaged again; "
+                "give the same command again, and set compute.threads if there are several processes"
+            )
+        return True
 
     def _alone(self, folder: Path) -> AbstractContextManager[None]:
         return only_process(folder) if this_worker().rank == 0 else nullcontext()
@@ -276,15 +312,6 @@ class Run:
         manifest = read_manifest(folder, "samples", "sample")
         fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
-
-
-def shards_hold(manifest: dict, folder: Path, cache: Cache) -> bool:
-    """Whether all shards of a manifest are what it says; one that is not is made again by the stage."""
-    receipts = [receipt for _, receipt in all_receipts(manifest)]
-    wrong = next((receipt for receipt in receipts if not cache.holds(folder / receipt["shard"], receipt)), None)
-    if wrong:
-        logger.warning("%s is missing or damaged", folder / wrong["shard"])
-    return wrong is None
 
 
 def _existing(name: str, setting: str) -> Path | None:

@@ -12,18 +12,18 @@ import torch
 from pipelines.cache import Cache
 from pipelines.compute import ComputeConfig, inference_device, this_worker
 from pipelines.data import to_uint8
-from pipelines.errors import StageError
+from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import digest, hashed, prior_fingerprint, tokenizer_fingerprint
 from pipelines.manifest import write_manifest
 from pipelines.pictures import encode_image, picture_grid, pixels_of, to_picture
-from pipelines.places import whole
+from pipelines.places import exists, whole
 from pipelines.progress import progress_bar
 from pipelines.shards import (
     ShardJob,
+    all_done,
     array_bytes,
     code_dtype,
     index_shard,
-    outstanding,
     read_member,
     this_workers,
     write_shard,
@@ -110,8 +110,7 @@ def sample(
             raise StageError(f"sample.{name} must be one value or one a level ({len(prior.levels)}), got {values}")
     device = inference_device(compute, precise=config.precision == "float32")
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    how = {"seed": seed, "device": device.type, "threads": threads, **hashed(config)}
-    del how["folder"], how["count"]
+    how = drawn_with(config, seed, device.type, threads)
     tokenizer, prior = tokenizer.to(device), prior.to(device)
     per_shard = -(-config.shard_size // config.batch_size) * config.batch_size
     starts = range(0, config.count, per_shard)
@@ -122,14 +121,14 @@ def sample(
         jobs.append(ShardJob(folder / f"{number:06d}.tar", stop - start, provenance))
         ranges.append((start, stop))
     cache = compute.cache
-    todo = this_workers(jobs, folder, cache)
+    share = this_workers(jobs, folder, cache)
     decoders: Decoders = {}
-    total = sum(jobs[number].samples for number in todo)
+    total = sum(jobs[number].samples for number in share.todo)
     with progress_bar(total, "sample", "images", disable=this_worker().rank > 0) as bar:
-        for number in todo:
+        for number in share.todo:
             drawn = _drawn(config, seed, classes, tokenizer, prior, decoders, *ranges[number], bar.update)
             write_shard(jobs[number].path, drawn, jobs[number].provenance)
-    if not outstanding(jobs, cache):
+    if all_done(jobs, share, cache):
         names = [job.path.name for job in jobs]
         _write_grid(folder, names, prior.class_names, tokenizer, cache)
         contents = {
@@ -142,6 +141,24 @@ def sample(
             "channels": tokenizer.channels,
         }
         write_manifest(folder, {"samples": names}, contents)
+
+
+def folder_of_set(root: Path, name: str) -> Path:
+    """Return the folder of a set of samples in a run folder; raise ConfigError for a new one inside another set's."""
+    for parent in list(Path(name).parents)[:-1]:
+        if exists(root / parent / "config.yaml") and not exists(root / name / "config.yaml"):
+            raise ConfigError(
+                f"sample.folder must not lie in another set's folder, got {name}, and {parent} holds a set; "
+                "choose a folder beside it"
+            )
+    return root / name
+
+
+def drawn_with(config: SampleConfig, seed: int, device: str, threads: int) -> dict[str, Any]:
+    """Return what a sample depends on besides the models and its index."""
+    how = {"seed": seed, "device": device, "threads": threads, **hashed(config)}
+    del how["folder"], how["count"]
+    return how
 
 
 def model_fingerprints(tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:

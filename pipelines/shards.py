@@ -1,6 +1,7 @@
 """Shards and their receipts: webdataset tars that are either whole under their name or not there.
 
-A shard is written to a temporary name and renamed when whole; its receipt follows.
+A shard is written to a temporary name and renamed when whole; its receipt follows. What a receipt names is ours, to be
+written again or removed; all else in a folder is somebody else's.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from pipelines.cache import Cache
 from pipelines.compute import this_worker
 from pipelines.errors import StageError
-from pipelines.places import read_bytes, whole, write_text
+from pipelines.places import exists, read_bytes, whole, write_text
 
 # Of receipts; those of before it was written are of format 1.
 FORMAT = 1
@@ -121,7 +122,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], pro
         with temporary.open("rb") as written:
             sha256 = hashlib.file_digest(written, "sha256").hexdigest()
         size = temporary.stat().st_size
-        receipt_path(path).unlink(missing_ok=True)  # an old receipt must not vouch for the new shard
+        # An old receipt must not vouch for the new shard. This one vouches for nothing: it says whose the shard is.
+        write_text(receipt_path(path), json.dumps({"format": FORMAT, "shard": path.name}) + "\n")
     receipt = {"format": FORMAT, "shard": path.name, "sha256": sha256, "bytes": size, "samples": count, **provenance}
     write_json(receipt_path(path), receipt)
     return receipt
@@ -135,20 +137,39 @@ def receipt_path(shard: Path) -> Path:
 def receipt_fits(shard: Path, provenance: dict[str, Any], cache: Cache) -> bool:
     """Whether the shard is there, is what its receipt says, and is made from and with what provenance says."""
     receipt = read_receipt(shard)
-    fits = receipt is not None and all(receipt.get(key) == value for key, value in provenance.items())
-    return fits and cache.holds(shard, receipt)  # type: ignore[arg-type]  # a dict if it fits
+    return receipt is not None and _made_with(receipt, provenance) and cache.holds(shard, receipt)
+
+
+def _made_with(receipt: dict, provenance: dict[str, Any]) -> bool:
+    return all(receipt.get(key) == value for key, value in provenance.items())
 
 
 def read_receipt(shard: Path) -> dict | None:
-    """Return a shard's receipt, or None if there is none that can be read."""
+    """Return a shard's receipt, or None if there is none that can be read and vouches for it."""
+    receipt = _named_by(shard)
+    if "sha256" not in receipt:
+        return None
+    if receipt.get("format", FORMAT) != FORMAT:
+        raise StageError(f"{receipt_path(shard)} is of format {receipt['format']}, not {FORMAT}; update smalti")
+    return receipt
+
+
+def _named_by(shard: Path) -> dict:
+    """The receipt beside a shard if it names it, be it only that it will be written; else nothing."""
     try:
         receipt = json.loads(read_bytes(receipt_path(shard)))
     except (OSError, ValueError, RecursionError):
-        return None
-    whole_receipt = isinstance(receipt, dict) and receipt.get("shard") == shard.name and "sha256" in receipt
-    if whole_receipt and receipt.get("format", FORMAT) != FORMAT:
-        raise StageError(f"{receipt_path(shard)} is of format {receipt['format']}, not {FORMAT}; update smalti")
-    return receipt if whole_receipt else None
+        return {}
+    return receipt if isinstance(receipt, dict) and receipt.get("shard") == shard.name else {}
+
+
+def remove_shards(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove a folder's shards, but for those to keep, and their receipts; what no receipt names stays."""
+    for receipt in list(folder.glob("*.json")):
+        shard = receipt.with_suffix(".tar")
+        if shard.name not in keep and _named_by(shard):
+            shard.unlink(missing_ok=True)
+            receipt.unlink(missing_ok=True)  # comes last: without it the shard would be nobody's
 
 
 class ShardJob(NamedTuple):
@@ -164,15 +185,50 @@ def outstanding(jobs: Sequence[ShardJob], cache: Cache) -> list[int]:
     return [number for number, job in enumerate(jobs) if not receipt_fits(job.path, job.provenance, cache)]
 
 
-def this_workers(jobs: Sequence[ShardJob], folder: Path, cache: Cache) -> list[int]:
-    """Return the jobs that this worker has to do. A folder where something is to be done is not complete any more.
+class Share(NamedTuple):
+    """The jobs that a worker has to do, and, of all that were outstanding when it began, the receipts there were."""
+
+    todo: list[int]
+    before: Mapping[int, dict | None]
+
+
+def this_workers(jobs: Sequence[ShardJob], folder: Path, cache: Cache) -> Share:
+    """Return this worker's share. A folder where something is to be done is not complete any more.
 
     Which worker a shard belongs to depends on its place alone: others may be at work already.
+
+    Raises:
+        StageError: somebody else's file lies where a shard or its receipt would be written.
     """
-    missing = set(outstanding(jobs, cache))
+    missing = outstanding(jobs, cache)
+    for shard in (jobs[number].path for number in missing):
+        taken = next((path for path in (shard, receipt_path(shard)) if exists(path)), None)
+        if taken and not _named_by(shard):
+            raise StageError(
+                f"{taken} must be free for a shard, but smalti did not write what lies there; move it away"
+            )
+    before = {number: read_receipt(jobs[number].path) for number in missing}
     if missing:
         (folder / "manifest.json").unlink(missing_ok=True)
-    return [number for number in this_worker().share(list(range(len(jobs)))) if number in missing]
+    return Share([number for number in this_worker().share(list(range(len(jobs)))) if number in before], before)
+
+
+def all_done(jobs: Sequence[ShardJob], share: Share, cache: Cache) -> bool:
+    """Whether every shard is done, this worker's share and the others'.
+
+    Raises:
+        StageError: another worker has meanwhile written a shard that does not fit here, and so will all of its own.
+    """
+    left = outstanding(jobs, cache)
+    for number in left:
+        path, _, provenance = jobs[number]
+        receipt = read_receipt(path)
+        if receipt and receipt != share.before.get(number) and not _made_with(receipt, provenance):
+            raise StageError(
+                f"{path} was written by another process, made otherwise than this one makes shards; all must have the "
+                "same settings, models, kind of device and, on CPUs, compute.threads: set it"
+            )
+    return not left
 
 
 def write_json(path: Path, contents: Any) -> None:

@@ -1,9 +1,10 @@
 """Stage folders: what makes a stage complete, and whether it still fits its config."""
 
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,34 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from pipelines.errors import StageError
+from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import hashed
-from pipelines.places import exists, is_local, make_folder, read_bytes, remove_folder, sweep, whole, write_text
+from pipelines.places import exists, is_local, lies_in, make_folder, place, read_bytes, sweep, whole, write_text
 from pipelines.plain import read_yaml
+from pipelines.shards import remove_shards
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
+
+logger = logging.getLogger(__name__)
+
+# What stages write besides shards; first what makes them complete, so that a folder half emptied is not.
+OF_SHARDS = ("manifest.json", "config.yaml")
+OF_TRAINING = (
+    *("model.safetensors", "config.json", "README.md", "config.yaml", "metrics.csv", "metrics.json"),
+    *(
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "tensorboard/events.out.tfevents.*",
+        "tensorboard/hparams.yaml",
+    ),
+)
+FILES = {
+    "pack": (*OF_SHARDS, "skipped.txt"),
+    "train-tokenizer": (*OF_TRAINING, "reconstructions.png"),
+    "encode": OF_SHARDS,
+    "train-prior": OF_TRAINING,
+    "sample": (*OF_SHARDS, "grid.png"),
+}
 
 
 def plain(settings: Any) -> Any:
@@ -44,16 +67,16 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
         folder: of the stage.
         stage: its command.
         settings: its own resolved sections and what it is made from; `compute` is none of them.
-        redo: empty the folder first.
+        redo: empty the folder first, see `empty_stage`.
 
     Raises:
         StageError: the folder holds finished work or checkpoints of other settings, or cannot be written.
     """
     settings = plain(settings)
     try:
-        if redo and folder.exists():
-            remove_folder(folder)
         make_folder(folder)
+        if redo:
+            empty_stage(folder, stage)
         sweep(folder)
         sweep(folder / "checkpoints")
         path = folder / "config.yaml"
@@ -70,6 +93,35 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
             write_text(path, yaml.safe_dump(settings, sort_keys=False))
     except OSError as error:
         raise StageError(f"cannot write to {folder}: {error.strerror}; choose a run_dir that can be written") from error
+
+
+def empty_stage(folder: Path, stage: str) -> None:
+    """Remove from a stage's folder what the stage writes, and nothing else that lies there."""
+    for path in [path for pattern in FILES[stage] for path in folder.glob(pattern)]:
+        path.unlink(missing_ok=True)
+    remove_shards(folder)
+    for name in ("checkpoints", "tensorboard") if is_local(folder) else ():
+        with suppress(OSError):  # not there, or not empty
+            (folder / name).rmdir()
+    left = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        logger.info("%s: %s stays in %s, smalti did not write it", stage, ", ".join(left[:5]) + more, folder)
+
+
+def check_outside(folder: Path, stage: str, inputs: Mapping[str, str]) -> None:
+    """Raise ConfigError where what a stage reads lies in the folder that it writes to.
+
+    Args:
+        folder: of the stage.
+        stage: its command.
+        inputs: folders, URLs or hub ids by the setting that names them; empty ones name nothing.
+    """
+    for setting, name in inputs.items():
+        if name and lies_in(place(name), folder):
+            raise ConfigError(
+                f"{setting} must lie outside {folder}, which {stage} writes to, got {name}; choose another run_dir"
+            )
 
 
 def _kept_settings(path: Path, stage: str) -> Any:

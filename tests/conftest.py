@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,18 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..
     config = write_config(tmp_path_factory.mktemp("tiny"))
     assert main(["run", str(config), "--traceback"]) == 0
     return config
+
+
+@pytest.fixture
+def copy_of(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    """The complete tiny run in a folder of its own, with changes to its config."""
+
+    def copy(changes: dict | None = None) -> Path:
+        config = write_config(tmp_path / "copy", changes)
+        shutil.copytree(tiny_run.parent / "run", config.parent / "run")
+        return config
+
+    return copy
 
 
 @pytest.fixture

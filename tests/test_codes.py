@@ -7,8 +7,11 @@ import torch
 
 from pipelines.cache import Cache
 from pipelines.codes import Codes
+from pipelines.compute import ComputeConfig
+from pipelines.config import Config
 from pipelines.errors import StageError
 from pipelines.manifest import write_manifest
+from pipelines.run import Run
 from pipelines.shards import array_bytes, write_shard
 
 LEVELS = [{"grid": [2, 2], "codebook_size": 300}]
@@ -62,6 +65,28 @@ def test_other_codes_take_the_place_of_the_unpacked_ones(tmp_path: Path, cache: 
     changed = Codes(code_folder(tmp_path / "codes", grids()[::-1]), "train", tmp_path / "unpacked", cache)
     assert changed.levels[0][:, 0, 0].tolist() == [200, 150, 100, 50, 0]
     assert len(list((tmp_path / "unpacked").iterdir())) == 2
+
+
+def test_unpacking_leaves_what_it_did_not_unpack(tmp_path: Path, cache: Cache) -> None:
+    (tmp_path / "unpacked").mkdir()
+    for name in ("train-notes.npy", "train-0123456789abcdef-level0.npy"):
+        (tmp_path / "unpacked" / name).write_text("")
+    Codes(code_folder(tmp_path / "codes", grids()), "train", tmp_path / "unpacked", cache)
+    assert (tmp_path / "unpacked" / "train-notes.npy").exists()
+    assert len(list((tmp_path / "unpacked").iterdir())) == 3
+
+
+def test_remote_runs_that_share_a_cache_unpack_codes_apart(tmp_path: Path) -> None:
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    own, other = (
+        Run(Config(run_dir=f"s3://bucket/{name}", compute=ComputeConfig(**cache))).unpacked for name in ("a", "b")
+    )
+    for unpacked, found in ((own, grids()), (other, grids()[::-1]), (own, grids())):
+        codes = Codes(code_folder(tmp_path / unpacked.name, found), "train", unpacked, Cache(tmp_path / "cache", 2**30))
+        before = {path: path.stat().st_mtime_ns for path in own.iterdir()}
+        assert codes.levels[0][:, 0, 0].tolist() == [grid[0, 0] for grid in found]
+    assert {path: path.stat().st_mtime_ns for path in own.iterdir()} == before
+    assert len(list(other.iterdir())) == len(before) == 2
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,15 @@ def test_the_manifest_merges_receipts_and_removes_strays(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.tar", "b.json", "b.tar", "manifest.json"]
 
 
+def test_what_no_receipt_names_is_left_alone(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", SAMPLES, PROVENANCE)
+    foreign = {"extra.tar": "", "b.tar": "", "b.json": '{"shard": "a.tar", "sha256": ""}', "c.tar": "", "c.json": "{"}
+    for name, text in foreign.items():
+        (tmp_path / name).write_text(text)
+    write_manifest(tmp_path, {"train": ["a.tar"]}, CODES)
+    assert {name: (tmp_path / name).read_text() for name in foreign} == foreign
+
+
 def test_a_manifest_of_another_kind_or_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"holds no finished codes; run `smalti encode` first"):
         read_manifest(tmp_path, "codes", "encode")

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from pipelines.compute import ComputeConfig
+from pipelines.config import Config
 from pipelines.data import ImageShards
-from pipelines.errors import StageError
-from pipelines.pack import ImagesConfig, pack, stratified_fraction
+from pipelines.errors import ConfigError, StageError
+from pipelines.pack import ImagesConfig, check_source, pack, stratified_fraction
+from pipelines.run import Run
 from pipelines.shards import index_shard
 
 COMPUTE = ComputeConfig(num_workers=0)
@@ -124,3 +126,26 @@ def test_memory_holds_one_image_at_a_time(
     (tmp_path / "images").mkdir()
     pack(config_of(picture_folder), 0, COMPUTE, tmp_path / "images")
     assert waiting == [1] * 40
+
+
+def test_an_unfinished_folder_takes_no_shard_of_another_source_whose_files_have_the_same_names(
+    picture_folder: Path, tmp_path: Path
+) -> None:
+    other, mixed, right = tmp_path / "other", tmp_path / "mixed", tmp_path / "right"
+    for path in picture_folder.rglob("*.png"):
+        target = other / path.relative_to(picture_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).rotate(180).save(target)
+    for folder, sources in ((mixed, (picture_folder, other)), (right, (other,))):
+        for source in sources:
+            (folder / "images" / "manifest.json").unlink(missing_ok=True)  # as if stopped before it was done
+            Run(Config(run_dir=str(folder), images=config_of(source), compute=COMPUTE)).stage("pack")
+    for path in (right / "images").glob("*.tar"):
+        assert (mixed / "images" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_parquet_files_in_the_folder_are_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("")
+    with pytest.raises(ConfigError, match=r"images\.source must lie outside .* but .*a\.parquet lies in it"):
+        check_source(f"parquet:{tmp_path}/*.parquet", tmp_path)
+    check_source("hf:somebody/pictures:train", tmp_path)

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.compute import ComputeConfig
+from pipelines.processes import workers_of
+
 SMALTI = [sys.executable, "-m", "pipelines.cli"]
 # A job starts in some seconds; a machine that runs other tests beside needs more.
 START_S, END_S = 120, 60
@@ -184,6 +187,31 @@ def test_two_nodes_of_torchrun_write_the_bytes_of_one_process(
     for path in (run / folder).iterdir():
         if path.name != "config.yaml":
             assert (tmp_path / "run" / folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("given", ["", "3"])
+def test_all_processes_of_a_node_have_the_same_number_of_threads(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning sets it for the first one only; what is drawn on a CPU depends on it."""
+    from lightning.fabric.strategies.launchers import subprocess_script
+
+    tells = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    command = [sys.executable, "-c", tells, str(tmp_path / "threads")]
+    monkeypatch.setattr(subprocess_script, "_basic_subprocess_cmd", lambda: command)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(given or 4))
+    try:
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        with workers_of(ComputeConfig(accelerator="cpu", devices=2)):
+            mine = torch.get_num_threads()
+        assert (tmp_path / "threads").read_text() == str(mine) == (given or "2")
+        assert torch.get_num_threads() == int(given or 4)
+        assert os.environ.get("OMP_NUM_THREADS", "") == given
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_processes_of_one_node_share_the_shards(

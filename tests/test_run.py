@@ -1,5 +1,6 @@
 """Stages one after the other, from the command line, on tiny data."""
 
+import contextlib
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ import webdataset
 import yaml
 from safetensors.torch import load_file, save_file
 
+import pipelines.encode
 from pipelines.config import load_config
 from pipelines.fingerprint import tokenizer_fingerprint
 from pipelines.run import Run
@@ -21,18 +23,6 @@ from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 
 Smalti = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def copy_of(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
-    """The complete tiny run in a folder of its own, with changes to its config."""
-
-    def copy(changes: dict | None = None) -> Path:
-        config = write_config(tmp_path / "copy", changes)
-        shutil.copytree(tiny_run.parent / "run", config.parent / "run")
-        return config
-
-    return copy
 
 
 def run_of(config: Path) -> Path:
@@ -285,6 +275,61 @@ def test_several_sets_of_samples_lie_side_by_side(copy_of: Callable[..., Path], 
     found = list(webdataset.WebDataset(str(run_of(config) / "threes" / "000000.tar"), shardshuffle=False))
     assert [sample["cls"] for sample in found] == [b"3"] * 3
     assert (run_of(config) / "samples" / "manifest.json").exists()
+
+
+def test_a_set_of_samples_is_not_begun_in_anothers_folder(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    code, text = smalti("sample", config, "--sample.folder=samples/hot")
+    assert code == 2
+    assert "sample.folder must not lie in another set's folder, got samples/hot, and samples holds a set" in text
+    shutil.copytree(run_of(config) / "samples", run_of(config) / "samples" / "hot")  # begun by an earlier version
+    kept = run_of(config) / "samples" / "hot" / "config.yaml"
+    kept.write_text(kept.read_text().replace("folder: samples", "folder: samples/hot"))
+    before = {path: path.read_bytes() for path in kept.parent.iterdir()}
+    assert smalti("sample", config, "--redo=sample")[0] == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert smalti("sample", config, "--sample.folder=samples/hot")[0] == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("redo", [(), ("--redo", "pack")])
+@pytest.mark.parametrize("source", ["shards:run/images/part-*.tar", "folder:link", "folder:run/codes/../images"])
+def test_a_source_in_the_folder_it_would_be_packed_to_is_refused_before_anything_is_touched(
+    source: str, redo: tuple, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    images, config = (
+        tmp_path / "run" / "images",
+        write_config(tmp_path, {"run_dir": "run", "images": {"source": source}}),
+    )
+    images.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(images)
+    for name in ("part-0.tar", "part-1.tar", "extra.tar", "a.png"):
+        shutil.copyfile(run_of(tiny_run) / "images" / "val-000000.tar", images / name)
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    with contextlib.chdir(tmp_path):
+        code, text = smalti("pack", config, *redo)
+    assert code == 2
+    assert "images.source must lie outside run/images, which pack writes to, but" in text
+    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_stage_that_ends_without_its_manifest_has_not_done_well(
+    copy_of: Callable[..., Path], smalti: Smalti, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, honest = copy_of(), pipelines.encode.write_shard
+
+    def on_a_bad_disk(path: Path, *arguments: object) -> None:
+        honest(path, *arguments)
+        if path.name == "train-000001.tar":
+            path.write_bytes(b"")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines.encode, "write_shard", on_a_bad_disk)
+        code, text = smalti("encode", config, "--redo=encode")
+    assert code == 1
+    assert "encode has ended but" in text and "give the same command again" in text
+    assert smalti("encode", config, "--redo=encode")[0] == 0
+    assert (run_of(config) / "codes" / "manifest.json").exists()
 
 
 def test_a_class_that_does_not_exist_is_named(tiny_run: Path, smalti: Smalti) -> None:

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from pipelines.cache import Cache
 from pipelines.errors import StageError
 from pipelines.shards import (
+    ShardJob,
+    all_done,
     array_bytes,
     code_dtype,
     index_shard,
     read_member,
     receipt_fits,
     receipt_path,
+    this_workers,
     write_shard,
 )
 
@@ -120,3 +123,39 @@ def test_an_old_receipt_never_vouches_for_a_new_shard(
     with pytest.raises(KeyboardInterrupt):
         write_shard(path, SAMPLES[::-1], PROVENANCE | {"settings": "new"})
     assert not receipt_fits(path, PROVENANCE, cache)
+
+
+def test_a_shard_that_lost_its_receipt_to_a_kill_is_made_again_and_a_foreign_file_is_refused(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [ShardJob(tmp_path / name, len(SAMPLES), PROVENANCE) for name in ("a.tar", "b.tar")]
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.shards.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(jobs[0].path, SAMPLES, PROVENANCE)
+    assert this_workers(jobs, tmp_path, cache).todo == [0, 1]
+    for name in ("b.tar", "b.json"):
+        (tmp_path / "manifest.json").write_text("{}")
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(StageError, match=rf"{name[0]}\{name[1:]} must be free for a shard, but .* move it away"):
+            this_workers(jobs, tmp_path, cache)
+        assert (tmp_path / name).read_text() == "mine"
+        assert (tmp_path / "manifest.json").exists()
+        (tmp_path / name).unlink()
+
+
+def test_a_worker_whose_shards_another_does_not_accept_says_so(tmp_path: Path, cache: Cache) -> None:
+    """The one that ends last sees it; a shard that lay there before may still be the other's to write."""
+    jobs = [ShardJob(tmp_path / name, len(SAMPLES), PROVENANCE) for name in ("a.tar", "b.tar")]
+    write_shard(jobs[1].path, SAMPLES, PROVENANCE | {"settings": "of before"})
+    share = this_workers(jobs, tmp_path, cache)
+    write_shard(jobs[0].path, SAMPLES, PROVENANCE)
+    assert not all_done(jobs, share, cache)
+    write_shard(jobs[1].path, SAMPLES, PROVENANCE | {"settings": "other threads"})
+    with pytest.raises(StageError, match=r"b\.tar was written by another process, made otherwise .* compute\.threads"):
+        all_done(jobs, share, cache)
+    write_shard(jobs[1].path, SAMPLES, PROVENANCE)
+    assert all_done(jobs, share, cache)

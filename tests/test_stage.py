@@ -4,8 +4,18 @@ from pathlib import Path
 import pytest
 
 from pipelines import stage
-from pipelines.errors import StageError
-from pipelines.stage import differences, is_complete, only_process, open_stage, publish_model
+from pipelines.errors import ConfigError, StageError
+from pipelines.shards import write_shard
+from pipelines.stage import (
+    FILES,
+    check_outside,
+    differences,
+    empty_stage,
+    is_complete,
+    only_process,
+    open_stage,
+    publish_model,
+)
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
 
 
@@ -17,9 +27,44 @@ def test_a_stage_keeps_its_settings_and_refuses_others(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(StageError, match=r"other settings \(encode\.views: \['image'\] -> \['flip'\]\).*--redo encode"):
         open_stage(folder, "encode", {"seed": 0, "encode": {"from_": "", "views": ["flip"]}}, redo=False)
-    (folder / "old.tar").write_text("")
+    write_shard(folder / "old.tar", [], {})
     open_stage(folder, "encode", {"seed": 1}, redo=True)
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_stage_that_is_made_again_removes_what_it_wrote_and_nothing_else(
+    name: str, remote: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from upath import UPath
+
+    folder = UPath("memory://bucket") / tmp_path.name / "stage" if remote else tmp_path / "stage"
+    foreign = ["extra.tar", "a.png", "notes.json", "hot/manifest.json", "hot/000000.tar", "checkpoints/mine.ckpt"]
+    ours = [pattern.replace("*", "x") for pattern in FILES[name]]
+    for one in [*foreign, *ours]:
+        if not remote:
+            (folder / one).parent.mkdir(parents=True, exist_ok=True)
+        (folder / one).write_text("{}")
+    write_shard(folder / "000000.tar", [("a", {"cls": b"1"})], {})
+    (folder / "000001.json").write_text('{"shard": "000001.tar"}')  # stopped before the shard came
+    with caplog.at_level("INFO"):
+        empty_stage(folder, name)
+    assert sorted(one for one in foreign if (folder / one).exists()) == sorted(foreign)
+    assert not [one for one in [*ours, "000000.tar", "000000.json", "000001.json"] if (folder / one).exists()]
+    assert "a.png, checkpoints, extra.tar, hot, notes.json stays in" in caplog.text
+
+
+def test_what_a_stage_reads_must_lie_outside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "codes" / "old").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "codes")
+    for name in ("run/codes", "run/codes/old", "./run/images/../codes", "link", "link/old", f"file:{tmp_path}/link"):
+        with pytest.raises(ConfigError, match=r"images\.from must lie outside run/codes, which encode writes to, got"):
+            check_outside(Path("run/codes"), "encode", {"images.from": name})
+    check_outside(
+        Path("run/codes"), "encode", {"images.from": "run/images", "tokenizer.from": "me/run", "codes.from": ""}
+    )
 
 
 def test_settings_of_an_unfinished_stage_can_be_mended_unless_there_are_checkpoints(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""What tells one result from another: every setting is either part of it, or here with the reason why it is not.
+
+A new setting that is in neither list fails; a list that is wrong fails too.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.encode import EncodeConfig, settings_digest
+from pipelines.fingerprint import digest
+from pipelines.pack import ImagesConfig, plan_shards, shard_jobs
+from pipelines.sample import SampleConfig, drawn_with
+from pipelines.sections import PriorConfig, TokenizerSection
+from pipelines.sources import Source
+from pipelines.stage import plain
+
+SHAPING: dict[type, dict[str, Any]] = {
+    ImagesConfig: {
+        **{"size": 32, "channels": 1, "classes": False, "upscale": True, "format": "webp"},
+        **{"val_fraction": 0.5, "shard_size": 7, "image_column": "picture", "label_column": "kind"},
+    },
+    EncodeConfig: {
+        **{"views": ["flip"], "crop_shift": 2, "batch_size": 8, "precision": "bfloat16", "compile": True},
+    },
+    SampleConfig: {
+        **{"classes": [1], "temperature": 0.5, "top_k": 3, "top_p": 0.5, "guidance": 2.0},
+        **{"batch_size": 8, "shard_size": 7, "precision": "bfloat16"},
+    },
+}
+NOT_SHAPING: dict[type, dict[str, tuple[Any, str]]] = {
+    ImagesConfig: {
+        "from_": ("elsewhere", "nothing is packed"),
+        "source": ("folder:x", "its identity counts, which tells what is listed; see forget_other_source"),
+        "max_bad": (0.5, "decides whether there is a result, not what it is"),
+    },
+    EncodeConfig: {},
+    SampleConfig: {
+        "folder": ("hot", "where a set lies"),
+        "count": (200, "each shard counts where it begins and ends"),
+    },
+}
+
+
+def packed(config: ImagesConfig, seed: int = 0) -> list[Any]:
+    source = Source({"train": Labelled(np.arange(40) % 2)}, ["a", "b"], "listed")  # type: ignore[dict-item]
+    return [job[1:] for job in shard_jobs(source, plan_shards(source, config, seed), config, Path("images"))]
+
+
+class Labelled:
+    """As much of a split as is planned with."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+IDENTITIES: dict[type, Callable[..., Any]] = {
+    ImagesConfig: packed,
+    EncodeConfig: lambda config, seed=0: settings_digest(config, seed),
+    SampleConfig: lambda config, seed=0: drawn_with(config, seed, "cpu", 1),
+}
+
+
+@pytest.mark.parametrize("section", IDENTITIES)
+def test_every_setting_of_shards_shapes_them_or_says_why_not(section: type) -> None:
+    identity, base = IDENTITIES[section], section()
+    assert {field.name for field in fields(section)} == SHAPING[section].keys() | NOT_SHAPING[section].keys()
+    assert not SHAPING[section].keys() & NOT_SHAPING[section].keys()
+    for name, value in SHAPING[section].items():
+        assert identity(section(**{name: value})) != identity(base), name
+    for name, (value, why) in NOT_SHAPING[section].items():
+        assert identity(section(**{name: value})) == identity(base), (name, why)
+    assert identity(base, seed=1) != identity(base)
+
+
+def test_digests_of_format_1_stay_what_they_were() -> None:
+    """Taken with that version; what it did not count is counted only where it is not what it was."""
+    assert digest(packed(ImagesConfig())) == "b816d1683a608008eb6ffc370093e31c04c2fcbe90a9011f4038c8052f98a81c"
+    assert settings_digest(EncodeConfig(), 0) == "e58157f7abef97e7b9abc4df028d424785bc428e5551ac3814d931b4b79282b1"
+    assert (
+        digest(drawn_with(SampleConfig(), 0, "cpu", 1))
+        == "51981eab2ffe49d88a2aa97a838e36428d4e8244266dd752f06a13c309ebd512"
+    )
+
+
+def leaves(section: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    return [
+        leaf
+        for field in fields(section)
+        for leaf in (
+            leaves(getattr(section, field.name), (*path, field.name))
+            if is_dataclass(getattr(section, field.name))
+            else [(*path, field.name)]
+        )
+    ]
+
+
+@pytest.mark.parametrize("section", [TokenizerSection, PriorConfig])
+def test_every_setting_of_training_is_kept_and_compared(section: type) -> None:
+    for *path, name in leaves(section()):
+        config = section()
+        part = config
+        for step in path:
+            part = getattr(part, step)
+        object.__setattr__(part, name, "another")
+        assert plain(config) != plain(section()), (*path, name)
