@@ -86,7 +86,7 @@ def test_no_centred_copy_of_all_vectors_is_held() -> None:
 def test_vectors_and_codebook_that_do_not_fit_are_refused(vectors: tuple, codebook: tuple) -> None:
     with pytest.raises(ValueError, match=r"must be float32 \(N, D\) and \(K, D\), got"):
         nearest_code(torch.zeros(vectors), torch.zeros(codebook))
-    with pytest.raises(ValueError, match="got torch.float64"):
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
         nearest_code(torch.zeros(3, 4).double(), torch.zeros(5, 4))
 
 
