@@ -61,6 +61,8 @@ class HierarchicalPrior(Float32Module):
 
     def __init__(self, levels: Sequence[LevelPrior]) -> None:
         super().__init__()
+        if not levels:
+            raise ValueError("levels must be one prior or more, got none")
         last = levels[-1].config
         for number, level in enumerate(levels):
             config = level.config

@@ -194,6 +194,8 @@ def test_part_of_a_prior_is_not_taken_for_the_whole(tmp_path: Path) -> None:
     (tmp_path / "level1").rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="level 0 is one of 2, which must all be there, but 1 are"):
         HierarchicalPrior.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="levels must be one prior or more, got none"):
+        HierarchicalPrior([])
     with pytest.raises(ValueError, match="level 1 cannot be one of 1"):
         made(GRIDS, num_levels=1)
 
