@@ -38,7 +38,6 @@ def sampling(
         grids=[(math.isqrt(positions),) * 2],
         codebook_sizes=[codebook_size],
         class_names=[],
-        network="transformer" if isinstance(size, TransformerConfig) else "pixelsnail",
         size=size,
     )
     prior = HierarchicalPrior([LevelPrior(config)]).eval().to(DEVICE)

@@ -128,9 +128,7 @@ def prior_step(
 ) -> Callable[[], None]:
     """Return a function that takes one step of stage two; the memory format means nothing to a Transformer."""
     torch.manual_seed(0)
-    config = LevelConfig(
-        level=0, grids=[grid], codebook_sizes=[CODEBOOK_SIZE], class_names=[], network="transformer", size=size
-    )
+    config = LevelConfig(level=0, grids=[grid], codebook_sizes=[CODEBOOK_SIZE], class_names=[], size=size)
     model = LevelPrior(config).to(DEVICE)
     codes = torch.randint(CODEBOOK_SIZE, (batch, *grid), device=DEVICE)
     if compiled:

@@ -119,7 +119,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _find(path: Path) -> Traversable:
-    shipped = files("smalti_configs") / path.with_suffix(".yaml").name
+    shipped = files("smalti_configs") / f"{path.name.removesuffix('.yaml')}.yaml"
     return shipped if len(path.parts) == 1 and not path.exists() and shipped.is_file() else path
 
 

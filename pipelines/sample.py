@@ -46,7 +46,8 @@ class SampleConfig:
     Attributes:
         folder: of this set of samples, in the run folder; several sets lie side by side.
         count: how many images.
-        classes: names or indices, taken in turn; empty takes all classes in turn ("balanced").
+        classes: names (strings) or indices (whole numbers), taken in turn; empty takes all classes in turn
+            ("balanced"). A string of digits that names no class counts as an index.
         temperature: divides the logits.
         top_k: keep the k likeliest codes; 0 keeps all.
         top_p: keep the likeliest codes that together reach this probability; 1 keeps all.
@@ -99,15 +100,17 @@ def sample(
     """Write sample shards, receipts, grid.png and the manifest; shards whose receipt fits stay.
 
     Raises:
-        StageError: tokenizer and prior do not belong together, or a class does not exist.
+        StageError: tokenizer and priors do not belong together, a class does not exist, or a prior cannot be guided.
     """
     marks = model_fingerprints(tokenizer, prior)
     check_belong_together(prior, marks["tokenizer"])
     classes = _class_indices(config.classes, prior.class_names)
-    for name in ("temperature", "top_k", "top_p", "guidance"):
-        values = getattr(config, name)
-        if isinstance(values, list) and len(values) != len(prior.levels):
-            raise StageError(f"sample.{name} must be one value or one a level ({len(prior.levels)}), got {values}")
+    if len(prior.levels) != tokenizer.config.num_levels:
+        raise StageError(
+            f"the tokenizer has {tokenizer.config.num_levels} levels but there are priors of {len(prior.levels)}; "
+            "run `smalti train-prior` for all of them"
+        )
+    _check_settings(config, prior)
     device = inference_device(compute, precise=config.precision == "float32")
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     how = drawn_with(config, seed, device.type, threads)
@@ -177,19 +180,44 @@ def check_belong_together(prior: HierarchicalPrior, tokenizer_fingerprint: str) 
         )
 
 
+def _check_settings(config: SampleConfig, prior: HierarchicalPrior) -> None:
+    """Raise StageError for settings that this prior cannot be drawn with."""
+    levels = len(prior.levels)
+    for name in ("temperature", "top_k", "top_p", "guidance"):
+        values = getattr(config, name)
+        if isinstance(values, list) and len(values) != levels:
+            raise StageError(f"sample.{name} must be one value or one a level ({levels}), got {values}")
+    guidance = config.guidance if isinstance(config.guidance, list) else [config.guidance] * levels
+    for level, value in zip(prior.levels, guidance, strict=True):
+        if value != 1 and not prior.class_names:
+            raise StageError("sample.guidance needs classes, but the prior was trained without; leave it at 1")
+        if value != 1:
+            try:
+                level.config.check_unconditional()
+            except ValueError as error:
+                raise StageError(f"sample.guidance cannot be {value}: {error}") from None
+
+
 def _class_indices(wanted: list[str | int], names: list[str]) -> list[int]:
-    """Return class indices from names or indices; all of them when none are wanted."""
+    """Return class indices; all of them when none are wanted.
+
+    A string is a name and a whole number an index, also where a class is called by that number. A string of digits
+    that is no name counts as an index: a command line may have no other way to say it.
+    """
     if wanted and not names:
         raise StageError(f"sample.classes names {wanted} but the prior was trained without classes; leave it empty")
     indices = []
     for one in wanted:
-        if str(one) in names:
-            indices.append(names.index(str(one)))
-        elif str(one).isdigit() and int(one) < len(names):
+        if isinstance(one, str) and one in names:
+            indices.append(names.index(one))
+        elif str(one).isdecimal() and int(one) < len(names):
             indices.append(int(one))
         else:
             shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-            raise StageError(f"sample.classes names {one!r}, which is none of the {len(names)} classes: {shown}")
+            raise StageError(
+                f"sample.classes names {one!r}, which is none of the {len(names)} classes: {shown}; "
+                f"write a name as a string, an index below {len(names)} as a number"
+            )
     return indices or list(range(len(names)))
 
 

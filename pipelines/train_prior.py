@@ -58,9 +58,10 @@ def level_config(
         grids=grids[: level + 1],
         codebook_sizes=codebook_sizes[: level + 1],
         class_names=class_names,
-        network=config.network,  # type: ignore[arg-type]
         size=size,
         tokenizer=tokenizer,
+        unconditional=config.class_dropout > 0 or not class_names,
+        num_levels=len(grids),
     )
 
 

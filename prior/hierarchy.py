@@ -6,12 +6,13 @@ B batch, h w code grid, K codebook_size.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prior.checks import Float32Module, checked, integers
 from prior.decoding import Decoders
 from prior.level import LevelPrior
 from prior.sampling import check_sampling, filtered_probabilities, inverse_cdf, uniforms
@@ -44,7 +45,7 @@ class LevelSampling:
         return codes if self.guidance == 1 else torch.cat([codes, codes])
 
 
-class HierarchicalPrior(nn.Module):
+class HierarchicalPrior(Float32Module):
     """p(level 0 | class) p(level 1 | level 0, class) …
 
     Source: Razavi et al. 2019, section 3.2.
@@ -53,16 +54,23 @@ class HierarchicalPrior(nn.Module):
         levels: a prior each, coarse to fine, all of one tokenizer and one set of classes.
 
     Raises:
-        ValueError: the levels do not belong together.
+        ValueError: the levels do not belong together, or the tokenizer has more of them.
     """
 
     levels: Sequence[LevelPrior]
 
     def __init__(self, levels: Sequence[LevelPrior]) -> None:
         super().__init__()
+        if not levels:
+            raise ValueError("levels must be one prior or more, got none")
         last = levels[-1].config
         for number, level in enumerate(levels):
             config = level.config
+            if config.num_levels not in (0, len(levels)):
+                raise ValueError(
+                    f"level {number} is one of {config.num_levels}, which must all be there, but {len(levels)} are; "
+                    "train or copy the others too"
+                )
             if config.level != number:
                 raise ValueError(f"level {number} must be there, but its place is taken by the prior of {config.level}")
             if config.tokenizer != last.tokenizer:
@@ -80,29 +88,32 @@ class HierarchicalPrior(nn.Module):
         """Names of the classes, empty when there are none."""
         return self.levels[0].config.class_names
 
-    def nll(self, codes: list[Tensor], classes: Sequence[int] | Tensor | None = None) -> Tensor:
+    def nll(self, codes: Sequence[Any], classes: Any = None) -> Tensor:
         """Return the exact negative log-likelihood in nats, float64 (B,), summed over levels and positions.
 
         Args:
-            codes: int64 (B, h, w) a level, coarse to fine.
-            classes: class index of each, or None where no class is given.
+            codes: (B, h, w) in [0, K) a level, coarse to fine, of any integer type, tensors or arrays.
+            classes: class index of each, a list, a tensor or an array; None where no class is given.
 
         Raises:
-            ValueError: a class does not exist.
+            ValueError: these are of another kind, shape, number or range, or the prior needs classes or has none.
         """
-        classes = self._class_tensor(classes)
-        return torch.stack([level.nll(codes[n], codes[:n], classes) for n, level in enumerate(self.levels)]).sum(0)
+        last = self.levels[-1].config
+        self._check_classes(classes)
+        sizes = last.grids, last.codebook_sizes, len(self.class_names)
+        codes, classes = checked(codes, classes, *sizes, self._device)
+        return torch.stack([p.nll_unchecked(codes[n], codes[:n], classes) for n, p in enumerate(self.levels)]).sum(0)
 
     @torch.no_grad()
     def sample(
         self,
-        classes: Sequence[int] | Tensor | None = None,
+        classes: Any = None,
         seed: int = 0,
         temperature: float | Sequence[float] = 1.0,
         top_k: int | Sequence[int] = 0,
         top_p: float | Sequence[float] = 1.0,
         guidance: float | Sequence[float] = 1.0,
-        indices: Sequence[int] | None = None,
+        indices: Any = None,
         decoders: Decoders | None = None,
     ) -> list[Tensor]:
         """Draw codes, coarse level first.
@@ -111,13 +122,14 @@ class HierarchicalPrior(nn.Module):
         for codes whose uniform lies within rounding of an edge of the distribution.
 
         Args:
-            classes: class index of each sample; None for samples of no given class.
+            classes: class index of each sample, a list, a tensor or an array; None for samples of no given class.
             seed: of all streams of uniforms.
             temperature: one for all levels or one a level, as for the three that follow.
             top_k: see `filtered_probabilities`.
             top_p: see `filtered_probabilities`.
             guidance: s of uncond + s (cond - uncond); 1 is the model as it is.
-            indices: index of each sample, which picks its stream; 0, 1, 2, … if not given.
+            indices: index of each sample, which picks its stream; 0, 1, 2, … if not given. The same index twice draws
+                with the same uniforms twice.
             decoders: a dict to keep decoders in, for the next batch of as many samples; made with `{}`, and to be left
                 behind when weights change. They hold copies of the weights, and the keys and values of a batch.
 
@@ -125,39 +137,54 @@ class HierarchicalPrior(nn.Module):
             int64 (B, h, w) a level, coarse to fine.
 
         Raises:
-            ValueError: a setting is out of range, a class does not exist, or guidance is asked of no class.
+            ValueError: a setting, a class, the seed or an index is of another kind or out of range, the prior needs
+                classes or has none, or guidance is asked of no class or of a prior that always had one.
 
         Source: Ho and Salimans 2022 (guidance without a classifier), on logits.
         """
-        device = next(self.parameters()).device
-        classes = self._class_tensor(classes)
-        if indices is None:
-            indices = range(1 if classes is None else len(classes))
-        if classes is not None and len(indices) != len(classes):
-            raise ValueError(f"indices and classes must be equally many, got {len(indices)} and {len(classes)}")
-        sizes = [h * w for h, w in self.levels[-1].config.grids]
-        streams = torch.from_numpy(np.stack([uniforms(seed, index, sum(sizes)) for index in indices])).to(device)
+        settings = self._settings(temperature, top_k, top_p, guidance)
+        if classes is None and any(one.guidance != 1 for one in settings):
+            raise ValueError("guidance needs classes; leave it at 1 where no class is given")
+        self._check_classes(classes)
+        classes = None if classes is None else integers("classes", classes, 1)
+        number = 1 if classes is None else len(classes)
+        indices = integers("indices", range(number) if indices is None else indices, 1).tolist()
+        if classes is not None and len(indices) != number:
+            raise ValueError(f"indices and classes must be equally many, got {len(indices)} and {number}")
+        _, classes = checked([], classes, [], [], len(self.class_names), self._device, len(indices))
+        grids = self.levels[-1].config.grids
+        if not indices:
+            return [torch.empty(0, h, w, dtype=torch.int64, device=self._device) for h, w in grids]
+        sizes = [h * w for h, w in grids]
+        drawn = np.stack([uniforms(seed, index, sum(sizes)) for index in indices])
+        streams = torch.from_numpy(drawn).to(self._device).split(sizes, 1)
         codes: list[Tensor] = []
-        given = (temperature, top_k, top_p, guidance)
-        if any(isinstance(setting, Sequence) and len(setting) != len(self.levels) for setting in given):
-            raise ValueError(f"settings must be one value or one a level ({len(self.levels)}), got {given}")
-        for number, (level, stream) in enumerate(zip(self.levels, streams.split(sizes, 1), strict=True)):
-            settings = LevelSampling(
-                *(setting[number] if isinstance(setting, Sequence) else setting for setting in given)  # type: ignore[arg-type]
-            )
-            if settings.guidance != 1 and classes is None:
-                raise ValueError("guidance needs classes; leave it at 1 where no class is given")
-            codes.append(_sample_level(level, codes, classes, stream, settings, decoders))
+        for level, stream, one in zip(self.levels, streams, settings, strict=True):
+            codes.append(_sample_level(level, codes, classes, stream, one, decoders))
         return codes
 
-    def _class_tensor(self, classes: Sequence[int] | Tensor | None) -> Tensor | None:
+    def _settings(self, *given: Any) -> list[LevelSampling]:
+        """Return each level's settings from those of `sample`, one value or one a level."""
+        if any(isinstance(setting, Sequence) and len(setting) != len(self.levels) for setting in given):
+            raise ValueError(f"settings must be one value or one a level ({len(self.levels)}), got {given}")
+        settings = []
+        for number, level in enumerate(self.levels):
+            settings.append(LevelSampling(*(one[number] if isinstance(one, Sequence) else one for one in given)))
+            if settings[-1].guidance != 1:
+                level.config.check_unconditional()
+        return settings
+
+    def _check_classes(self, classes: Any) -> None:
+        """Raise ValueError where classes must be given and are not, or the other way round."""
         if classes is None:
-            return None
-        device = next(self.parameters()).device
-        classes = torch.as_tensor(classes, dtype=torch.int64, device=device)
-        if len(classes) and not (int(classes.min()) >= 0 and int(classes.max()) < len(self.class_names)):
-            raise ValueError(f"classes must lie in [0, {len(self.class_names)}), got {classes.tolist()}")
-        return classes
+            for level in self.levels:
+                level.config.check_unconditional()
+        elif not self.class_names:
+            raise ValueError("this prior was trained without classes; leave classes out")
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write one folder a level: level0, level1, …"""
@@ -168,15 +195,25 @@ class HierarchicalPrior(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Load all levels of a folder, in eval mode.
 
+        Priors record how many levels there are; in files from before they did, a finest level that is missing cannot be
+        told.
+
         Raises:
-            ValueError: no such folder, a level is missing, or the levels do not belong together.
+            ValueError: no such folder, a level is missing, something else bears the name of one, or the levels do not
+                belong together.
         """
-        folders = sorted(Path(folder).glob("level*"), key=lambda path: path.name[5:].zfill(4))
-        if not folders:
+        found = {path.name for path in Path(folder).glob("level*")}
+        if not found:
             raise ValueError(
                 f"{folder} must hold the folders level0, level1, … but holds none; run `smalti train-prior`"
             )
-        return cls([LevelPrior.from_pretrained(path) for path in folders]).eval()
+        names = [f"level{number}" for number in range(len(found))]
+        if strays := sorted(found - set(names)):
+            raise ValueError(
+                f"{folder} must hold level0, level1, … without a gap and nothing else called level, "
+                f"but holds {', '.join(strays)}; move that away, or bring what is missing"
+            )
+        return cls([LevelPrior.from_pretrained(Path(folder) / name) for name in names]).eval()
 
 
 def _sample_level(

@@ -4,16 +4,18 @@ B batch, h w code grid, K codebook_size.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from prior.checks import Float32Module, checked, whole_number
 from prior.conditioning import Conditioning
 from prior.decoding import Decoder, Decoders, working_dtype
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
@@ -26,6 +28,8 @@ FORMAT = 1
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Codes in one grid; more is damage or malice.
 MAX_POSITIONS = 2**22
+# What config.json calls the network that a size is of.
+NETWORKS = {"transformer": TransformerConfig, "pixelsnail": PixelSNAILConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +41,47 @@ class LevelConfig:
         grids: (h, w) of this and all coarser levels, coarse to fine.
         codebook_sizes: K of the same levels.
         class_names: empty when the data has no classes.
-        network: "transformer" or "pixelsnail".
-        size: the sizes of that network, no lists.
+        network: "transformer" or "pixelsnail", as the size says; in files since format 1.
+        size: that of a Transformer or of a PixelSNAIL, no lists.
         tokenizer: fingerprint of the tokenizer whose codes it learned; empty when made by hand.
+        unconditional: whether it learned samples without their class too, so that the class may be left out, and
+            guidance has something to move away from.
+        num_levels: of the tokenizer; 0 where a file does not say.
     """
 
     level: int
     grids: list[tuple[int, int]]
     codebook_sizes: list[int]
     class_names: list[str]
-    network: Literal["transformer", "pixelsnail"]
+    network: str = field(init=False)
     size: TransformerConfig | PixelSNAILConfig
     tokenizer: str = ""
+    unconditional: bool = field(default=True, metadata={"introduced": True})
+    num_levels: int = field(default=0, metadata={"introduced": 0})
 
     def __post_init__(self) -> None:
+        network = next((name for name, size in NETWORKS.items() if isinstance(self.size, size)), "")
+        if not network:
+            raise ValueError(f"size must be a TransformerConfig or a PixelSNAILConfig, got {self.size!r}")
+        object.__setattr__(self, "network", network)
+        if self.num_levels and not self.level < self.num_levels:
+            raise ValueError(f"level {self.level} cannot be one of {self.num_levels}")
         if not len(self.grids) == len(self.codebook_sizes) == self.level + 1:
             raise ValueError(f"level {self.level} must know the grids and codebook sizes of {self.level + 1} levels")
         for (h, w), size in zip(self.grids, self.codebook_sizes, strict=True):
             if not (h >= 1 and w >= 1 and h * w <= MAX_POSITIONS and 2 <= size <= MAX_CODES):
                 raise ValueError(f"a level of {h}x{w} codes of {size} cannot be")
 
+    def check_unconditional(self) -> None:
+        """Raise ValueError where there are classes and none may be left out."""
+        if self.class_names and not self.unconditional:
+            raise ValueError(
+                f"level {self.level} never learned samples without their class (prior.class_dropout was 0): "
+                "give classes and leave guidance at 1, or train it again with class_dropout above 0"
+            )
 
-class LevelPrior(nn.Module):
+
+class LevelPrior(Float32Module):
     """A Transformer or a PixelSNAIL with its conditioning, behind one interface.
 
     Args:
@@ -81,36 +104,52 @@ class LevelPrior(nn.Module):
         else:
             self.network = PixelSNAIL(codebook_size, size, dropout)
 
-    def logits(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
+    def forward(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
+        """Return what `logits` does, of int64 tensors that are what they should be: training's way, without checks."""
+        return self.network(codes, self.conditioning(coarser, classes, len(codes)))
+
+    def logits(self, codes: Any, coarser: Sequence[Any], classes: Any) -> Tensor:
         """Return the logits of every code given those before it in raster order.
 
         Args:
-            codes: int64 (B, h, w).
-            coarser: int64 (B, h, w) of each coarser level, coarse to fine.
-            classes: int64 (B,) in [0, num_classes], the last for "no class given"; None for all of them so.
+            codes: (B, h, w) in [0, K), of any integer type, a tensor or an array.
+            coarser: the same of each coarser level, coarse to fine.
+            classes: B whole numbers in [0, num_classes], the last for "no class given"; None for all of them so. Not
+                looked at where the data has no classes.
 
         Returns:
             float (B, h, w, K).
+
+        Raises:
+            ValueError: the first of these that is not so, or a class is missing that the prior cannot do without.
         """
-        return self.network(codes, self.conditioning(coarser, classes, len(codes)))
+        (*grids, own), classes = self._checked([*coarser, codes], classes, self.config.level + 1)
+        return self.forward(own, grids, classes)
 
-    forward = logits
+    def nll(self, codes: Any, coarser: Sequence[Any], classes: Any) -> Tensor:
+        """Return the exact negative log-likelihood in nats, float64 (B,), summed over the grid.
 
-    def nll(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
-        """Return the exact negative log-likelihood in nats, float64 (B,), summed over the grid."""
-        logits = self.logits(codes, coarser, classes).float()
+        Arguments and errors are those of `logits`.
+        """
+        (*grids, own), classes = self._checked([*coarser, codes], classes, self.config.level + 1)
+        return self.nll_unchecked(own, grids, classes)
+
+    def nll_unchecked(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
+        """Return what `nll` does, of what has been checked already."""
+        logits = self.forward(codes, coarser, classes).float()
         nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
-        return nats.view(len(codes), -1).double().sum(1)
+        return nats.view(codes.shape).flatten(1).double().sum(1)
 
-    def decoder(
-        self, coarser: list[Tensor], classes: Tensor | None, batch_size: int, kept: Decoders | None = None
-    ) -> Decoder:
-        """Return a decoder that yields one position's logits after another; arguments as for `logits`.
+    def decoder(self, coarser: Sequence[Any], classes: Any, batch_size: int, kept: Decoders | None = None) -> Decoder:
+        """Return a decoder that yields one position's logits after another; arguments and errors as for `logits`.
 
         Where `kept` holds one that fits, that is started anew: what it laid out and captured serves many batches. A
         new one is added to it.
         """
-        condition = self.conditioning(coarser, classes, batch_size)
+        if not whole_number("batch_size", batch_size, 2**31):
+            raise ValueError("batch_size must be at least 1, got 0")
+        grids, classes = self._checked(coarser, classes, self.config.level, batch_size)
+        condition = self.conditioning(grids, classes, batch_size)
         if kept is None:
             return self.network.decoder(condition)
         key = (self.config.level, condition.shape, working_dtype(condition))
@@ -119,6 +158,18 @@ class LevelPrior(nn.Module):
         else:
             kept[key] = self.network.decoder(condition)
         return kept[key]
+
+    def _checked(
+        self, codes: Sequence[Any], classes: Any, levels: int, batch_size: int | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return the codes of so many levels, from the coarsest on, and classes; see `prior.checks.checked`."""
+        config = self.config
+        if not config.class_names:
+            classes = None
+        elif classes is None:
+            config.check_unconditional()
+        sizes = config.grids[:levels], config.codebook_sizes[:levels], len(config.class_names) + config.unconditional
+        return checked(codes, classes, *sizes, self.conditioning.rows.device, batch_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json`."""
@@ -177,7 +228,9 @@ LOADING_ERRORS = (
 
 def _level_config(settings: dict) -> LevelConfig:
     settings = _with_later(LevelConfig, settings)
-    size = TransformerConfig if settings["network"] == "transformer" else PixelSNAILConfig
+    if (network := settings.pop("network")) not in NETWORKS:
+        raise ValueError(f"network must be {' or '.join(NETWORKS)}, got {network}")
+    size = NETWORKS[network]
     grids = [(h, w) for h, w in settings["grids"]]
     return LevelConfig(**settings | {"grids": grids, "size": size(**_with_later(size, settings["size"]))})
 

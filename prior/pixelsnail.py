@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from prior.checks import Float32Module
 from prior.incremental import IncrementalDecoder
 from prior.sizes import MAX_LAYERS, check_sizes
 
@@ -127,7 +128,7 @@ class CausalAttention(nn.Module):
         return rearrange(x, "b (n d) h w -> b n (h w) d", n=self.heads)
 
 
-class PixelSNAIL(nn.Module):
+class PixelSNAIL(Float32Module):
     """Autoregressive network over one level's codes.
 
     Source: Chen et al. 2018, "PixelSNAIL: An Improved Autoregressive Generative Model".

@@ -3,9 +3,17 @@
 B batch, K codebook_size.
 """
 
+import math
+from numbers import Integral, Real
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from prior.checks import whole_number
+
+# Beyond this a factor of logits, or its inverse, leaves what floats can hold.
+LARGEST_FACTOR = 1e30
 
 
 def uniforms(seed: int, index: int, count: int) -> np.ndarray:
@@ -14,8 +22,13 @@ def uniforms(seed: int, index: int, count: int) -> np.ndarray:
     A function of (seed, index) alone, by a counter-based generator, so that a sample is the same whichever batch,
     process or machine draws it.
 
+    Raises:
+        ValueError: seed, index or count is no whole number, or negative or beyond 64 bits.
+
     Source: Salmon et al. 2011 (Philox).
     """
+    seed, index = whole_number("seed", seed, 2**64), whole_number("index", index, 2**64)
+    count = whole_number("count", count, 2**63)
     return np.random.Generator(np.random.Philox(key=[seed, index])).random(count)
 
 
@@ -29,11 +42,14 @@ def filtered_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int 
         top_p: keep the fewest likeliest codes that together reach this probability; 1 keeps all.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or logits are none. Their values are not read back: on a GPU this is
+            part of a captured graph.
 
     Source: Fan et al. 2018 (top-k); Holtzman et al. 2020, section 3.1 (top-p, the nucleus).
     """
     check_sampling(temperature, top_k, top_p)
+    if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
+        raise ValueError(f"logits must be floats (B, K), got {logits.dtype} {tuple(logits.shape)}")
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     size = logits.shape[-1]
     kept = torch.arange(size, device=logits.device).expand_as(probabilities)
@@ -54,14 +70,21 @@ def filtered_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float = 1.0) -> None:
     """Raise ValueError for a setting that cannot work."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}; for the likeliest code set top_k to 1")
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (all codes) or more, got {top_k}")
-    if not 0 < top_p <= 1:
+    if not 1 / LARGEST_FACTOR <= _number(temperature) <= LARGEST_FACTOR:
+        raise ValueError(
+            f"temperature must be above 0 and finite, got {temperature}; for the likeliest code set top_k to 1"
+        )
+    if not (isinstance(top_k, Integral) and _number(top_k) >= 0):
+        raise ValueError(f"top_k must be 0 (all codes) or a whole number above, got {top_k}")
+    if not 0 < _number(top_p) <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-    if not guidance >= 0:
-        raise ValueError(f"guidance must be 0 or more, got {guidance}")
+    if not 0 <= _number(guidance) <= LARGEST_FACTOR:
+        raise ValueError(f"guidance must be 0 or more and finite, got {guidance}")
+
+
+def _number(value: object) -> float:
+    """Return a number as a float, and what is none, a truth value too, as one that no range holds."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -70,7 +93,15 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     Args:
         probabilities: float64 (B, K), summing to 1 up to rounding.
         uniform: float64 (B,) in [0, 1).
+
+    Raises:
+        ValueError: they are no float64, or not one uniform for each distribution. Values are not read back.
     """
+    if not probabilities.dtype == uniform.dtype == torch.float64 or uniform.shape != probabilities.shape[:-1]:
+        raise ValueError(
+            "probabilities and uniforms must be float64 (B, K) and (B,), "
+            f"got {probabilities.dtype} {tuple(probabilities.shape)} and {uniform.dtype} {tuple(uniform.shape)}"
+        )
     cumulative = probabilities.cumsum(-1)
     threshold = uniform[:, None] * cumulative[:, -1:]  # the sum itself, so that rounding leaves no gap at the end
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)

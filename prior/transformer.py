@@ -3,12 +3,15 @@
 B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prior.checks import Float32Module
 from prior.sizes import check_sizes
 
 if TYPE_CHECKING:
@@ -53,7 +56,12 @@ def rotary_angles(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -
     return torch.cat(angles, 1).repeat_interleave(2, dim=1)[None]
 
 
-class CodeTransformer(nn.Module):
+def attention_kernels() -> AbstractContextManager[None]:
+    """Allow the kernels of attention that x-transformers does, which keeps them as values that cannot be pickled."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION])
+
+
+class CodeTransformer(Float32Module):
     """Autoregressive network over one level's codes.
 
     The input at position t is the embedding of code t - 1 plus the condition at t, so that a position knows where it
@@ -73,6 +81,7 @@ class CodeTransformer(nn.Module):
     def __init__(self, codebook_size: int, grid: tuple[int, int], config: TransformerConfig, dropout: float) -> None:
         super().__init__()
         from x_transformers import Decoder as DecoderStack  # takes a second to import, and most stages need none
+        from x_transformers.attend import Attend
 
         assert isinstance(config.width, int) and isinstance(config.heads, int)
         head_dim = config.width // config.heads
@@ -94,6 +103,9 @@ class CodeTransformer(nn.Module):
             ff_dropout=dropout,
             use_rmsnorm=True,
         )
+        for layer in self.layers.modules():
+            if isinstance(layer, Attend):
+                layer.sdp_context_manager = attention_kernels
         self.head = nn.Linear(config.width, codebook_size)
         self.register_buffer("angles", rotary_angles(grid, head_dim), persistent=False)
 
@@ -108,7 +120,7 @@ class CodeTransformer(nn.Module):
         start = self.start.expand(len(codes), 1, -1).to(embedded)
         tokens = torch.cat([start, embedded[:, :-1]], 1) + condition.flatten(2).transpose(1, 2)
         hidden = self.layers(self.dropout(tokens), rotary_pos_emb=(self.angles, 1.0))
-        return self.head(hidden).view(*codes.shape, -1)
+        return self.head(hidden).unflatten(1, codes.shape[1:])
 
     def decoder(self, condition: Tensor) -> "CachedDecoder":
         """Return a decoder that yields one position's logits after another, each computed once."""

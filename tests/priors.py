@@ -37,7 +37,6 @@ def tiny_level(
         grids=grids,
         codebook_sizes=codebook_sizes,
         class_names=[f"class{number}" for number in range(num_classes)],
-        network=network,  # type: ignore[arg-type]
         size=size,
     )
     level = LevelPrior(config)

@@ -20,6 +20,14 @@ def test_overrides_win_over_the_file(tmp_path: Path, write_config: Callable[...,
     assert config.images.size == 16
 
 
+def test_only_the_whole_name_picks_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("digits") == load_config("digits.yaml")
+    for name in ("digits.v2", "digits.yml", "digits.yaml.old", "digits.", "elsewhere/digits"):
+        with pytest.raises(ConfigError, match=f"cannot read the config {name}: No such file"):
+            load_config(name)
+
+
 def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     path = write_config(tmp_path, {"images": {"from": "a"}})
     config = load_config(path, ["--tokenizer.from", "b", "--codes.from=c"])

@@ -31,6 +31,12 @@ def drawn(n: int, k: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Te
     return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
 
 
+def rounded(n: int, k: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return multiples of 1/256, to which an offset is added without rounding: distances stay what they are."""
+    vectors, codebook = drawn(n, k, d)
+    return torch.round(256 * vectors) / 256, torch.round(256 * codebook) / 256
+
+
 @given(n=st.integers(0, 40), k=st.integers(1, 200), d=st.integers(1, 20), seed=st.integers(0, 2**31))
 def test_the_nearest_code_is_that_of_brute_force_in_float64(n: int, k: int, d: int, seed: int) -> None:
     vectors, codebook = drawn(n, k, d, seed)
@@ -45,11 +51,11 @@ def test_codes_past_a_tile_and_within_a_part_of_one_are_found(k: int, d: int) ->
     assert_nearest(nearest_code(vectors, codebook), vectors, codebook)
 
 
-@pytest.mark.parametrize("scores", [1, 512, 5000, 10**9])
+@pytest.mark.parametrize("floats", [1, 512, 5000, 10**9])
 @pytest.mark.parametrize("codes", [CODES_PER_BLOCK, 3 * CODES_PER_BLOCK, 10**6])
-def test_tiles_do_not_change_codes(scores: int, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_do_not_change_codes(floats: int, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, codebook = drawn(33, 500, 5)
-    monkeypatch.setattr(nearest, "SCORES_PER_TILE", scores)
+    monkeypatch.setattr(nearest, "FLOATS_PER_TILE", floats)
     monkeypatch.setattr(nearest, "CODES_PER_TILE", codes)
     assert torch.equal(nearest_code(vectors, codebook), distances_to(vectors, codebook).argmin(1))
 
@@ -59,6 +65,29 @@ def test_far_from_the_origin_codes_differ_only_where_float32_cannot_tell(offset:
     vectors, codebook = drawn(200, 300, 64)
     vectors, codebook = vectors + offset, codebook + offset
     assert_nearest(nearest_code(vectors, codebook), vectors, codebook)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("k", [64, CODES_PER_TILE + 1])
+def test_an_offset_that_latents_and_codes_share_costs_no_digits(offset: float, k: int) -> None:
+    vectors, codebook = rounded(300, k, 64)
+    assert_nearest(nearest_code(vectors + offset, codebook + offset), vectors, codebook)
+
+
+def test_no_centred_copy_of_all_vectors_is_held() -> None:
+    vectors, codebook = drawn(2**17, 64, 64)
+    assert peak_bytes(lambda: nearest_code(vectors, codebook)) < vectors.nbytes
+
+
+@pytest.mark.parametrize(
+    ("vectors", "codebook"),
+    [((3, 4), (5, 3)), ((3,), (5, 3)), ((3, 4), (0, 4)), ((3, 4, 1), (5, 4))],
+)
+def test_vectors_and_codebook_that_do_not_fit_are_refused(vectors: tuple, codebook: tuple) -> None:
+    with pytest.raises(ValueError, match=r"must be float32 \(N, D\) and \(K, D\), got"):
+        nearest_code(torch.zeros(vectors), torch.zeros(codebook))
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        nearest_code(torch.zeros(3, 4).double(), torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -92,9 +121,10 @@ def test_the_operator_keeps_what_it_promises_to_a_compiled_model() -> None:
 )
 @pytest.mark.parametrize("n", [0, 1, 130])
 @pytest.mark.parametrize(("k", "d"), [(2, 1), (65, 3), (200, 64), (130, 33), (64, 8)])
-def test_the_gpu_kernel_finds_the_codes_of_brute_force(n: int, k: int, d: int) -> None:
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_the_gpu_kernel_finds_the_codes_of_brute_force(n: int, k: int, d: int, offset: float) -> None:
     triton = pytest.importorskip("tokenizer.nearest_triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vectors, codebook = drawn(n, k, d)
-    codes = triton.nearest_code_triton(vectors.to(device), codebook.to(device)).cpu()
+    vectors, codebook = rounded(n, k, d)
+    codes = triton.nearest_code_triton((vectors + offset).to(device), (codebook + offset).to(device)).cpu()
     assert_nearest(codes, vectors, codebook)

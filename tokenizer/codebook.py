@@ -5,11 +5,13 @@ B batch, D code_dim, K codebook_size, h w code grid.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+from tokenizer.checks import Float32Module, check_codes, code_grids, float_tensor
 from tokenizer.nearest import nearest_code
 
 
@@ -29,7 +31,7 @@ class Quantized(NamedTuple):
     latents: Tensor
 
 
-class Codebook(nn.Module):
+class Codebook(Float32Module):
     """A (K, D) table of code vectors, looked up by nearest neighbour, always in float32.
 
     Args:
@@ -61,18 +63,20 @@ class Codebook(nn.Module):
             latents: float of any precision, (B, D, h, w).
 
         Raises:
-            ValueError: the channel count differs from code_dim.
+            ValueError: they are no floats, or have another number of channels.
 
         Source: van den Oord et al. 2017, section 3.2.
         """
+        latents = float_tensor("latents", latents, ("B", "D", "h", "w"))
         if latents.shape[1] != self.vectors.shape[1]:
             raise ValueError(
                 f"latents must have code_dim {self.vectors.shape[1]} channels, got {latents.shape[1]}; "
                 "project them before the codebook"
             )
+        b, _, h, w = latents.shape
         # Half precision would merge neighbouring codes, so autocast ends here.
         with torch.autocast(latents.device.type, enabled=False):
-            flat = rearrange(latents.float(), "b d h w -> (b h w) d")
+            flat = rearrange(latents, "b d h w -> (b h w) d")
             if self.normalize:
                 flat = F.normalize(flat, dim=1)
             table = self.table
@@ -81,30 +85,25 @@ class Codebook(nn.Module):
             commitment = F.mse_loss(flat, nearest)
             # The value is exactly the code vector (x - x is 0), the gradient is that of the latent.
             straight_through = nearest + (flat - flat.detach())
-        b, _, h, w = latents.shape
         return Quantized(
-            quantized=rearrange(straight_through, "(b h w) d -> b d h w", b=b, h=h),
+            quantized=rearrange(straight_through, "(b h w) d -> b d h w", b=b, h=h, w=w),
             codes=codes.view(b, h, w),
             commitment=commitment,
             latents=flat.detach(),
         )
 
-    def lookup(self, codes: Tensor) -> Tensor:
+    def lookup(self, codes: Tensor | np.ndarray) -> Tensor:
         """Return the code vectors of a grid of codes.
 
         Args:
-            codes: integer, (B, h, w) in [0, K).
+            codes: (B, h, w) in [0, K), of any integer type, a tensor or an array.
 
         Returns:
             float32, (B, D, h, w).
 
         Raises:
-            ValueError: a code is out of range.
+            ValueError: they are no integers, have another shape, or one is out of range.
         """
-        size = len(self.vectors)
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < size):
-            raise ValueError(
-                f"codes must lie in [0, {size}), got {int(codes.min())} to {int(codes.max())}; "
-                "were they made by another tokenizer?"
-            )
+        codes = code_grids("codes", codes, self.vectors.device)
+        check_codes(codes, len(self.vectors))
         return rearrange(self.table[codes], "b h w d -> b d h w")

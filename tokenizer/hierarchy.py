@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokenizer.checks import Float32Module, check_pixels, code_grids, float_tensor
 from tokenizer.codebook import Codebook, Quantized
 from tokenizer.networks import decoder, encoder
 
@@ -110,7 +112,7 @@ class Autoencoded(NamedTuple):
     levels: list[Quantized]
 
 
-class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
+class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalti"):
     """N encoders, N codebooks, one decoder: VQ-VAE for N = 1, VQ-VAE-2 for N = 2 or 3.
 
     Encoders chain fine to coarse, each on the features of the one below. Quantisation runs coarse to fine: the
@@ -160,15 +162,16 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
         """Encode, quantise and decode. Pure: no buffer changes.
 
         Args:
-            images: float, (B, C, H, W) in [-1, 1].
+            images: float of any precision, (B, C, H, W) in [-1, 1]; training goes through here, so that values are
+                not read back to be judged.
 
         Returns:
             The reconstruction, in eval mode clamped to [-1, 1] as `decode` does, and each level's `Quantized`.
 
         Raises:
-            ValueError: channels or size are not the configured ones.
+            ValueError: images are no floats, or channels or size are not the configured ones.
         """
-        levels = self._quantize(images)
+        levels = self._quantize(self._checked(images))
         reconstruction = self._reconstruct([level.quantized for level in levels])
         return Autoencoded(reconstruction if self.training else reconstruction.clamp(-1, 1), levels)
 
@@ -177,35 +180,40 @@ class HierarchicalVQVAE(nn.Module, PyTorchModelHubMixin, library_name="smalti"):
         """Turn images (B, C, H, W) in [-1, 1] into codes: int64 (B, h, w) a level, coarse to fine.
 
         Raises:
-            ValueError: channels or size are not the configured ones.
+            ValueError: images are no floats or leave [-1, 1], or channels or size are not the configured ones.
         """
+        images = self._checked(images)
+        check_pixels(images)
         return [level.codes for level in self._quantize(images)]
 
     @torch.no_grad()
-    def decode(self, codes: list[Tensor]) -> Tensor:
+    def decode(self, codes: Sequence[Tensor | np.ndarray]) -> Tensor:
         """Turn codes into images (B, C, H, W) in [-1, 1].
 
         Args:
-            codes: integer (B, h, w) a level, coarse to fine. Finer levels may be left out: the mean code vector
-                then stands for them, which shows what the coarser levels hold.
+            codes: (B, h, w) a level, coarse to fine, of any integer type, tensors or arrays. Finer levels may be left
+                out: the mean code vector then stands for them, which shows what the coarser levels hold.
 
         Raises:
-            ValueError: a grid is not the configured one, or a code is out of range.
+            ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, or a code
+                is out of range.
         """
         if not 1 <= len(codes) <= self.config.num_levels:
             raise ValueError(f"codes must have 1 to {self.config.num_levels} levels, got {len(codes)}")
-        for level, (grid, code) in enumerate(zip(self.grids, codes, strict=False)):
-            if code.ndim != 3 or tuple(code.shape[1:]) != grid:
-                raise ValueError(f"level {level} codes must be (B, {grid[0]}, {grid[1]}), got {tuple(code.shape)}")
+        device = self.codebooks[0].vectors.device
+        codes = [code_grids(f"level {n} codes", c, device, self.grids[n]) for n, c in enumerate(codes)]
+        if len({len(code) for code in codes}) > 1:
+            raise ValueError(f"all levels must hold equally many grids, got {[len(code) for code in codes]}")
         quantized = [book.lookup(code) for book, code in zip(self.codebooks, codes, strict=False)]
         for book, grid in list(zip(self.codebooks, self.grids, strict=True))[len(codes) :]:
             quantized.append(book.table.mean(0)[None, :, None, None].expand(len(codes[0]), -1, *grid))
         return self._reconstruct(quantized).clamp(-1, 1)
 
+    def _checked(self, images: Tensor) -> Tensor:
+        """Return images as float32, if kind and shape are what this tokenizer reads."""
+        return float_tensor("images", images, ("B", self.channels, self.image_size, self.image_size))
+
     def _quantize(self, images: Tensor) -> list[Quantized]:
-        expected = (self.channels, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         features = [images]
         for encode in reversed(self.encoders):
             features.insert(0, encode(features[0]))

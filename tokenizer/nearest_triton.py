@@ -21,13 +21,14 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
         vectors: float32, (N, D).
         codebook: float32, (K, D).
     """
-    vectors, codebook = vectors.contiguous(), codebook.contiguous()
+    centre = codebook.mean(0)  # see `nearest_code`; vectors are taken from it in the kernel, a tile at a time
+    vectors, codebook = vectors.contiguous(), (codebook - centre).contiguous()
     bias = -0.5 * codebook.square().sum(1)  # (K,)
     codes = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
     if len(vectors):
         with torch.cuda.device_of(vectors):
             _nearest_code[(triton.cdiv(len(vectors), ROWS),)](
-                vectors, codebook, bias, codes, *vectors.shape, len(codebook), ROWS, CODES, DEPTH
+                vectors, centre, codebook, bias, codes, *vectors.shape, len(codebook), ROWS, CODES, DEPTH
             )
     return codes
 
@@ -35,6 +36,7 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
 @triton.jit
 def _nearest_code(
     vectors: tl.tensor,
+    centre: tl.tensor,
     codebook: tl.tensor,
     bias: tl.tensor,
     codes: tl.tensor,
@@ -45,7 +47,7 @@ def _nearest_code(
     CODES: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """Find the nearest codes of ROWS vectors, CODES codes and DEPTH components at a time.
+    """Find the nearest codes of ROWS vectors, CODES codes, centred already, and DEPTH components at a time.
 
     Rows past N are not stored, codes past K score -inf, components past D are zero.
     """
@@ -62,6 +64,7 @@ def _nearest_code(
                 mask=(row[:, None] < N) & (component[None, :] < D),
                 other=0.0,
             )
+            x -= tl.load(centre + component, mask=component < D, other=0.0)[None, :]
             c = tl.load(
                 codebook + code[None, :] * D + component[:, None],
                 mask=(code[None, :] < K) & (component[:, None] < D),
