@@ -23,7 +23,7 @@ from pipelines.places import write_text
 from pipelines.progress import progress_bar
 from pipelines.shards import ShardJob, outstanding, read_receipt, this_workers, write_shard
 from pipelines.signals import PARENT, end_with_parent
-from pipelines.sources import Source, open_source
+from pipelines.sources import Source, described, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
     source = open_source(
         config.source, compute.cache, config.classes, config.image_column or None, config.label_column or None
     )
+    if this_worker().rank == 0:
+        logger.info("pack: %s", described(config.source, source))
     plans = plan_shards(source, config, seed)
     _check_keys(source, plans, config.source)
     settings = {"size": config.size, "channels": config.channels, "upscale": config.upscale, "format": config.format}
