@@ -37,9 +37,7 @@ class Cache(NamedTuple):
             found = self._local_sha256(path)
         else:
             kept = self.folder / "shards" / receipt["sha256"]
-            if kept.exists():
-                with suppress(OSError):
-                    os.utime(kept)  # used just now
+            if _used(kept):
                 return kept
             found = self._fetch(path, kept, receipt["sha256"])
             path = kept if found == receipt["sha256"] else path
@@ -65,7 +63,7 @@ class Cache(NamedTuple):
         versions = [_version(folder / name) for name in names]
         kept = self.folder / "files" / digest([str(folder), names, versions])
         for name in names:
-            if not (kept / name).exists():
+            if not _used(kept / name):
                 self._fetch(folder / name, kept / name, None)
         return kept
 
@@ -116,6 +114,13 @@ class Cache(NamedTuple):
                 break
             path.unlink(missing_ok=True)
             held -= size
+
+
+def _used(path: Path) -> bool:
+    """Whether a file is kept; if it is, it gives way after those that were not used for longer."""
+    with suppress(OSError):  # it may not be there, or the cache be another user's
+        os.utime(path)
+    return path.exists()
 
 
 def _version(path: Path) -> str:

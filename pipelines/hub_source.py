@@ -9,8 +9,10 @@ import numpy as np
 
 from pipelines.cache import Cache
 from pipelines.errors import ConfigError, StageError
-from pipelines.places import is_local, matches
-from pipelines.sources import VALIDATION_NAMES, Raw, Source, label_at, on_disk, split_of
+from pipelines.listing import files_of, span
+from pipelines.places import is_local
+from pipelines.sources import Raw, Source, label_at, on_disk
+from pipelines.splits import chosen_splits, split_mark, split_of
 
 
 class _Rows:
@@ -42,30 +44,33 @@ def open_dataset(
     """
     datasets.disable_progress_bars()
     marks: list[str] = []  # what changes with the content of the files
+    files: dict[str, list[Path]] = {}
     try:
         if kind == "parquet":
-            paths = matches(name)
-            if not paths:
-                raise StageError(f"parquet:{name} matches no file")
-            files: dict[str, list[str]] = {}
-            for path in paths:
+            for path in files_of(name):
                 local = on_disk(path, cache)
-                files.setdefault(split_of(path.name), []).append(str(local))
+                files.setdefault(split_of(path.name), []).append(local)
                 if not is_local(path):
-                    marks.append(local.parent.name)
-            loaded = dict(datasets.load_dataset("parquet", data_files=files))
+                    marks.append(local.parent.name + split_mark(path.name))
+            if not files:
+                raise StageError(f"parquet:{name} matches no file")
+            data_files = {split: [str(path) for path in paths] for split, paths in files.items()}
+            loaded = dict(datasets.load_dataset("parquet", data_files=data_files))
         else:
             repository, _, split = name.partition(":")
             found = datasets.load_dataset(repository, split=split or None)
-            loaded = {"train": found} if split else dict(found)
+            loaded = {split: found} if split else dict(found)
     except (ConfigError, StageError):
         raise
     except Exception as error:  # the library raises many kinds for what is missing or malformed
         raise StageError(f"{kind}:{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    validation = next((split for split in VALIDATION_NAMES if split in loaded), None)
-    train = loaded.get("train", next(iter(loaded.values())))
-    chosen = {"train": train} | ({"val": loaded[validation]} if validation and loaded[validation] is not train else {})
-    features = train.features
+    origins = chosen_splits(f"{kind}:{name}", loaded)
+    chosen = {split: loaded[called] for split, called in origins.items()}
+    left_out = [called for called in loaded if called not in origins.values()]
+    if kind == "parquet":
+        left_out = [path.name for called in left_out for path in files[called]]
+        origins = {split: span(files[called]) for split, called in origins.items()}
+    features = chosen["train"].features
     image_column = image_column or _image_column(features)
     if image_column not in features:
         raise StageError(
@@ -86,7 +91,8 @@ def open_dataset(
             data = data.cast_column(image_column, datasets.Image(decode=False))
         splits[split] = _Rows(data.select_columns([image_column]), image_column, columns.get(split), kind == "hf")
     marks = marks or [data._fingerprint for data in chosen.values()]
-    return Source(splits, names, hashlib.sha256(" ".join(marks).encode()).hexdigest())
+    identity = hashlib.sha256(" ".join(marks).encode()).hexdigest()
+    return Source(splits, names, identity, origins, tuple(left_out))
 
 
 def _classes(columns: dict[str, np.ndarray], feature: Any, title: str) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -24,7 +24,7 @@ from pipelines.plain import read_yaml
 from pipelines.progress import progress_bar
 from pipelines.shards import ShardJob, all_done, read_receipt, remove_shards, this_workers, write_shard
 from pipelines.signals import PARENT, end_with_parent
-from pipelines.sources import Source, open_source
+from pipelines.sources import Source, described, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
     source = open_source(
         config.source, compute.cache, config.classes, config.image_column or None, config.label_column or None
     )
+    if this_worker().rank == 0:
+        logger.info("pack: %s", described(config.source, source))
     plans = plan_shards(source, config, seed)
     _check_keys(source, plans, config.source)
     jobs = shard_jobs(source, plans, config, folder)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 # Extensions that image shards may hold, and the format that Pillow must find in them.
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
@@ -58,10 +59,31 @@ def open_image(data: bytes, size: int | None = None) -> Image.Image:
     return image
 
 
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert any Pillow mode to L (1 channel) or RGB (3): alpha onto white, 16 bits to 8, palettes resolved."""
+def white_of(image: Image.Image) -> float:
+    """Return the value that is white in an image of wide grey: what its format or header says, whatever its pixels are.
+
+    Whole numbers of 32 bits, for which nothing says it, count as 8 bits in a wide container, and floats end at 1.
+    """
+    if image.mode == "F":
+        return 1.0
+    if image.mode == "I":
+        return 65535.0 if image.format == "PPM" else 255.0  # Pillow has scaled those by the maximum in their header
+    return 2.0 ** image.tag_v2.get(BITSPERSAMPLE, (16,))[0] - 1 if isinstance(image, TiffImageFile) else 65535.0
+
+
+def to_mode(image: Image.Image, channels: int, white: float | None = None) -> Image.Image:
+    """Convert any Pillow mode to L (1 channel) or RGB (3): alpha onto white, wide grey to 8 bits, palettes resolved.
+
+    Args:
+        image: of any mode.
+        channels: 1 or 3.
+        white: its `white_of`, if it is a copy, which does not know its format any more.
+
+    Raises:
+        BadImageError: pixels beyond black or white.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _eight_bits(image)
+        image = _eight_bits(image, white or white_of(image))
     if "A" in image.getbands() or image.mode in ("PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -90,12 +112,13 @@ def fit(data: bytes, size: int, channels: int, upscale: bool, output_format: str
     try:
         if image.size == (size, size) and plain and extension and image.getexif().get(0x0112, 1) == 1:
             return Fitted(extension, data)
+        white = white_of(image)
         upright = ImageOps.exif_transpose(image)
         if min(upright.size) < size and not upscale:
             raise BadImageError(
                 f"{upright.width}x{upright.height} pixels are fewer than {size}; images.upscale: true would enlarge it"
             )
-        pixels = ImageOps.fit(to_mode(upright, channels), (size, size), method=Image.Resampling.BICUBIC)
+        pixels = ImageOps.fit(to_mode(upright, channels, white), (size, size), method=Image.Resampling.BICUBIC)
     except BadImageError:
         raise
     except Exception as error:  # metadata and colour profiles are decoded here, and their decoders raise anything
@@ -162,12 +185,13 @@ def picture_grid(
     return canvas
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey, or floats in [0, 1], to 8 bits; leave what lies in [0, 255] already."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    highest = values.max(initial=0)
-    if image.mode.startswith("I;16") or highest > 255:
-        values = values / 257
-    elif image.mode == "F" and highest <= 1:
-        values = values * 255
-    return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))
+def _eight_bits(image: Image.Image, white: float) -> Image.Image:
+    """Scale wide grey to 8 bits."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=np.inf, neginf=-np.inf)
+    scaled = np.round(values * 255 / white)
+    if scaled.min(initial=0) < 0 or scaled.max(initial=0) > 255:
+        raise BadImageError(
+            f"its pixels must lie in [0, {white:g}], but lie in [{values.min():g}, {values.max():g}]; "
+            "convert it to 8 bits, or to 16 without a sign"
+        )
+    return Image.fromarray(scaled.astype(np.uint8))

@@ -3,23 +3,22 @@
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from pipelines.cache import Cache
 from pipelines.errors import ConfigError, StageError
-from pipelines.places import is_local, matches, place, read_bytes, retried
-from pipelines.shards import index_shard, read_member
+from pipelines.listing import EXTENSIONS, files_of, pictures_below, shortly, span
+from pipelines.places import is_local, place, read_bytes
+from pipelines.shards import SampleIndex, index_shard, read_member
+from pipelines.splits import chosen_splits, split_mark, split_named, split_of
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # Class indices from here on are taken for damage.
 MAX_CLASSES = 10**6
-# What people call the split that is not trained on, best first.
-VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
 
 class Raw(NamedTuple):
@@ -41,11 +40,21 @@ class Split(Protocol):
 
 
 class Source(NamedTuple):
-    """Splits by name ("train", perhaps "val"), the class names, and a digest of what is listed."""
+    """What a source holds, as it was understood.
+
+    Attributes:
+        splits: by name, "train" and perhaps "val".
+        class_names: empty where there are no classes.
+        identity: a digest of what is listed.
+        origins: split -> what it is called in the source, where that has a name for it.
+        left_out: what else holds images there.
+    """
 
     splits: Mapping[str, Split]
     class_names: list[str]
     identity: str
+    origins: Mapping[str, str] = {}
+    left_out: tuple[str, ...] = ()
 
 
 def open_source(
@@ -86,6 +95,19 @@ def open_source(
             split.labels = None
         found = found._replace(class_names=[])
     return found
+
+
+def described(name: str, source: Source) -> str:
+    """Say in one line how a source was understood: its splits, their origins and counts, and the classes."""
+    counts = [
+        f"{split} {len(images):,} images" + (f" ({source.origins[split]})" if split in source.origins else "")
+        for split, images in source.splits.items()
+    ]
+    held_out = "" if "val" in source.splits else ", of which some are set aside for val"
+    number = len(source.class_names)
+    classes = f"{number:,} class{'es' * (number > 1)}: {shortly(source.class_names)}" if number else "no classes"
+    left_out = f"; left out: {shortly(source.left_out)}" if source.left_out else ""
+    return f"{name}: {' and '.join(counts)}{held_out}; {classes}{left_out}"
 
 
 def safe_key(text: str) -> str:
@@ -133,18 +155,12 @@ class _Files:
 
 
 def _folder(name: str, classes: bool) -> Source:
-    """A folder of images: the first-level folders are the classes, or first train and val and then the classes."""
+    """A folder of images: the first-level folders are the classes, or first the splits and then the classes."""
     root = place(name)
     if is_local(root) and not root.is_dir():
         raise StageError(f"folder:{root} must be a folder that exists")
-    found, folders = (_local_tree if is_local(root) else _remote_tree)(root)
-    subfolders = {folder.split("/")[0] for folder in folders}
-    validation = next((name for name in VALIDATION_NAMES if name in subfolders), None)
-    prefixes = {"train": ""}
-    if "train" in subfolders and validation:
-        prefixes = {"train": "train/", "val": f"{validation}/"}
-    elif subfolders == {"train"}:
-        prefixes = {"train": "train/"}
+    found, folders = pictures_below(root)
+    prefixes = _split_folders(root, {folder.split("/")[0] for folder in folders})
     listed = {
         split: sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
         for split, prefix in prefixes.items()
@@ -165,7 +181,27 @@ def _folder(name: str, classes: bool) -> Source:
     for split, paths in listed.items():
         for path in paths:
             sha.update(os.fsencode(f"{split}/{path}\n"))
-    return Source(splits, names if classes else [], sha.hexdigest())
+    other = {path.partition("/") for path in found if not path.startswith(tuple(prefixes.values()))}
+    left_out = tuple(sorted({first + slash for first, slash, _ in other}))
+    origins = {split: prefix for split, prefix in prefixes.items() if prefix}
+    return Source(splits, names if classes else [], sha.hexdigest(), origins, left_out)
+
+
+def _split_folders(root: Path, folders: set[str]) -> dict[str, str]:
+    """Return split -> what its paths begin with.
+
+    A train folder beside others, none of which is held out, is a class (of vehicles).
+    """
+    named = {folder: split for folder in folders if (split := split_named(folder))}
+    others = folders - set(named)
+    if not named or (others and set(named.values()) == {"train"}):
+        return {"train": ""}
+    if others and "train" not in named.values():
+        raise StageError(
+            f"folder:{root} holds {min(named)}/, which is named after a split, beside {min(others)}/; "
+            "move the training images into a folder named train, or give that class another name"
+        )
+    return {split: f"{folder}/" for split, folder in chosen_splits(f"folder:{root}", sorted(folders)).items()}
 
 
 def _check_class_folders(root: str, paths: list[str], folders: set[str]) -> None:
@@ -178,36 +214,6 @@ def _check_class_folders(root: str, paths: list[str], folders: set[str]) -> None
         raise StageError(
             f"class folder {root}{empty[0]} holds no images; add some, remove the folder, or set images.classes: false"
         )
-
-
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
-
-
-def _local_tree(root: Path) -> tuple[list[str], set[str]]:
-    """The pictures below a folder, and the folders; links are followed, hidden folders are not."""
-    found, below = [], set()
-    for place_, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        here = Path(place_).relative_to(root)
-        below |= {(here / name).as_posix() + "/" for name in folders}
-        found += [(here / name).as_posix() for name in names if _is_picture(name)]
-    return found, below
-
-
-def _remote_tree(root: Path) -> tuple[list[str], set[str]]:
-    """The same of a store, which knows no empty folders."""
-    remote = cast(Any, root)
-    base = remote.path.rstrip("/") + "/"
-    paths = [name.removeprefix(base) for name in retried(lambda: remote.fs.find(remote.path), f"list {root}")]
-    found = [path for path in paths if _is_picture(path.rpartition("/")[2]) and "/." not in f"/{path}"]
-    return found, {path.rpartition("/")[0] + "/" for path in found if "/" in path}
-
-
-def split_of(filename: str) -> str:
-    """Return the split that a parquet file's name begins with, as the hub names them; "train" if none."""
-    stem = filename.lower()
-    return next((name for name in (*VALIDATION_NAMES, "train") if stem.startswith(name)), "train")
 
 
 class _Members:
@@ -242,43 +248,50 @@ def _shards(urls: str, cache: Cache) -> Source:
 
     paths = []
     for url in expand_urls(urls):
-        if not (named := matches(url)):
+        if not (named := files_of(url)):
             raise StageError(f"shards:{urls} must name tars that exist; there is no {url}")
         paths += named
-    found: dict[str, list] = {}
-    classes: dict[str, list[int | None]] = {}
-    for path in paths:
-        split = "val" if split_of(path.name) in VALIDATION_NAMES else "train"
-        local = on_disk(path, cache)
-        with local.open("rb") as file:
-            for sample in index_shard(local):
-                extension = next((e for e in sample.members if f".{e.lower()}" in EXTENSIONS), None)
-                if extension is None:
-                    continue
-                found.setdefault(split, []).append((path, sample, extension))
-                member = sample.members.get("cls")
-                text = read_member(file, member)[:32].strip() if member else b""
-                label = int(text) if text.isdigit() else None
-                if label is not None and label >= MAX_CLASSES:
-                    raise StageError(
-                        f"sample {sample.key} of {path} has class {label}; classes must lie below {MAX_CLASSES}"
-                    )
-                classes.setdefault(split, []).append(label)
-    numbers = [number for labels in classes.values() for number in labels]
-    labelled = bool(numbers) and all(number is not None for number in numbers)
-    if not labelled and any(number is not None for number in numbers):
+    chosen = chosen_splits(f"shards:{urls}", dict.fromkeys(split_of(path.name) for path in paths))
+    used = {split: [path for path in paths if split_of(path.name) == name] for split, name in chosen.items()}
+    found = {split: [sample for path in some for sample in _samples(path, cache)] for split, some in used.items()}
+    numbers = {split: [label for *_, label in samples] for split, samples in found.items()}
+    every = [label for labels in numbers.values() for label in labels]
+    known = [label for label in every if label is not None]
+    if 0 < len(known) < len(every):
         raise StageError(f"shards:{urls}: some samples have a .cls and some not; set images.classes: false")
-    class_names = (
-        [str(n) for n in range(max((n for n in numbers if n is not None), default=-1) + 1)] if labelled else []
-    )
     splits = {
-        split: _Members(members, np.array(classes[split], dtype=np.int64) if labelled else None, cache)
-        for split, members in found.items()
+        split: _Members(
+            [sample[:3] for sample in samples], np.array(numbers[split], np.int64) if known else None, cache
+        )
+        for split, samples in found.items()
     }
-    if "train" not in splits and splits:
-        splits = {"train": splits["val"]}
-    identity = hashlib.sha256("\n".join(f"{path} {path.stat().st_size}" for path in paths).encode()).hexdigest()
-    return Source(splits, class_names, identity)
+    listed = [path for path in paths if split_of(path.name) in chosen.values()]
+    identity = "\n".join(f"{path} {path.stat().st_size}{split_mark(path.name)}" for path in listed)
+    return Source(
+        splits,
+        [str(number) for number in range(max(known, default=-1) + 1)],
+        hashlib.sha256(identity.encode()).hexdigest(),
+        {split: span(some) for split, some in used.items()},
+        tuple(path.name for path in paths if split_of(path.name) not in chosen.values()),
+    )
+
+
+def _samples(path: Path, cache: Cache) -> Iterator[tuple[Path, SampleIndex, str, int | None]]:
+    """The samples of a tar that hold an image: each with the image's extension and its class."""
+    local = on_disk(path, cache)
+    with local.open("rb") as file:
+        for sample in index_shard(local):
+            extension = next((e for e in sample.members if f".{e.lower()}" in EXTENSIONS), None)
+            if extension is None:
+                continue
+            member = sample.members.get("cls")
+            text = read_member(file, member)[:32].strip() if member else b""
+            label = int(text) if text.isdigit() else None
+            if label is not None and label >= MAX_CLASSES:
+                raise StageError(
+                    f"sample {sample.key} of {path} has class {label}; classes must lie below {MAX_CLASSES}"
+                )
+            yield path, sample, extension, label
 
 
 def label_at(labels: np.ndarray | None, index: int) -> int | None:

@@ -34,6 +34,16 @@ def test_packing_keeps_classes_and_keys_and_splits_by_class(picture_folder: Path
     assert Counter(key.split("/")[0] for key in keys) == {"cat": 2, "dog": 2}
 
 
+def test_packing_says_once_how_the_source_was_understood(
+    picture_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "images").mkdir()
+    with caplog.at_level("INFO"):
+        pack(config_of(picture_folder), 0, COMPUTE, tmp_path / "images")
+    said = f"pack: folder:{picture_folder}: train 40 images, of which some are set aside for val; 2 classes: cat, dog"
+    assert caplog.messages == [said]
+
+
 def test_the_fraction_is_stratified_and_seeded() -> None:
     labels = np.array([0] * 50 + [1] * 20 + [2] * 3 + [3])
     drawn = stratified_fraction(labels, 74, 0.1, 0)

@@ -1,4 +1,6 @@
 import io
+import struct
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -64,6 +66,64 @@ def test_every_mode_is_made_right(channels: int) -> None:
         assert np.asarray(to_mode(image, channels)).min() >= 250, mode
 
 
+def pgm(values: np.ndarray, white: int) -> bytes:
+    return b"P5 %d %d %d\n" % (*values.shape[::-1], white) + values.astype(">u2").tobytes()
+
+
+def plain_pgm(values: np.ndarray, white: int) -> bytes:
+    return b"P2 %d %d %d\n" % (*values.shape[::-1], white) + " ".join(map(str, values.flat)).encode()
+
+
+def twelve_bit_tiff(values: np.ndarray, white: int) -> bytes:
+    height, width = values.shape
+    first, second = values.reshape(-1, 2).astype(int).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: height, 279: len(packed)}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + packed
+
+
+def saved_as(kind: str) -> Callable[[np.ndarray, int], bytes]:
+    return lambda values, white: data_of(Image.fromarray(values), kind)
+
+
+@pytest.mark.parametrize("highest", [200, 4000])
+@pytest.mark.parametrize(
+    ("write", "white"),
+    [
+        (pgm, 65535),
+        (pgm, 4095),
+        (plain_pgm, 65535),
+        (plain_pgm, 4095),
+        (twelve_bit_tiff, 4095),
+        (saved_as("TIFF"), 65535),
+        (saved_as("PNG"), 65535),
+    ],
+)
+def test_wide_grey_is_scaled_by_what_its_file_says_and_never_by_its_pixels(
+    write: Callable[[np.ndarray, int], bytes], white: int, highest: int
+) -> None:
+    values = np.linspace(0, highest, 64).astype(np.uint16).reshape(8, 8)
+    data = write(values, white)
+    wanted = values * (255 / white)
+    for found in (pixels_of(data, 8, 1), pixels_of(fit(data, 8, 1, False, "png").data, 8, 1)):
+        assert np.abs(found[0] - wanted).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 256]], dtype=np.int32), r"must lie in \[0, 255\], but lie in \[0, 256\]"),
+        (np.array([[-1, 9]], dtype=np.int32), r"must lie in \[0, 255\], but lie in \[-1, 9\]"),
+        (np.array([[0, 2]], dtype=np.float32), r"must lie in \[0, 1\], but lie in \[0, 2\]"),
+        (np.array([[0, np.inf]], dtype=np.float32), r"must lie in \[0, 1\]"),
+    ],
+)
+def test_wide_grey_beyond_what_is_white_is_refused(values: np.ndarray, message: str) -> None:
+    with pytest.raises(BadImageError, match=message):
+        fit(data_of(Image.fromarray(values), "TIFF"), 1, 1, False, "png")
+
+
 def _converted(image: Image.Image, mode: str) -> Image.Image:
     if mode == "LAB":
         from PIL import ImageCms
@@ -103,7 +163,6 @@ def test_what_is_no_usable_image_says_why() -> None:
 def test_a_gigapixel_image_is_refused_before_memory_is_taken() -> None:
     header = data_of(Image.new("1", (1, 1)))
     # A PNG header that promises 40,000 x 40,000 pixels.
-    import struct
     import zlib
 
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)

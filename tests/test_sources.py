@@ -1,3 +1,5 @@
+import hashlib
+import shutil
 from pathlib import Path
 
 import datasets
@@ -8,7 +10,7 @@ from PIL import Image
 from pipelines.compute import ComputeConfig
 from pipelines.errors import ConfigError, StageError
 from pipelines.shards import write_shard
-from pipelines.sources import open_source
+from pipelines.sources import described, open_source
 from tests.test_pictures import data_of, noise
 
 CACHE = ComputeConfig().cache
@@ -54,6 +56,68 @@ def test_a_folder_with_train_and_val_has_both_splits(tmp_path: Path) -> None:
     source = open_source(f"folder:{tmp_path}", CACHE)
     assert {split: len(images) for split, images in source.splits.items()} == {"train": 2, "val": 2}
     assert source.class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [("Train", "Test"), ("training", "testing"), ("TRAIN", "valid"), ("train", "Validation"), ("train_set", "eval")],
+)
+def test_split_folders_go_by_their_usual_names(train: str, held_out: str, tmp_path: Path) -> None:
+    for name in (f"{train}/cat/a.png", f"{train}/dog/b.png", f"{held_out}/cat/c.png", f"{held_out}/dog/d.png"):
+        picture(tmp_path / name)
+    source = open_source(f"folder:{tmp_path}", CACHE)
+    assert {split: len(images) for split, images in source.splits.items()} == {"train": 2, "val": 2}
+    assert source.class_names == ["cat", "dog"]
+    assert source.splits["val"].read(0)[::2] == ("cat/c", 0)
+
+
+def test_a_split_beside_classes_is_refused_and_a_train_among_vehicles_is_one(tmp_path: Path) -> None:
+    for name in ("car/a.png", "train/b.png"):
+        picture(tmp_path / name)
+    assert open_source(f"folder:{tmp_path}", CACHE).class_names == ["car", "train"]
+    (tmp_path / "train").rename(tmp_path / "Test")
+    for classes in (True, False):
+        with pytest.raises(StageError, match=r"holds Test/, which is named after a split, beside car/; move"):
+            open_source(f"folder:{tmp_path}", CACHE, classes)
+
+
+def test_a_lone_split_folder_trains(tmp_path: Path) -> None:
+    for name in ("Test/cat/a.png", "Test/dog/b.png"):
+        picture(tmp_path / name)
+    source = open_source(f"folder:{tmp_path}", CACHE)
+    assert list(source.splits) == ["train"]
+    assert source.class_names == ["cat", "dog"]
+
+
+def test_a_source_tells_how_it_was_understood(tmp_path: Path) -> None:
+    names = ["Train/cat/a.png", "Train/cat/b.png", "valid/cat/c.png", "test/cat/d.png", "loose.png"]
+    for name in names:
+        picture(tmp_path / name)
+    assert described("birds", open_source(f"folder:{tmp_path}", CACHE)) == (
+        "birds: train 2 images (Train/) and val 1 images (valid/); 1 class: cat; left out: loose.png, test/"
+    )
+    assert described("digits", open_source("digits", CACHE)) == (
+        "digits: train 1,797 images, of which some are set aside for val; 10 classes: 0, 1, 2, 3, 4, …"
+    )
+    assert described("digits", open_source("digits", CACHE, classes=False)).endswith("for val; no classes")
+
+
+@pytest.mark.parametrize(
+    ("names", "identity"),
+    [
+        (["cat/a.png", "dog/b.png"], "74bf0fb25551"),
+        (["train/cat/a.png", "test/cat/b.png", "extra/c.png"], "be231847f66f"),
+        (["train/cat/a.png"], "a7d3a399fca2"),
+        (["train/a.png", "val/b.png", "test/c.png"], "1d491c07e55b"),
+        (["car/a.png", "train/b.png"], "614d438d6478"),
+    ],
+)
+def test_the_identity_of_a_folder_stays_what_it_was_in_format_1(
+    names: list[str], identity: str, tmp_path: Path
+) -> None:
+    for name in names:
+        picture(tmp_path / name)
+    assert open_source(f"folder:{tmp_path}", CACHE).identity[:12] == identity
 
 
 def test_folders_that_promise_what_they_do_not_hold_are_named(tmp_path: Path) -> None:
@@ -149,6 +213,18 @@ def test_parquet_in_hub_layout_brings_splits_and_class_names(hub_like: Path) -> 
     assert (raw.key, raw.label, raw.data) == ("00000001", 1, data_of(Image.fromarray(noise(8, 8))))
 
 
+def test_parquet_files_are_splits_by_any_word_of_their_names(hub_like: Path) -> None:
+    (hub_like / "train.parquet").rename(hub_like / "pets-Training-0.parquet")
+    (hub_like / "test.parquet").rename(hub_like / "pets-Dev-0.parquet")
+    shutil.copy(hub_like / "pets-Dev-0.parquet", hub_like / "pets-test-0.parquet")
+    (hub_like / "loop").symlink_to(".")
+    source = open_source(f"parquet:{hub_like}/**/*.parquet", CACHE)
+    assert described("pets", source) == (
+        "pets: train 6 images (pets-Training-0.parquet) and val 2 images (pets-Dev-0.parquet); 2 classes: cat, dog; "
+        "left out: pets-test-0.parquet"
+    )
+
+
 def test_the_hub_loader_reads_a_repository_folder(hub_like: Path) -> None:
     """`hf:` takes what `datasets.load_dataset` takes, a local repository too."""
     source = open_source(f"hf:{hub_like}", CACHE)
@@ -178,6 +254,33 @@ def test_somebody_elses_webdataset_is_read_by_brace_expansion(tmp_path: Path) ->
     assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 6, "val": 1}
     assert source.class_names == ["0", "1", "2"]
     assert source.splits["train"].read(5) == ("12", data, 2)
+
+
+def tars(folder: Path, *names: str) -> str:
+    for name in names:
+        write_shard(folder / name, [(name.partition(".")[0], {"png": b"x"})], {})
+    return f"shards:{folder}/*.tar"
+
+
+def test_of_val_and_test_tars_only_val_is_taken(tmp_path: Path) -> None:
+    source = open_source(tars(tmp_path, "a-test-0.tar", "a-train-0.tar", "a-train-1.tar", "a-val-0.tar"), CACHE)
+    assert [source.splits["train"].key(index) for index in range(2)] == ["a-train-0", "a-train-1"]
+    assert [source.splits["val"].key(index) for index in range(len(source.splits["val"]))] == ["a-val-0"]
+    assert described("tars", source) == (
+        "tars: train 2 images (a-train-0.tar to a-train-1.tar) and val 1 images (a-val-0.tar); no classes; "
+        "left out: a-test-0.tar"
+    )
+
+
+def test_the_identity_of_tars_stays_what_it_was_in_format_1_unless_that_took_a_split_for_another(
+    tmp_path: Path,
+) -> None:
+    def before() -> str:
+        listed = [f"{path} {path.stat().st_size}" for path in sorted(tmp_path.glob("*.tar"))]
+        return hashlib.sha256("\n".join(listed).encode()).hexdigest()
+
+    assert open_source(tars(tmp_path, "test-0.tar", "train-0.tar", "x.tar"), CACHE).identity == before()
+    assert open_source(tars(tmp_path, "a-test-0.tar"), CACHE).identity != before()
 
 
 @pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "ftp://host/a.tar", "s3x://a/b.tar"])

@@ -1,0 +1,102 @@
+"""Listing what a source holds: pictures below a folder, files by a pattern, and names in a message."""
+
+import logging
+import os
+import textwrap
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from pipelines.places import is_local, matches, retried
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# Names that are listed in a message.
+LISTED = 5
+
+logger = logging.getLogger(__name__)
+
+
+def pictures_below(root: Path) -> tuple[list[str], set[str]]:
+    """List a folder, local or remote.
+
+    Returns:
+        The pictures in it and below it, relative to it; and the folders, each with a slash at its end. Hidden ones are
+        left out.
+    """
+    return (_local_tree if is_local(root) else _remote_tree)(root)
+
+
+def files_of(pattern: str) -> list[Path]:
+    """Return the files that a path or URL with wildcards matches, each once however many links lead to it."""
+    found: dict[Path, Path] = {}
+    for path in sorted(matches(pattern), key=lambda path: len(path.parts)):
+        found.setdefault(path.resolve() if is_local(path) else path, path)
+    return sorted(found.values())
+
+
+def shortly(names: Iterable[str]) -> str:
+    """The first few of some names, which may be long."""
+    names = list(names)
+    shown = [textwrap.shorten(name, 40, placeholder="…") for name in names[:LISTED]]
+    return ", ".join(shown + ["…"] * (len(names) > LISTED))
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+
+
+def _local_tree(root: Path) -> tuple[list[str], set[str]]:
+    """The pictures below a folder, and the folders; hidden ones are left out.
+
+    Links are followed, but for those of a loop, which would give their pictures again and again.
+    """
+
+    @cache
+    def listing(folder: str) -> tuple[dict[str, str], list[str]]:
+        """What lies in a real folder: its folders, each with its real path, and the pictures."""
+        _, folders, names = next(os.walk(folder), ("", [], []))
+        paths = {name: os.path.join(folder, name) for name in folders if not name.startswith(".")}
+        real = {name: os.path.realpath(path) if os.path.islink(path) else path for name, path in paths.items()}
+        return real, [name for name in names if _is_picture(name)]
+
+    def leads_to(start: str, folder: str) -> bool:
+        waiting, met = [start], {start}
+        while waiting:
+            here = waiting.pop()
+            if Path(folder).is_relative_to(here):
+                return True
+            new = set(listing(here)[0].values()) - met
+            met |= new
+            waiting += new
+        return False
+
+    found, below, loops = [], set(), []
+    waiting = [(os.path.realpath(root), "")]
+    while waiting:
+        here, prefix = waiting.pop()
+        folders, names = listing(here)
+        found += [prefix + name for name in names]
+        for name, target in folders.items():
+            if target != os.path.join(here, name) and leads_to(target, here):
+                loops.append(prefix + name)
+            else:
+                below.add(f"{prefix}{name}/")
+                waiting.append((target, f"{prefix}{name}/"))
+    if loops:
+        logger.warning("folder:%s: links that lead back to where they lie are not followed: %s", root, shortly(loops))
+    return found, below
+
+
+def _remote_tree(root: Path) -> tuple[list[str], set[str]]:
+    """The same of a store, which knows no empty folders."""
+    remote = cast(Any, root)
+    base = remote.path.rstrip("/") + "/"
+    paths = [name.removeprefix(base) for name in retried(lambda: remote.fs.find(remote.path), f"list {root}")]
+    found = [path for path in paths if _is_picture(path.rpartition("/")[2]) and "/." not in f"/{path}"]
+    return found, {path.rpartition("/")[0] + "/" for path in found if "/" in path}
+
+
+def span(paths: list[Path]) -> str:
+    """Name some files by the first and the last of them."""
+    return " to ".join(dict.fromkeys((paths[0].name, paths[-1].name)))
