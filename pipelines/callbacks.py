@@ -1,5 +1,6 @@
 """What happens between training steps: checkpoints, leaving when asked, stopping on NaN, the progress bar."""
 
+import math
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from pipelines.errors import StageError
-from pipelines.places import is_local, make_folder, place, retried, whole
+from pipelines.places import exists, is_local, make_folder, place, retried, whole
 from pipelines.progress import progress_bar
 from pipelines.signals import Interrupted, requeue, signals_handled_by
 
@@ -55,6 +56,48 @@ class WholeCheckpoints(TorchCheckpointIO):
 def _load_remote(source: Path, map_location: Any) -> dict[str, Any]:
     with source.open("rb") as file:
         return torch.load(file, map_location=map_location, weights_only=True)
+
+
+class KeepBest(Checkpoint):
+    """Writes the checkpoint to export: that of the lowest validation figure.
+
+    Lightning's ModelCheckpoint forgets the figure when the folder is not where it was; here no path is kept. The figure
+    stands where ModelCheckpoint puts it, whose checkpoints are gone on from too.
+
+    Args:
+        path: of the checkpoint.
+        monitor: the validation figure.
+    """
+
+    def __init__(self, path: Path, monitor: str) -> None:
+        self.path, self.monitor = path, monitor
+        self.figure: float | None = None  # the lowest so far
+
+    @property
+    def state_key(self) -> str:
+        """Where checkpoints keep the figure."""
+        every = {"every_n_train_steps": 0, "every_n_epochs": 1, "train_time_interval": None}
+        settings = {"monitor": self.monitor, "mode": "min", **every}
+        return f"ModelCheckpoint{settings}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_model_score": self.figure}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        figure = state_dict["best_model_score"]
+        if figure is not None and not exists(self.path):
+            raise StageError(
+                f"{self.path}, the best checkpoint of this training so far, must be there to go on, and is not; put it "
+                "back, or add --redo to train again"
+            )
+        self.figure = None if figure is None else float(figure)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figure = float(trainer.callback_metrics[self.monitor].nan_to_num(nan=math.inf, posinf=math.inf))
+        # Saving is done by all processes together, so they must agree.
+        if trainer.strategy.reduce_boolean_decision(self.figure is None or figure < self.figure):
+            self.figure = figure
+            trainer.save_checkpoint(str(self.path))
 
 
 class KeepLast(Checkpoint):

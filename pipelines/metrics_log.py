@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from pipelines.fingerprint import digest
-from pipelines.places import is_local, write_text
+from pipelines.places import exists, is_local, read_bytes, write_text
 
 
 class MetricsCSV(Logger):
@@ -79,7 +79,7 @@ def make_loggers(kind: str, folder: Path) -> list[Logger]:
 
     Args:
         kind: "csv", "wandb" or "tensorboard".
-        folder: of the stage; a resumed stage goes on in the same wandb run.
+        folder: of the stage; a resumed stage goes on in the same wandb run, also where the folder has moved.
     """
     loggers: list[Logger] = [MetricsCSV(folder / "metrics.csv")]
     if kind == "tensorboard":
@@ -87,10 +87,13 @@ def make_loggers(kind: str, folder: Path) -> list[Logger]:
     if kind == "wandb":
         place = folder.resolve() if is_local(folder) else folder
         name = "-".join(str(place).split("/")[-3:])
-        begun = (folder / "config.yaml").stat().st_mtime  # a stage made again is another run
-        identity = digest([str(place), begun])[:16]
+        identity = folder / "wandb-run"
+        if not exists(identity):
+            begun = (folder / "config.yaml").stat().st_mtime  # a stage made again is another run
+            write_text(identity, digest([str(place), begun])[:16])
+        run = read_bytes(identity).decode()
         save_dir = str(folder) if is_local(folder) else tempfile.gettempdir()
-        loggers.append(WandbLogger(name=name, id=identity, project="smalti", save_dir=save_dir, resume="allow"))
+        loggers.append(WandbLogger(name=name, id=run, project="smalti", save_dir=save_dir, resume="allow"))
     return loggers
 
 

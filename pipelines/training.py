@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.data import DataLoader
 from x_transformers.x_transformers import Attention, FeedForward
 
-from pipelines.callbacks import KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints, averaging
+from pipelines.callbacks import KeepBest, KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints, averaging
 from pipelines.compute import ComputeConfig, on_gpu, several_processes
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
@@ -207,7 +207,7 @@ def fit(
     callbacks: list[Callback] = [
         stop_on_nan,
         Progress(title, monitor),
-        ModelCheckpoint(str(checkpoints), "best", monitor=monitor, enable_version_counter=False),
+        KeepBest(best, monitor),
         keep,
         leave,
     ]

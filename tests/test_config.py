@@ -91,6 +91,8 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
             "sample.guidance need classes; images.classes is false",
         ),
         ({}, ["--images.classes=false", "--sample.classes=[1]"], "sample.classes and sample.guidance need classes"),
+        ({}, ["--prior.training.precision=16-mixed"], "prior.training.precision.*'auto', *'32-true', *'bf16-mixed'"),
+        ({"tokenizer": {"training": {"precision": "64-true"}}}, [], "tokenizer.training.precision.*'32-true'.*64-true"),
     ],
 )
 def test_what_cannot_be_is_an_error_that_names_the_key(
