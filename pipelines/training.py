@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.data import DataLoader
 from x_transformers.x_transformers import Attention, FeedForward
 
-from pipelines.callbacks import KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints, averaging
+from pipelines.callbacks import AverageWeights, KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints
 from pipelines.compute import ComputeConfig, on_gpu, several_processes
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
@@ -212,7 +212,7 @@ def fit(
         leave,
     ]
     if config.weight_ema:
-        callbacks.insert(0, WeightAveraging(multi_avg_fn=averaging(config.weight_ema)))
+        callbacks.insert(0, AverageWeights(config.weight_ema))
     if config.gradient_clip:
         callbacks.append(ClipGradients(config.gradient_clip))
     if config.patience:
