@@ -76,7 +76,7 @@ def fit_tokenizer(folder: Path, steps: int = 4, **changes: int) -> None:
     training.fit(module, data, config, COMPUTE, folder, "val_loss", "a tokenizer")
 
 
-def fit_prior(network: str, folder: Path, steps: int = 4, **changes: int) -> None:
+def fit_prior(network: str, folder: Path, steps: int = 2, **changes: int) -> None:
     config = training_config(steps, **changes)
     module = PriorTraining(level(network, 1), PriorConfig(network=network, training=config), 0)
     data = training.StepData(Batches(), Batches(1.0), 12, steps, 8, 2, 0, as_it_is)
@@ -141,10 +141,8 @@ JOBS: dict[str, Callable[[Path], None]] = {
     "pixelsnail": lambda folder: fit_prior("pixelsnail", folder),
     "encode": encode_images,
     "sample": sample_images,
-    "tokenizer, 2 quiet steps": lambda folder: fit_tokenizer(folder, 2, **QUIET),
-    "tokenizer, 5 quiet steps": lambda folder: fit_tokenizer(folder, 5, **QUIET),
-    "prior, 2 quiet steps": lambda folder: fit_prior("transformer", folder, 2, **QUIET),
-    "prior, 5 quiet steps": lambda folder: fit_prior("transformer", folder, 5, **QUIET),
+    "2 quiet steps": lambda folder: fit_tokenizer(folder, 2, **QUIET),
+    "4 quiet steps": lambda folder: fit_tokenizer(folder, 4, **QUIET),
 }
 
 

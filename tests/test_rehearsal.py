@@ -15,7 +15,7 @@ from tests.rehearsal_jobs import JOBS, REFUSED
 @pytest.fixture(scope="module")
 def rehearsed() -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.rehearsal_jobs"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -30,9 +30,8 @@ def test_the_host_waits_where_it_is_meant_to_and_there_it_does(rehearsed: dict[s
     assert waits.keys() == BY_DESIGN.keys()
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
-def test_more_steps_make_the_host_wait_no_more_often(stage: str, rehearsed: dict[str, dict]) -> None:
-    few, many = (rehearsed[f"{stage}, {steps} quiet steps"]["waits"] for steps in (2, 5))
+def test_more_steps_make_the_host_wait_no_more_often(rehearsed: dict[str, dict]) -> None:
+    few, many = (rehearsed[f"{steps} quiet steps"]["waits"] for steps in (2, 4))
     assert few == many
 
 
