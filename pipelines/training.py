@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from x_transformers.x_transformers import Attention, FeedForward
 
 from pipelines.callbacks import AverageWeights, KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints
-from pipelines.compute import ComputeConfig, on_gpu, several_processes
+from pipelines.compute import ComputeConfig, in_slurm_step, on_gpu, several_processes
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
 from pipelines.order import TrainingBatches, ValidationBatches
@@ -257,8 +257,9 @@ def fit(
 def _trainer(config: TrainingConfig, compute: ComputeConfig, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
     assert isinstance(config.steps, int)
     plugins: list[Any] = [WholeCheckpoints()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # `Leave` answers Slurm's signals between steps
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # `Leave` answers Slurm's signals between steps. Without srun nobody has started the other tasks.
+        plugins.append(SLURMEnvironment(auto_requeue=False) if in_slurm_step() else LightningEnvironment())
     return pl.Trainer(
         accelerator=compute.accelerator,
         devices=compute.devices,
