@@ -10,8 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from pipelines.errors import StageError
 from pipelines.places import exists, is_local, make_folder, place, retried, whole
@@ -236,9 +237,12 @@ class StopOnNonFinite(Callback):
             self.check(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.check(trainer.global_step)
-        weights = [tensor for tensor in checkpoint["state_dict"].values() if tensor.is_floating_point()]
-        self.bad = torch.tensor(not all(bool(torch.isfinite(tensor).all()) for tensor in weights))
+        # On the device of the module also where weights were gathered on the host: NCCL sums nothing that lies there.
+        bad = torch.zeros((), dtype=torch.bool, device=pl_module.device) if self.bad is None else self.bad
+        for tensor in checkpoint["state_dict"].values():
+            if tensor.is_floating_point():
+                bad = bad | ~torch.isfinite(tensor).all().to(bad.device)
+        self.bad = bad
         self.check(trainer.global_step)
 
     def check(self, step: int) -> None:
@@ -289,15 +293,44 @@ class Progress(Callback):
             self.bar.close()
 
 
-def averaging(decay: float) -> Any:
-    """Return an average of weights that forgets its start sooner while it is young: decay min(d, (1 + n) / (10 + n)).
+class Average(AveragedModel):
+    """Averaged weights and buffers, on the device of the model; their count stays on the host, or each step would wait.
+
+    The average forgets its start sooner while it is young: decay min(d, (1 + n) / (10 + n)).
 
     Args:
+        model: whose weights are averaged.
         decay: d, of the grown average.
+        device: of the model.
     """
 
-    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        young = (1 + int(num_averaged)) / (10 + int(num_averaged))
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, young))
+    def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
+        super().__init__(model, use_buffers=True)
+        self.module.to(device)
+        self.decay = decay
 
-    return average
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        averaged, current = ([*part.parameters(), *part.buffers()] for part in (self.module, model))
+        number = int(self.n_averaged)
+        if number:
+            torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + number) / (10 + number)))
+        else:
+            torch._foreach_copy_(averaged, current)
+        self.n_averaged += 1
+
+
+class AverageWeights(WeightAveraging):
+    """Keeps an `Average` beside the model, which validates, and is exported, in the model's place.
+
+    Args:
+        decay: see `Average`.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._average_model = Average(pl_module, self.decay, trainer.strategy.root_device)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from pipelines.cache import Cache, default_cache_folder
+from pipelines.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,46 @@ class Worker(NamedTuple):
 
 
 def this_worker() -> Worker:
-    """Ask the launcher's environment (torchrun, Slurm) which worker this is; alone if there is none."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and size in os.environ:
-            return Worker(int(os.environ[rank]), int(os.environ[size]))
+    """Ask the environment of torchrun, srun or Lightning's launcher which worker this is; alone if there is none.
+
+    Raises:
+        ConfigError: the environment names a rank without the number of processes, or a number without a rank.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _worker(_number("RANK"), _number("WORLD_SIZE"))
+    if in_slurm_step():
+        return _worker(_number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS"))
     # Lightning's own launcher names the place in the node to the processes that it starts, and the user the node.
-    local, node, per_node = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "NODE_RANK", "LOCAL_WORLD_SIZE"))
-    return Worker(node * max(1, per_node) + local, int(os.environ.get("WORLD_SIZE", 1)))
+    node, per_node = _number("NODE_RANK"), _number("LOCAL_WORLD_SIZE", 1)
+    named = "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ
+    return _worker(node * max(1, per_node) + _number("LOCAL_RANK"), _number("WORLD_SIZE", 1), named)
+
+
+def _worker(rank: int, world_size: int, named: bool = True) -> Worker:
+    if not 0 <= rank < world_size or (world_size > 1 and not named):
+        found = f"process {rank} of {world_size}" if named else f"WORLD_SIZE {world_size} without a rank"
+        raise ConfigError(
+            f"the environment must say which of how many processes this is, but says {found}; "
+            "set RANK and WORLD_SIZE for each process, or NODE_RANK and WORLD_SIZE for each node, or none of them"
+        )
+    return Worker(rank, world_size)
+
+
+def _number(name: str, default: int = 0) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{name} in the environment must be a number, got {text!r}; unset it")
+    return int(text)
+
+
+def in_slurm_step() -> bool:
+    """Whether srun has started this process; a batch script knows the number of tasks too, and is alone."""
+    return "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def place_in_node() -> int:
+    """Return which of its node's processes this one is, as its launcher says."""
+    return _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ or not in_slurm_step() else _number("SLURM_LOCALID")
 
 
 def on_gpu(compute: ComputeConfig) -> bool:
@@ -97,8 +131,8 @@ def several_processes(compute: ComputeConfig) -> bool:
 
 
 def started_by_a_launcher() -> bool:
-    """Whether somebody else, torchrun or Slurm, has started all processes of this job."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
+    """Whether somebody else, torchrun, srun or the user, has started all processes of this job."""
+    return ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or in_slurm_step()
 
 
 def num_processes(compute: ComputeConfig) -> int:
@@ -118,5 +152,6 @@ def inference_device(compute: ComputeConfig, precise: bool = True) -> torch.devi
     torch.backends.cuda.matmul.allow_tf32 = not precise
     torch.backends.cudnn.allow_tf32 = not precise
     if on_gpu(compute):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # Each task may see all GPUs of its node, or its own alone.
+        return torch.device("cuda", place_in_node() % torch.cuda.device_count())
     return torch.device("cpu")

@@ -188,7 +188,7 @@ class TokenizerTraining(pl.LightningModule):
             ema.update(codebook, Statistics(*summed[3 * level : 3 * level + 3]))
             for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True))
         ]
-        self.revived = self.revived.to(flat.device) + torch.stack(revived)
+        self.revived = self.revived.to(flat.device, non_blocking=True) + torch.stack(revived)
         self.statistics, self.micro = None, 0
 
     def on_validation_epoch_start(self) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.data import DataLoader
 from x_transformers.x_transformers import Attention, FeedForward
 
-from pipelines.callbacks import KeepBest, KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints, averaging
-from pipelines.compute import ComputeConfig, on_gpu, several_processes
+from pipelines.callbacks import AverageWeights, KeepBest, KeepLast, Leave, Progress, StopOnNonFinite, WholeCheckpoints
+from pipelines.compute import ComputeConfig, in_slurm_step, on_gpu, several_processes
 from pipelines.errors import ConfigError, StageError
 from pipelines.metrics_log import make_loggers
 from pipelines.order import TrainingBatches, ValidationBatches
@@ -212,7 +212,7 @@ def fit(
         leave,
     ]
     if config.weight_ema:
-        callbacks.insert(0, WeightAveraging(multi_avg_fn=averaging(config.weight_ema)))
+        callbacks.insert(0, AverageWeights(config.weight_ema))
     if config.gradient_clip:
         callbacks.append(ClipGradients(config.gradient_clip))
     if config.patience:
@@ -259,8 +259,9 @@ def _trainer(config: TrainingConfig, compute: ComputeConfig, folder: Path, callb
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # they speak of themselves, each in its own way
         logging.getLogger(name).setLevel(logging.WARNING)
     plugins: list[Any] = [WholeCheckpoints()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # `Leave` answers Slurm's signals between steps
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # `Leave` answers Slurm's signals between steps. Without srun nobody has started the other tasks.
+        plugins.append(SLURMEnvironment(auto_requeue=False) if in_slurm_step() else LightningEnvironment())
     return pl.Trainer(
         accelerator=compute.accelerator,
         devices=compute.devices,
