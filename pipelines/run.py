@@ -12,6 +12,7 @@ from pipelines.config import Config, at_level
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
+from pipelines.generator import Generator
 from pipelines.manifest import all_receipts, read_manifest
 from pipelines.pack import pack
 from pipelines.places import is_local, make_folder, place
@@ -35,10 +36,11 @@ class Run:
     Args:
         config: of the run.
         redo: stages to make again from nothing.
+        models: what `sample` draws with; if not given, what the config and the run folder have.
     """
 
-    def __init__(self, config: Config, redo: Sequence[str] = ()) -> None:
-        self.config = config
+    def __init__(self, config: Config, redo: Sequence[str] = (), models: Generator | None = None) -> None:
+        self.config, self.models = config, models
         self.redo = set(redo)
         self.root = place(config.run_dir, writable=True)
         if self.redo and this_worker().world_size > 1:
@@ -151,7 +153,8 @@ class Run:
     def sample(self) -> bool:
         """Priors and tokenizer to sample shards."""
         config = self.config
-        tokenizer, prior = self._tokenizer(), self._prior()
+        given = self.models
+        tokenizer, prior = (given.tokenizer, given.prior) if given else (self._tokenizer(), self._prior())
         settings = {"seed": config.seed, "sample": config.sample}
         folder = self._open("sample", self.root / config.sample.folder, settings)
         if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from pipelines import Generator
 from pipelines.card import _without_places
 from pipelines.fingerprint import tokenizer_fingerprint
+from pipelines.generator import names_models
 from pipelines.manifest import all_receipts, read_manifest
 from pipelines.shards import index_shard, read_member
 from prior import HierarchicalPrior, LevelConfig, LevelPrior
@@ -24,6 +26,7 @@ from tests.priors import SIZES
 from tests.test_hierarchy import tiny
 from tokenizer import HierarchicalVQVAE
 
+Smalti = Callable[..., tuple[int, str]]
 FORMAT1 = Path(__file__).parent / "data" / "format1" / "run"
 DRAWN_WITH = {"seed": 3, "temperature": 0.75, "top_p": [1.0, 0.95], "guidance": [1.5, 1.0]}
 
@@ -312,3 +315,59 @@ def test_a_repository_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)  # HF_HUB_OFFLINE is set: nothing is asked
     with pytest.raises(OSError, match="no generator at me/nowhere: there is no such folder, and the hub gives none"):
         Generator.from_pretrained("me/nowhere")
+
+
+def test_the_command_line_samples_from_a_folder_or_an_id(generator: Generator, hub: Path, smalti: Smalti) -> None:
+    generator.push_to_hub("me/digits-model")
+    more = (
+        "--sample.count=4",
+        "--sample.classes=['7']",
+        "--sample.batch_size=2",
+        "--seed=5",
+        "--compute.accelerator=cpu",
+    )
+    for name, out in (("me/digits-model", "one"), (hub / "me" / "digits-model", "two"), (FORMAT1, "three")):
+        code, said = smalti("sample", name, "--run_dir", out, *more)
+        assert code == 0, said
+        assert [path.name for path in Path(out).iterdir()] == ["samples"]
+        images, codes = shards_of(Path(out) / "samples")
+        drawn = generator.sample(["7"], seed=5, count=4, batch_size=2)
+        assert same(codes, drawn.codes)
+        assert float((images - drawn.images).abs().max()) <= 1 / 255 + 1e-6
+    code, said = smalti("sample", "me/digits-model", "--run_dir", "one", *more)
+    assert code == 0 and "skipped, one/samples is complete" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["published"], 2, "run_dir must name a folder to write to; add --run_dir FOLDER"),
+        (["empty", "--run_dir=x"], 1, "no tokenizer at empty/tokenizer: there is no such folder"),
+        (["published", "--run_dir=x", "--sample.classes=[5]"], 1, "none of the 3 classes"),
+        (["published", "--run_dir=x", "--sample.guidance=[2,1,1]"], 1, "one a level (2)"),
+        (["nowhere.yaml"], 2, "cannot read the config nowhere.yaml"),
+        (["me/nowhere.yaml"], 2, "cannot read the config me/nowhere.yaml"),
+    ],
+)
+def test_sampling_without_a_config_says_what_is_wrong_in_one_line(
+    arguments: list[str], exit_code: int, message: str, hub: Path, smalti: Smalti
+) -> None:
+    (hub.parent / "published").symlink_to(FORMAT1)
+    (hub.parent / "empty").mkdir()
+    code, said = smalti("sample", *arguments)
+    assert code == exit_code and message in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_configs_and_models_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine").write_text("run_dir: x")
+    monkeypatch.chdir(tmp_path)
+    assert [
+        name
+        for name in ("configs", "me/model", "configs/mine", "configs/x", "digits", "me/x.yaml")
+        if names_models(name)
+    ] == [
+        "configs",
+        "me/model",
+    ]
