@@ -20,7 +20,8 @@ stages:
   train-tokenizer  image shards become a tokenizer, a hierarchical VQ-VAE
   encode           image shards become code shards
   train-prior      code shards become a prior a level (--level N for one of them)
-  sample           priors and tokenizer make new images
+  sample           priors and tokenizer make new images; also those of a published folder or hub id,
+                   instead of CONFIG.yaml and with --run_dir
   evaluate         how well tokenizer and priors do on the val split
   run              all of these in order; what is complete is skipped
   verify           whether every file of the run is what it was written as; the first that is not is named
@@ -110,12 +111,15 @@ def _command(arguments: list[str]) -> int:
         raise ConfigError(f"--level goes with train-prior, not with {stage}")
     from pipelines.compute import several_processes
     from pipelines.config import load_config
+    from pipelines.generator import Generator, names_models
     from pipelines.run import Run
 
     set_up_console()
-    config = load_config(rest[0], overrides)
+    published = stage == "sample" and names_models(rest[0])
+    settings = {"run_dir": "", "tokenizer": {"from": rest[0]}}
+    config = load_config(settings if published else rest[0], overrides)
 
-    run = Run(config, redo)
+    run = Run(config, redo, Generator.from_pretrained(rest[0]) if published else None)
     if stage != "run":
         run.stage(stage, options.level)
     elif several_processes(config.compute):

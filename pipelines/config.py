@@ -56,6 +56,8 @@ class Config:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise ValueError("run_dir must name a folder to write to; add --run_dir FOLDER")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
         guidance = self.sample.guidance if isinstance(self.sample.guidance, list) else [self.sample.guidance]
@@ -84,18 +86,18 @@ def make_parser(stage: str = "STAGE") -> ArgumentParser:
     return parser
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration.
 
     Args:
-        path: the YAML file, plain data; or the name of one that smalti ships ("digits").
+        path: the YAML file, plain data; or the name of one that smalti ships ("digits"); or what such a file holds.
         overrides: `--section.key value` of the command line.
 
     Raises:
         ConfigError: no such file, an unknown key, a wrong type, or a value that cannot work; names the key.
     """
     try:
-        settings = read_yaml(_find(Path(path)).read_bytes())
+        settings = path if isinstance(path, dict) else read_yaml(_find(Path(path)).read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except ValueError as error:

@@ -11,6 +11,7 @@ from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import digest, hashed, manifest_digest, tokenizer_fingerprint
+from pipelines.generator import Generator
 from pipelines.manifest import all_receipts, read_manifest, shards_hold
 from pipelines.pack import check_source, forget_other_source, pack
 from pipelines.places import is_local, make_folder, place
@@ -36,10 +37,11 @@ class Run:
     Args:
         config: of the run.
         redo: stages to make again from nothing.
+        models: what `sample` draws with; if not given, what the config and the run folder have.
     """
 
-    def __init__(self, config: Config, redo: Sequence[str] = ()) -> None:
-        self.config = config
+    def __init__(self, config: Config, redo: Sequence[str] = (), models: Generator | None = None) -> None:
+        self.config, self.models = config, models
         self.root = place(config.run_dir, writable=True)
         if redo and this_worker().world_size > 1:
             if started_by_a_launcher():  # nobody knows who comes first
@@ -165,7 +167,8 @@ class Run:
     def sample(self) -> bool:
         """Priors and tokenizer to sample shards."""
         config = self.config
-        tokenizer, prior = self._tokenizer(), self._prior()
+        given = self.models
+        tokenizer, prior = (given.tokenizer, given.prior) if given else (self._tokenizer(), self._prior())
         settings = {"seed": config.seed, "sample": config.sample}
         folder = self._open("sample", folder_of_set(self.root, config.sample.folder), settings)
         if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):

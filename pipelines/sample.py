@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipelines.cache import Cache
 from pipelines.compute import ComputeConfig, inference_device, this_worker
@@ -164,6 +165,46 @@ def drawn_with(config: SampleConfig, seed: int, device: str, threads: int) -> di
     return how
 
 
+class Drawn(NamedTuple):
+    """Images float (B, C, H, W) in [-1, 1], and their codes int64 (B, h, w) a level, coarse to fine."""
+
+    images: Tensor
+    codes: list[Tensor]
+
+
+def drawn_batches(
+    config: SampleConfig,
+    seed: int,
+    classes: list[int],
+    tokenizer: HierarchicalVQVAE,
+    prior: HierarchicalPrior,
+    decoders: Decoders,
+    start: int,
+    stop: int,
+) -> Iterator[Drawn]:
+    """Yield samples start to stop in batches that are whole whatever their number: the last is filled up.
+
+    Args:
+        config: how they are drawn.
+        seed: of their uniforms.
+        classes: indices, taken in turn; empty for none.
+        tokenizer: makes images of codes.
+        prior: draws codes.
+        decoders: see `HierarchicalPrior.sample`.
+        start: index of the first sample.
+        stop: index after the last one.
+    """
+    device = next(tokenizer.parameters()).device
+    settings = (config.temperature, config.top_k, config.top_p, config.guidance)
+    for first in range(start, stop, config.batch_size):
+        indices = range(first, first + config.batch_size)
+        labels = [classes[index % len(classes)] for index in indices] if classes else None
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            codes = prior.sample(labels, seed, *settings, indices, decoders)
+            images = tokenizer.decode(codes).float()
+        yield Drawn(images, codes)
+
+
 def model_fingerprints(tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:
     """Return what receipts and manifest of samples name their models by: "tokenizer", "prior0", "prior1", …"""
     levels = {f"prior{number}": prior_fingerprint(level) for number, level in enumerate(prior.levels)}
@@ -232,22 +273,17 @@ def _drawn(
     stop: int,
     tick: Any,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield samples start to stop, drawn in whole batches whatever their number."""
-    device = next(tokenizer.parameters()).device
+    """Yield samples start to stop as shards hold them."""
     dtypes = [code_dtype(size) for size in tokenizer.config.codebook_sizes]
-    for first in range(start, stop, config.batch_size):
-        indices = range(first, first + config.batch_size)
-        labels = [classes[index % len(classes)] for index in indices] if classes else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            settings = (config.temperature, config.top_k, config.top_p, config.guidance)
-            codes = prior.sample(labels, seed, *settings, indices, decoders)
-            images = to_uint8(tokenizer.decode(codes))
+    batches = drawn_batches(config, seed, classes, tokenizer, prior, decoders, start, stop)
+    for first, (images, codes) in zip(range(start, stop, config.batch_size), batches, strict=True):
+        pixels = to_uint8(images)
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
-        for row, index in enumerate(indices[: stop - first]):
-            contents = {"png": encode_image(to_picture(images[row]), "png")}
+        for row, index in enumerate(range(first, min(first + config.batch_size, stop))):
+            contents = {"png": encode_image(to_picture(pixels[row]), "png")}
             contents |= {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}
-            if labels:
-                contents["cls"] = str(labels[row]).encode()
+            if classes:
+                contents["cls"] = str(classes[index % len(classes)]).encode()
             yield f"{index:08d}", contents
         tick(min(config.batch_size, stop - first))
 

@@ -11,13 +11,14 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizer.checks import Float32Module, check_pixels, code_grids, float_tensor
 from tokenizer.codebook import Codebook, Quantized
+from tokenizer.hub import model_folder
 from tokenizer.networks import decoder, encoder
 
 # Beyond these a setting is damage or malice, not a model.
@@ -272,16 +273,7 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         Raises:
             ValueError: no such folder, or the files lack or add a tensor or a setting.
         """
-        folder = Path(name).expanduser()
-        if not folder.exists():
-            parts = str(name).split("/")
-            # "runs/digitz" is a misspelt path, not a repository, when there is a folder "runs".
-            if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")) or folder.parent.exists():
-                raise ValueError(
-                    f"no tokenizer at {name}: there is no such folder; train one, or name a hub repository"
-                )
-            files = ["config.json", "model.safetensors"]
-            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+        folder = model_folder(name, "tokenizer", ["config.json", "model.safetensors"], revision)
         try:
             settings = json.loads((folder / "config.json").read_text())
             tensors = load_file(folder / "model.safetensors")

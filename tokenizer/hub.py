@@ -1,0 +1,37 @@
+"""Where a model lies that is called by name: in a folder, or in a repository of the hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+
+def can_be_repository(name: str | Path) -> bool:
+    """Whether a name that is no folder here is that of a repository, "user/model", and not a misspelt path."""
+    parts = str(name).split("/")
+    # "runs/digitz" is a misspelt path, not a repository, when there is a folder "runs".
+    return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~")) and not Path(parts[0]).exists()
+
+
+def model_folder(name: str | Path, kind: str, files: Sequence[str], revision: str | None = None) -> Path:
+    """Return a model's folder, fetched from the hub if it is there.
+
+    Args:
+        name: a folder; what cannot be a folder here is a hub id.
+        kind: of model, for the message.
+        files: names or patterns of what is fetched.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: there is no such folder, and the name is no hub id.
+        OSError: it cannot be had from the hub; names it.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    if not can_be_repository(name):
+        raise ValueError(f"no {kind} at {name}: there is no such folder; train one, or name a hub repository")
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(files)))
+    except OSError as error:
+        raise OSError(f"no {kind} at {name}: there is no such folder, and the hub gives none: {error}") from error
