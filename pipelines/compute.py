@@ -17,7 +17,8 @@ class ComputeConfig:
     """Where to run. None of this changes what is computed, but for the rounding of the kind of device.
 
     Attributes:
-        accelerator: "auto", "cpu", "gpu" or what else Lightning knows.
+        accelerator: "auto" (a CUDA GPU where there is one), "cpu", or "gpu". Apple's GPUs lack float64, in which smalti
+            draws and sums; there "auto" is the CPU.
         devices: "auto" or a number of devices on each node.
         num_nodes: nodes of a training job.
         num_workers: processes that decode images; -1 chooses.
@@ -30,7 +31,7 @@ class ComputeConfig:
         logger: where training reports besides metrics.csv: "csv" (nowhere else), "wandb" or "tensorboard".
     """
 
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
     devices: str | int = "auto"
     num_nodes: int = 1
     num_workers: int = -1
@@ -113,8 +114,21 @@ def place_in_node() -> int:
 
 
 def on_gpu(compute: ComputeConfig) -> bool:
-    """Whether this section means a CUDA GPU, and there is one."""
-    return compute.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    """Whether this section means a CUDA GPU.
+
+    Raises:
+        ConfigError: it asks for one, and there is none.
+    """
+    if compute.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError("compute.accelerator asks for a CUDA GPU and there is none here; set it to auto or cpu")
+    return compute.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def described(compute: ComputeConfig) -> str:
+    """Return where work is done, for a person."""
+    device = torch.cuda.get_device_name() if on_gpu(compute) else "CPU"
+    count = max(this_worker().world_size, local_processes(compute) * compute.num_nodes)
+    return f"{device}, {count} processes" if count > 1 else device
 
 
 def local_processes(compute: ComputeConfig) -> int:
@@ -137,7 +151,9 @@ def started_by_a_launcher() -> bool:
 
 def num_processes(compute: ComputeConfig) -> int:
     """How many processes shall decode images beside this one."""
-    return len(os.sched_getaffinity(0)) if compute.num_workers == -1 else compute.num_workers
+    if compute.num_workers >= 0:
+        return compute.num_workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
 
 
 def inference_device(compute: ComputeConfig, precise: bool = True) -> torch.device:

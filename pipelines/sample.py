@@ -105,7 +105,7 @@ def sample(
     """
     marks = model_fingerprints(tokenizer, prior)
     check_belong_together(prior, marks["tokenizer"])
-    classes = _class_indices(config.classes, prior.class_names)
+    classes = class_indices(config.classes, prior.class_names)
     if len(prior.levels) != tokenizer.config.num_levels:
         raise StageError(
             f"the tokenizer has {tokenizer.config.num_levels} levels but there are priors of {len(prior.levels)}; "
@@ -239,7 +239,7 @@ def _check_settings(config: SampleConfig, prior: HierarchicalPrior) -> None:
                 raise StageError(f"sample.guidance cannot be {value}: {error}") from None
 
 
-def _class_indices(wanted: list[str | int], names: list[str]) -> list[int]:
+def class_indices(wanted: list[str | int], names: list[str]) -> list[int]:
     """Return class indices; all of them when none are wanted.
 
     A string is a name and a whole number an index, also where a class is called by that number. A string of digits

@@ -232,6 +232,14 @@ def fit(
             f"batch_size must be a multiple of processes * micro_batches, got {data.batch_size} for "
             f"{trainer.world_size} * {config.micro_batches}"
         )
+    logger.info(
+        "%s: %.3gM parameters, %d steps of %d, %s",
+        title,
+        sum(parameter.numel() for parameter in module.model.parameters()) / 1e6,
+        config.steps,
+        data.batch_size,
+        trainer.precision,
+    )
     try:
         with Together(trainer.strategy.launcher):
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if exists(last) else None, weights_only=True)
@@ -263,7 +271,7 @@ def _trainer(config: TrainingConfig, compute: ComputeConfig, folder: Path, callb
         # `Leave` answers Slurm's signals between steps. Without srun nobody has started the other tasks.
         plugins.append(SLURMEnvironment(auto_requeue=False) if in_slurm_step() else LightningEnvironment())
     return pl.Trainer(
-        accelerator=compute.accelerator,
+        accelerator="cuda" if on_gpu(compute) else "cpu",
         devices=compute.devices,
         num_nodes=compute.num_nodes,
         strategy=_strategy(compute),

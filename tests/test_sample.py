@@ -8,7 +8,7 @@ from pipelines.compute import ComputeConfig
 from pipelines.errors import StageError
 from pipelines.fingerprint import tokenizer_fingerprint
 from pipelines.run import prior_at_level
-from pipelines.sample import SampleConfig, _class_indices, sample
+from pipelines.sample import SampleConfig, class_indices, sample
 from pipelines.sections import PriorConfig
 from pipelines.train_prior import level_config
 from prior import HierarchicalPrior, LevelConfig, LevelPrior
@@ -30,13 +30,13 @@ from tokenizer import HierarchicalVQVAE
     ],
 )
 def test_a_whole_number_is_an_index_and_a_string_a_name(wanted: list, names: list[str], indices: list[int]) -> None:
-    assert _class_indices(wanted, names) == indices
+    assert class_indices(wanted, names) == indices
 
 
 @pytest.mark.parametrize("wanted", [7, -1, "-1", "2", "bird", True, "", "²"])
 def test_what_is_no_class_is_refused(wanted: str | int) -> None:
     with pytest.raises(StageError, match=r"which is none of the 2 classes: 1, 7; write a name as a string, an index"):
-        _class_indices([wanted], ["1", "7"])
+        class_indices([wanted], ["1", "7"])
 
 
 def models(num_levels: int = 2, **changes: object) -> tuple[HierarchicalVQVAE, HierarchicalPrior]:

@@ -1,0 +1,88 @@
+"""What a later stage would refuse after hours is refused before the first one begins."""
+
+from collections.abc import Collection
+from importlib.util import find_spec
+
+from pipelines.compute import ComputeConfig, local_processes, this_worker
+from pipelines.config import Config
+from pipelines.errors import ConfigError
+from pipelines.sample import SampleConfig, class_indices
+from pipelines.sections import TrainingConfig, at_level, prior_at_level
+from tokenizer import HierarchicalVQVAE
+
+
+def judge(
+    config: Config,
+    stages: Collection[str],
+    images: dict | None,
+    codes: dict | None,
+    tokenizer: HierarchicalVQVAE | None,
+) -> None:
+    """Refuse what the stages ahead cannot do with what is there already.
+
+    Args:
+        config: of the run.
+        stages: that are to be done.
+        images: manifest of the images, where they are packed.
+        codes: manifest of the codes, where they come from another run.
+        tokenizer: where it comes from elsewhere.
+
+    Raises:
+        ConfigError: names the settings that do not go together.
+    """
+    model = tokenizer.config if tokenizer else config.tokenizer.model
+    levels = len(codes["levels"]) if codes else model.num_levels
+    config.check_levels(levels)
+    if not codes:
+        _check_images(config, images, tokenizer)
+    if known := codes or images:
+        _check_classes(config.sample, known["class_names"])
+    training = []
+    if "train-tokenizer" in stages and not tokenizer:
+        training.append(at_level(config.tokenizer.training, 0, 1))
+        if config.compute.strategy == "fsdp":
+            raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
+    if "train-prior" in stages:
+        training += [prior_at_level(config.prior, level, levels).training for level in range(levels)]
+    for section in training:
+        _check_training(section, config.compute)
+
+
+def _check_images(config: Config, images: dict | None, tokenizer: HierarchicalVQVAE | None) -> None:
+    """Refuse images of another size than the tokenizer's, trained or to be trained."""
+    size, channels = config.images.size, config.images.channels
+    if images:
+        size, channels = images["image_size"], images["channels"]
+    if tokenizer is None:
+        try:
+            config.tokenizer.model.grids(size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    elif (tokenizer.image_size, tokenizer.channels) != (size, channels):
+        raise ConfigError(
+            f"the tokenizer reads images of {tokenizer.image_size} pixels and {tokenizer.channels} channels but those "
+            f"of this run have {size} and {channels}; set images.size and images.channels to the tokenizer's"
+        )
+
+
+def _check_classes(config: SampleConfig, class_names: list[str]) -> None:
+    """Refuse samples of classes that there are not."""
+    class_indices(config.classes, class_names)
+    guidance = config.guidance if isinstance(config.guidance, list) else [config.guidance]
+    if not class_names and any(value != 1 for value in guidance):
+        raise ConfigError("sample.guidance needs classes, and these images have none; set it to 1")
+
+
+def _check_training(config: TrainingConfig, compute: ComputeConfig) -> None:
+    """Refuse what a training job cannot be given here."""
+    processes = max(this_worker().world_size, local_processes(compute) * compute.num_nodes)
+    assert isinstance(config.batch_size, int)
+    if config.batch_size % (processes * config.micro_batches):
+        raise ConfigError(
+            f"batch_size must be a multiple of processes * micro_batches, got {config.batch_size} for "
+            f"{processes} * {config.micro_batches}"
+        )
+    if compute.strategy == "fsdp" and config.weight_ema:
+        raise ConfigError("compute.strategy fsdp keeps no averaged weights; set weight_ema to 0")
+    if compute.logger != "csv" and find_spec(compute.logger) is None:
+        raise ConfigError(f"compute.logger {compute.logger} needs its package; run `pip install {compute.logger}`")
