@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# What callers may give: grids of codes of any integer type, and rows of whole numbers.
+Codes = Tensor | np.ndarray
+Numbers = Sequence[int] | Tensor | np.ndarray
+
 
 class Float32Module(nn.Module):
     """A module that stays in float32, whatever moves it.
@@ -36,8 +40,8 @@ class Float32Module(nn.Module):
 
 
 def checked(
-    codes: Sequence[Any],
-    classes: Any,
+    codes: Sequence[Codes],
+    classes: Numbers | None,
     grids: Sequence[tuple[int, int]],
     codebook_sizes: Sequence[int],
     num_classes: int,
@@ -70,16 +74,16 @@ def checked(
     ranges = [
         (f"level {number} codes", one, k) for number, (one, k) in enumerate(zip(found, codebook_sizes, strict=True))
     ]
-    if classes is not None:
-        classes = integers("classes", classes, 1, device)
-        if len(classes) != batch_size:
-            raise ValueError(f"classes must be one for each of {batch_size} grids, got {len(classes)}")
-        ranges.append(("classes", classes, num_classes))
+    labels = None if classes is None else integers("classes", classes, 1, device)
+    if labels is not None:
+        if len(labels) != batch_size:
+            raise ValueError(f"classes must be one for each of {batch_size} grids, got {len(labels)}")
+        ranges.append(("classes", labels, num_classes))
     _check_ranges(ranges)
-    return found, classes
+    return found, labels
 
 
-def integers(name: str, values: Any, ndim: int, device: torch.device | str = "cpu") -> Tensor:
+def integers(name: str, values: Codes | Numbers, ndim: int, device: torch.device | str = "cpu") -> Tensor:
     """Return whole numbers of any kind as int64 on a device.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prior.checks import Float32Module, checked, integers
+from prior.checks import Codes, Float32Module, Numbers, checked, integers
 from prior.decoding import Decoders
 from prior.level import LevelPrior
 from prior.sampling import check_sampling, filtered_probabilities, inverse_cdf, uniforms
@@ -88,7 +88,7 @@ class HierarchicalPrior(Float32Module):
         """Names of the classes, empty when there are none."""
         return self.levels[0].config.class_names
 
-    def nll(self, codes: Sequence[Any], classes: Any = None) -> Tensor:
+    def nll(self, codes: Sequence[Codes], classes: Numbers | None = None) -> Tensor:
         """Return the exact negative log-likelihood in nats, float64 (B,), summed over levels and positions.
 
         Args:
@@ -101,19 +101,19 @@ class HierarchicalPrior(Float32Module):
         last = self.levels[-1].config
         self._check_classes(classes)
         sizes = last.grids, last.codebook_sizes, len(self.class_names)
-        codes, classes = checked(codes, classes, *sizes, self._device)
-        return torch.stack([p.nll_unchecked(codes[n], codes[:n], classes) for n, p in enumerate(self.levels)]).sum(0)
+        found, labels = checked(codes, classes, *sizes, self._device)
+        return torch.stack([p.nll_unchecked(found[n], found[:n], labels) for n, p in enumerate(self.levels)]).sum(0)
 
     @torch.no_grad()
     def sample(
         self,
-        classes: Any = None,
+        classes: Numbers | None = None,
         seed: int = 0,
         temperature: float | Sequence[float] = 1.0,
         top_k: int | Sequence[int] = 0,
         top_p: float | Sequence[float] = 1.0,
         guidance: float | Sequence[float] = 1.0,
-        indices: Any = None,
+        indices: Numbers | None = None,
         decoders: Decoders | None = None,
     ) -> list[Tensor]:
         """Draw codes, coarse level first.
@@ -146,21 +146,20 @@ class HierarchicalPrior(Float32Module):
         if classes is None and any(one.guidance != 1 for one in settings):
             raise ValueError("guidance needs classes; leave it at 1 where no class is given")
         self._check_classes(classes)
-        classes = None if classes is None else integers("classes", classes, 1)
-        number = 1 if classes is None else len(classes)
-        indices = integers("indices", range(number) if indices is None else indices, 1).tolist()
-        if classes is not None and len(indices) != number:
-            raise ValueError(f"indices and classes must be equally many, got {len(indices)} and {number}")
-        _, classes = checked([], classes, [], [], len(self.class_names), self._device, len(indices))
+        number = 1 if classes is None else len(integers("classes", classes, 1))
+        places = integers("indices", range(number) if indices is None else indices, 1).tolist()
+        if classes is not None and len(places) != number:
+            raise ValueError(f"indices and classes must be equally many, got {len(places)} and {number}")
+        _, labels = checked([], classes, [], [], len(self.class_names), self._device, len(places))
         grids = self.levels[-1].config.grids
-        if not indices:
+        if not places:
             return [torch.empty(0, h, w, dtype=torch.int64, device=self._device) for h, w in grids]
         sizes = [h * w for h, w in grids]
-        drawn = np.stack([uniforms(seed, index, sum(sizes)) for index in indices])
+        drawn = np.stack([uniforms(seed, index, sum(sizes)) for index in places])
         streams = torch.from_numpy(drawn).to(self._device).split(sizes, 1)
         codes: list[Tensor] = []
         for level, stream, one in zip(self.levels, streams, settings, strict=True):
-            codes.append(_sample_level(level, codes, classes, stream, one, decoders))
+            codes.append(_sample_level(level, codes, labels, stream, one, decoders))
         return codes
 
     def _settings(self, *given: Any) -> list[LevelSampling]:
@@ -174,7 +173,7 @@ class HierarchicalPrior(Float32Module):
                 level.config.check_unconditional()
         return settings
 
-    def _check_classes(self, classes: Any) -> None:
+    def _check_classes(self, classes: Numbers | None) -> None:
         """Raise ValueError where classes must be given and are not, or the other way round."""
         if classes is None:
             for level in self.levels:

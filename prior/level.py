@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prior.checks import Float32Module, checked, whole_number
+from prior.checks import Codes, Float32Module, Numbers, checked, whole_number
 from prior.conditioning import Conditioning
 from prior.decoding import Decoder, Decoders, working_dtype
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
@@ -108,7 +108,7 @@ class LevelPrior(Float32Module):
         """Return what `logits` does, of int64 tensors that are what they should be: training's way, without checks."""
         return self.network(codes, self.conditioning(coarser, classes, len(codes)))
 
-    def logits(self, codes: Any, coarser: Sequence[Any], classes: Any) -> Tensor:
+    def logits(self, codes: Codes, coarser: Sequence[Codes], classes: Numbers | None) -> Tensor:
         """Return the logits of every code given those before it in raster order.
 
         Args:
@@ -123,16 +123,16 @@ class LevelPrior(Float32Module):
         Raises:
             ValueError: the first of these that is not so, or a class is missing that the prior cannot do without.
         """
-        (*grids, own), classes = self._checked([*coarser, codes], classes, self.config.level + 1)
-        return self.forward(own, grids, classes)
+        (*grids, own), labels = self._checked([*coarser, codes], classes, self.config.level + 1)
+        return self.forward(own, grids, labels)
 
-    def nll(self, codes: Any, coarser: Sequence[Any], classes: Any) -> Tensor:
+    def nll(self, codes: Codes, coarser: Sequence[Codes], classes: Numbers | None) -> Tensor:
         """Return the exact negative log-likelihood in nats, float64 (B,), summed over the grid.
 
         Arguments and errors are those of `logits`.
         """
-        (*grids, own), classes = self._checked([*coarser, codes], classes, self.config.level + 1)
-        return self.nll_unchecked(own, grids, classes)
+        (*grids, own), labels = self._checked([*coarser, codes], classes, self.config.level + 1)
+        return self.nll_unchecked(own, grids, labels)
 
     def nll_unchecked(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
         """Return what `nll` does, of what has been checked already."""
@@ -140,7 +140,9 @@ class LevelPrior(Float32Module):
         nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
         return nats.view(codes.shape).flatten(1).double().sum(1)
 
-    def decoder(self, coarser: Sequence[Any], classes: Any, batch_size: int, kept: Decoders | None = None) -> Decoder:
+    def decoder(
+        self, coarser: Sequence[Codes], classes: Numbers | None, batch_size: int, kept: Decoders | None = None
+    ) -> Decoder:
         """Return a decoder that yields one position's logits after another; arguments and errors as for `logits`.
 
         Where `kept` holds one that fits, that is started anew: what it laid out and captured serves many batches. A
@@ -148,8 +150,7 @@ class LevelPrior(Float32Module):
         """
         if not whole_number("batch_size", batch_size, 2**31):
             raise ValueError("batch_size must be at least 1, got 0")
-        grids, classes = self._checked(coarser, classes, self.config.level, batch_size)
-        condition = self.conditioning(grids, classes, batch_size)
+        condition = self.conditioning(*self._checked(coarser, classes, self.config.level, batch_size), batch_size)
         if kept is None:
             return self.network.decoder(condition)
         key = (self.config.level, condition.shape, working_dtype(condition))
@@ -160,7 +161,7 @@ class LevelPrior(Float32Module):
         return kept[key]
 
     def _checked(
-        self, codes: Sequence[Any], classes: Any, levels: int, batch_size: int | None = None
+        self, codes: Sequence[Codes], classes: Numbers | None, levels: int, batch_size: int | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Return the codes of so many levels, from the coarsest on, and classes; see `prior.checks.checked`."""
         config = self.config

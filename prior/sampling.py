@@ -5,6 +5,7 @@ B batch, K codebook_size.
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def uniforms(seed: int, index: int, count: int) -> np.ndarray:
     """
     seed, index = whole_number("seed", seed, 2**64), whole_number("index", index, 2**64)
     count = whole_number("count", count, 2**63)
-    return np.random.Generator(np.random.Philox(key=[seed, index])).random(count)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64))).random(count)
 
 
 def filtered_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -82,9 +83,9 @@ def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float
         raise ValueError(f"guidance must be 0 or more and finite, got {guidance}")
 
 
-def _number(value: object) -> float:
-    """Return a number as a float, and what is none, a truth value too, as one that no range holds."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+def _number(value: Any) -> Any:
+    """Return a number as it is, and NaN, which no range holds, for what is none; truth values are none."""
+    return value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:

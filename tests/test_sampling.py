@@ -12,6 +12,8 @@ def test_a_stream_is_a_function_of_seed_and_index() -> None:
     assert np.array_equal(uniforms(3, 5, 10)[:4], uniforms(3, 5, 4))
     assert not np.array_equal(uniforms(3, 5, 10), uniforms(3, 6, 10))
     assert not np.array_equal(uniforms(3, 5, 10), uniforms(4, 5, 10))
+    far = [uniforms(seed, index, 4)[0] for seed in (2**64 - 1, 2**64 - 2) for index in (0, 2**64 - 1)]
+    assert len(set(far)) == 4
     values = np.concatenate([uniforms(0, index, 100) for index in range(100)])
     assert 0 <= values.min() < values.max() < 1
     assert abs(values.mean() - 0.5) < 0.01
