@@ -4,6 +4,7 @@ B batch, C channels, H W pixels, D code_dim, K codebook_size.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Images shown in reconstructions.png.
 NUM_SHOWN = 10
+# Images that are encoded at once for the start of the codebooks.
+START_IMAGES = 8
 
 
 def train_tokenizer(
@@ -123,18 +126,27 @@ class TokenizerTraining(pl.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         seed_step(self.seed, self.global_step, self.micro, self.global_rank)
         if self.global_step == 0 and self.micro == 0:
-            self._start_codebooks(to_unit_range(batch))
+            assert isinstance(self.training_config.batch_size, int)
+            self._start_codebooks(range(self.training_config.batch_size))
 
     @torch.no_grad()
-    def _start_codebooks(self, images: Tensor) -> None:
-        """Set each codebook to k-means centres of the first batch, coarse to fine, the same on every rank."""
+    def _start_codebooks(self, draws: range) -> None:
+        """Set each codebook to k-means centres of the images of these draws, coarse to fine, the same on every rank.
+
+        START_IMAGES are encoded at once, whatever the micro-batches and processes: another number changes the last bits
+        of latents, and those of an untrained encoder lie so close together that such bits tip some to another centre.
+        """
+        train = self.trainer.datamodule.train  # type: ignore[attr-defined]
+        mine = range(self.global_rank * START_IMAGES, len(draws), self.trainer.world_size * START_IMAGES)
+        parts = {first: torch.stack([train[draw] for draw in draws[first : first + START_IMAGES]]) for first in mine}
         for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True)):
-            latents = self.model(images).levels[level].latents
-            if self.trainer.world_size > 1:
-                gathered = self.all_gather(latents)  # (world_size, N, D)
-                assert isinstance(gathered, Tensor)
-                latents = gathered.flatten(0, 1)
-            ema.start(codebook, latents, self.seed + level)
+            per_image, dim = math.prod(self.model.grids[level]), codebook.vectors.shape[1]
+            latents = codebook.vectors.new_zeros(len(draws), per_image, dim)  # zero where another rank encodes
+            for first, pixels in parts.items():
+                images = to_unit_range(pixels.to(self.device))
+                output = self.model.forward(images)  # what is compiled is compiled for the size of a micro-batch
+                latents[first : first + len(pixels)] = output.levels[level].latents.view(-1, per_image, dim)
+            ema.start(codebook, sum_over_ranks(latents).flatten(0, 1), self.seed + level)
             if self.trainer.world_size > 1:
                 for tensor in (codebook.vectors, ema.sums):
                     torch.distributed.broadcast(tensor, src=0)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,8 @@ from safetensors.torch import load_file
 
 from pipelines.config import load_config
 from pipelines.run import Run
-
-# Writes the bytes of all codebooks and running sums after each step, by each process, beside the run.
-RECORDING = """
-import hashlib, os, sys
-from pathlib import Path
-from pipelines.train_tokenizer import TokenizerTraining
-from pipelines.cli import main
-
-honest = TokenizerTraining.optimizer_step
-
-def recording(self, *arguments, **options):
-    honest(self, *arguments, **options)
-    tensors = [t for ema, book in zip(self.emas, self.model.codebooks) for t in (ema.counts, ema.sums, book.vectors)]
-    sha = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
-    with (Path(os.environ["RECORD"]) / f"rank{self.global_rank}.txt").open("a") as file:
-        file.write(f"{self.global_step} {sha}\\n")
-
-TokenizerTraining.optimizer_step = recording
-sys.exit(main())
-"""
+from tests.conftest import merged
+from tests.steps import COMPARABLE, Recorded, least_margin
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -40,51 +23,49 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def trained(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
-    """Train a tokenizer in so many processes; k-means start, revival and weight averaging are all at work.
+def recorded(stage: str, config: Path, *options: str) -> None:
+    """A command in a process of its own, which records beside its config."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"RECORD": str(config.parent), "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "tests.steps", stage, config, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr
 
-    Latents of an untrained encoder lie within a tenth of their length of each other, so that the last bits, which
-    differ with the size of a process's part, can tip one to another code. With this seed they tip none.
-    """
 
-    def train(devices: int, **training: object) -> Path:
-        section = {
-            "codebook": {"revival_threshold": 0.3, "ema_decay": 0.8},
-            "training": {"weight_ema": 0.9, **training},
-        }
+@pytest.fixture(scope="module")
+def trained(
+    tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]
+) -> Callable[[int, int], Path]:
+    """Train a tokenizer in so many processes, once; k-means start, revival and weight averaging are all at work."""
+
+    @cache
+    def train(devices: int, micro_batches: int) -> Path:
         changes = {
-            "seed": 3,
             "images": {"from": str(tiny_run.parent / "run" / "images")},
-            "tokenizer": section,
+            "tokenizer": {"training": {"micro_batches": micro_batches}},
             "compute": {"devices": devices},
         }
-        folder = tmp_path / f"{devices} {sorted(training)}"
-        config = write_config(folder, changes)
-        (folder / "train.py").write_text(RECORDING)
-        done = subprocess.run(
-            [sys.executable, folder / "train.py", "train-tokenizer", config],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            env={**os.environ, "RECORD": str(folder)},
-        )
-        assert done.returncode == 0, done.stderr
-        return folder
+        config = write_config(tmp_path_factory.mktemp("trained"), merged(COMPARABLE, changes))
+        recorded("train-tokenizer", config)
+        return config.parent
 
     return train
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_several_processes_take_the_steps_of_one(devices: int, trained: Callable[..., Path]) -> None:
-    """The same weights and codebooks to rounding, and bit-identical codebooks on all ranks after every step."""
-    one, several = trained(1), trained(devices)
+@pytest.mark.parametrize(("devices", "micro_batches"), [(2, 2), (4, 1)])
+def test_several_processes_take_the_steps_of_one(
+    devices: int, micro_batches: int, trained: Callable[[int, int], Path]
+) -> None:
+    """The same start bit for bit, the same weights and codebooks to rounding, the same bits on all ranks."""
+    one, several = trained(1, 1), trained(devices, micro_batches)
+    assert least_margin(one) > 1e-3  # rounding tips no latent to another code
     found = [load_file(folder / "run" / "tokenizer" / "model.safetensors") for folder in (one, several)]
     for name, tensor in found[0].items():
         assert torch.allclose(tensor, found[1][name], atol=1e-5), name
-    records = [(several / f"rank{rank}.txt").read_text().splitlines() for rank in range(devices)]
-    assert len(records[0]) == 6
+    records = [(several / f"codebooks{rank}.txt").read_text().splitlines() for rank in range(devices)]
+    assert len(records[0]) == 1 + 6
     assert all(record == records[0] for record in records)
+    assert records[0][0] == (one / "codebooks0.txt").read_text().splitlines()[0]
     last, same = (rows(folder / "run" / "tokenizer" / "metrics.csv")[-1] for folder in (one, several))
     assert last["level1_revived"] == same["level1_revived"] != "0"
 
@@ -92,8 +73,8 @@ def test_several_processes_take_the_steps_of_one(devices: int, trained: Callable
 def test_validation_figures_do_not_depend_on_the_number_of_processes(
     tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
-    """179 images in batches of 32 leave a tail; nothing moves, so that weights and codebooks are alike."""
-    still = {"steps": 1, "val_every": 1, "learning_rate": 1e-12}
+    """179 images in batches of 8 leave a tail; nothing moves, so that weights and codebooks are alike."""
+    still = {"steps": 1, "val_every": 1, "learning_rate": 1e-12, "weight_ema": 0.0}
     codebook = {"ema_decay": 0.99999999, "revival_threshold": 0.0, "kmeans_iterations": 0}
     run, found = tiny_run.parent / "run", []
     for devices in (1, 2):
@@ -104,36 +85,39 @@ def test_validation_figures_do_not_depend_on_the_number_of_processes(
             "prior": {"training": still},
             "compute": {"devices": devices},
         }
-        config = write_config(tmp_path / str(devices), changes)
+        config = write_config(tmp_path / str(devices), merged(COMPARABLE, changes))
         (config.parent / "run").mkdir()
-        for stage in (["train-prior", config, "--level", "0"], ["train-tokenizer", config]):
-            assert subprocess.run([sys.executable, "-m", "pipelines.cli", *stage], timeout=180).returncode == 0
+        recorded("train-prior", config, "--level", "0")
+        recorded("train-tokenizer", config)
         folder = config.parent / "run"
         figures = [rows(folder / name / "metrics.csv")[-1] for name in ("tokenizer", "prior/level0")]
         found.append({name: float(value) for row in figures for name, value in row.items() if name.startswith("val_")})
+    assert least_margin(tmp_path / "1", "validation") > 1e-4
     assert len(found[0]) > 8
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_a_job_goes_on_with_the_same_batches_on_another_number_of_processes(
-    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.train_tokenizer.TokenizerTraining", Recorded)
     found = []
     for name, first in (("one", 1), ("two, then one", 2)):
         changes = {
             "images": {"from": str(tiny_run.parent / "run" / "images")},
             "compute": {"devices": first},
-            "tokenizer": {"training": {"steps": 3, "log_every": 1}},
+            "tokenizer": {"training": {"steps": 3, "val_every": 3, "log_every": 1, "weight_ema": 0.0}},
         }
-        config = write_config(tmp_path / name, changes)
-        command = [sys.executable, "-m", "pipelines.cli", "train-tokenizer", config]
-        assert subprocess.run(command, timeout=180).returncode == 0
+        config = write_config(tmp_path / name, merged(COMPARABLE, changes))
+        recorded("train-tokenizer", config)
         folder = tmp_path / name / "run" / "tokenizer"
         for path in (config, folder / "config.yaml"):  # as if it had been stopped there with more steps to go
             path.write_text(path.read_text().replace("steps: 3", "steps: 6").replace("devices: 2", "devices: 1"))
         (folder / "model.safetensors").unlink()
+        monkeypatch.setenv("RECORD", str(tmp_path / name))
         Run(load_config(config)).stage("train-tokenizer")
         found.append((load_file(folder / "model.safetensors"), rows(folder / "metrics.csv")))
+    assert least_margin(tmp_path / "one") > 1e-3
     assert [row["step"] for row in found[0][1]] == [row["step"] for row in found[1][1]] == list("012345")
     for one, two in zip(found[0][1][3:], found[1][1][3:], strict=True):  # before, a loss is that of the first rank
         assert float(one["train_loss"]) == pytest.approx(float(two["train_loss"]), rel=1e-4)

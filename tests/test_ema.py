@@ -162,6 +162,15 @@ def test_kmeans_start_manages_with_fewer_latents_than_codes() -> None:
     assert bool(torch.isfinite(codebook.vectors).all())
 
 
+def test_kmeans_start_of_equal_latents_is_the_same_bits_every_time() -> None:
+    latents, found = torch.randn(5000, 4), []
+    for _ in range(3):
+        codebook = Codebook(16, 4)
+        CodebookEMA(codebook, NO_REVIVAL).start(codebook, latents.clone(), seed=0)
+        found.append(codebook.vectors)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_statistics_stay_in_float32_under_autocast() -> None:
     codebook = Codebook(16, 4)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,77 @@
+"""Steps of a tokenizer that can be compared however they are cut; `python -m tests.steps` is `smalti`, recording them.
+
+Sums are rounded by the size of a part, which moves weights by less than 1e-5. But it tips a latent that lies nearly as
+far from another code as from its own, and then codebooks part by far more. Without biases an untrained encoder spreads
+its latents, and where they and the codes are few none comes near such a tie: `least_margin` tells how near.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pipelines.train_tokenizer
+from pipelines.cli import main
+from pipelines.train_tokenizer import TokenizerTraining
+from tokenizer import HierarchicalVQVAE
+from tokenizer.hierarchy import Autoencoded
+
+# Over the tiny settings. K-means start, revival and weight averaging are all at work.
+COMPARABLE = {
+    "seed": 10,
+    "tokenizer": {
+        "model": {"strides": [16, 8], "codebook_size": [4, 8]},
+        "codebook": {"revival_threshold": 0.3, "ema_decay": 0.8},
+        "training": {"weight_ema": 0.9, "batch_size": 8, "val_every": 6},
+    },
+}
+
+
+class Recorded(TokenizerTraining):
+    """Starts without biases, with latents of about 1, and writes what each process does into the folder RECORD."""
+
+    def __init__(self, model: HierarchicalVQVAE, *arguments: Any) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0 if parameter.ndim == 1 else 6**0.5)  # the variance of He et al. 2015
+        super().__init__(model, *arguments)
+        model.register_forward_hook(self._margins)
+
+    def _note(self, name: str, line: str) -> None:
+        with (Path(os.environ["RECORD"]) / f"{name}{self.global_rank}.txt").open("a") as file:
+            file.write(f"{line}\n")
+
+    def _margins(self, model: HierarchicalVQVAE, images: tuple[Tensor], output: Autoencoded) -> None:
+        for book, level in zip(model.codebooks, output.levels, strict=True):
+            latents = level.latents.double()
+            nearest = torch.cdist(latents, book.table.double()).square().topk(2, largest=False).values  # (N, 2)
+            margin = (nearest[:, 1] - nearest[:, 0]).min() / latents.square().sum(1).mean()
+            self._note("training" if model.training else "validation", f"{margin:.3e}")
+
+    def _bits(self, step: str) -> None:
+        pairs = zip(self.emas, self.model.codebooks, strict=True)
+        tensors = [tensor for ema, book in pairs for tensor in (ema.counts, ema.sums, book.vectors)]
+        sha = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+        self._note("codebooks", f"{step} {sha}")
+
+    def _start_codebooks(self, draws: range) -> None:
+        super()._start_codebooks(draws)
+        self._bits("start")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._bits(str(self.global_step))
+
+
+def least_margin(folder: Path, loop: str = "training") -> float:
+    """Return how much nearer than the next the nearest code is, squared, as a share of latents' squares; the least."""
+    return min(float(line) for path in folder.glob(f"{loop}*.txt") for line in path.read_text().split())
+
+
+if __name__ == "__main__":
+    pipelines.train_tokenizer.TokenizerTraining = Recorded  # type: ignore[misc]
+    sys.exit(main())
