@@ -451,9 +451,9 @@ def test_a_device_that_is_not_there_is_an_error_of_one_line(
     tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
 ) -> None:
     config = write_config(tmp_path, {"images": {"from": str(run_of(tiny_run) / "images")}})
-    code, text = smalti("train-tokenizer", config, "--compute.accelerator=mps")
+    code, text = smalti("train-tokenizer", config, "--compute.accelerator=gpu")
     assert code == 2
-    assert "compute cannot be had here" in text
+    assert "asks for a CUDA GPU and there is none here" in text
 
 
 def test_images_too_small_for_ssim_are_evaluated_without_it(
