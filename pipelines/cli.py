@@ -158,10 +158,11 @@ def _one_by_one(config: str, overrides: list[str], redo: list[str], note: str) -
 
 def set_up_console() -> None:
     """Say what smalti says; leave out the libraries' chatter about themselves."""
+    from pipelines.compute import this_worker
     from pipelines.progress import Console
 
     root = logging.getLogger()
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.INFO if this_worker().rank == 0 else logging.WARNING)
     if not any(isinstance(handler, Console) for handler in root.handlers):
         root.addHandler(Console())
     for name in ("wandb", "datasets", "httpx", "fsspec"):

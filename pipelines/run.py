@@ -1,20 +1,23 @@
 """The stages of a run: which folder and which sections each one works on, in which order, and what is skipped."""
 
+import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pipelines.compute import ComputeConfig, started_by_a_launcher, this_worker
+from pipelines.compute import ComputeConfig, described, started_by_a_launcher, this_worker
 from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import digest, hashed, manifest_digest, tokenizer_fingerprint
 from pipelines.generator import Generator
+from pipelines.judge import judge
 from pipelines.manifest import all_receipts, read_manifest, shards_hold
 from pipelines.pack import check_source, forget_other_source, pack
-from pipelines.places import is_local, make_folder, place
+from pipelines.places import exists, is_local, make_folder, place, read_bytes
 from pipelines.processes import workers_of
 from pipelines.redo import Redo
 from pipelines.sample import folder_of_set, model_fingerprints, sample
@@ -28,6 +31,8 @@ from tokenizer import HierarchicalVQVAE
 
 logger = logging.getLogger(__name__)
 
+# Of a model's validation figures, those that one line has room for.
+SHOWN = ("_mse", "_psnr", "_perplexity", "_nats_per_code")
 STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate")
 
 
@@ -70,6 +75,7 @@ class Run:
     def stage(self, name: str, level: int | None = None) -> bool:
         """Do one stage."""
         self.redo = Redo(self.root, self.redo.stages, self.config, name, level)
+        self.judge([name])
         done = self._do(name, level)
         self.redo.done()
         return done
@@ -101,6 +107,7 @@ class Run:
         self._open("pack", folder, {"seed": config.seed, "images": config.images})
         if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
             return _skip("pack", f"{folder} is complete")
+        self._begin("pack", config.images.source, folder)
         with workers_of(config.compute):
             pack(config.images, config.seed, config.compute, folder)
         return self._close("pack", folder)
@@ -121,6 +128,7 @@ class Run:
                 return _skip("train-tokenizer", f"{folder} is complete")
             from pipelines.train_tokenizer import train_tokenizer  # Lightning takes seconds to import
 
+            self._begin("train-tokenizer", self.images, folder)
             training = at_level(config.tokenizer.training, 0, 1)
             train_tokenizer(config.tokenizer, training, config.seed, config.compute, self.images, folder)
         return self._close("train-tokenizer", folder)
@@ -135,6 +143,7 @@ class Run:
         folder = self._open("encode", self.root / "codes", {"seed": config.seed, "encode": config.encode})
         if is_complete(folder) and self._codes_fit(tokenizer):
             return _skip("encode", f"{folder} is complete")
+        self._begin("encode", self.images, folder)
         with workers_of(config.compute):
             encode(config.encode, config.seed, config.compute, tokenizer, self.images, folder)
         return self._close("encode", folder)
@@ -161,6 +170,7 @@ class Run:
                 return _skip(stage, f"{folder} is complete")
             from pipelines.train_prior import train_prior  # Lightning takes seconds to import
 
+            self._begin(stage, self.codes, folder)
             train_prior(section, level, config.seed, config.compute, self.codes, self.unpacked, folder)
         return self._close(stage, folder)
 
@@ -173,6 +183,7 @@ class Run:
         folder = self._open("sample", folder_of_set(self.root, config.sample.folder), settings)
         if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):
             return _skip("sample", f"{folder} is complete")
+        self._begin("sample", f"{config.sample.count} images", folder)
         with workers_of(config.compute):
             sample(config.sample, config.seed, config.compute, tokenizer, prior, folder)
         return self._close("sample", folder)
@@ -227,12 +238,22 @@ class Run:
             self._do(name)
         self.redo.done()
 
+    def judge(self, stages: Sequence[str]) -> None:
+        """Raise ConfigError for what the stages ahead would refuse; see `pipelines.judge`."""
+        if self.models or not set(stages) & set(STAGES[:-1]):
+            return
+        config = self.config
+        images = read_manifest(self.images, "images", "pack") if is_complete(self.images) else None
+        codes = read_manifest(self.codes, "codes", "encode") if config.codes.from_ else None
+        judge(config, stages, images, codes, self._tokenizer() if config.tokenizer.from_ else None)
+
     def check_order(self) -> None:
-        """Raise ConfigError for what cannot be done in order."""
+        """Raise ConfigError for what cannot be done, or not in order, before anything is done."""
         if self.config.codes.from_ and not self.config.tokenizer.from_:
             raise ConfigError("codes.from goes with tokenizer.from, the tokenizer that wrote those codes; name it too")
         if this_worker().world_size > 1:
             raise ConfigError("run starts its processes itself; under torchrun or Slurm start the stages one by one")
+        self.judge(STAGES)
 
     def _open(self, stage: str, folder: Path, settings: dict) -> Path:
         config = self.config
@@ -247,10 +268,15 @@ class Run:
             self.redo.emptied(folder)
         return folder
 
+    def _begin(self, stage: str, source: object, folder: Path) -> None:
+        self.begun = time.monotonic()
+        logger.info("%s: %s -> %s (%s)", stage, source, folder, described(self.config.compute))
+
     def _close(self, stage: str, folder: Path) -> bool:
         """End a stage that had something to do; where others may still be at work, they complete it."""
         if is_complete(folder):
             self.redo.settled(folder)
+            logger.info("%s: %s; %.0f s", stage, what_came_of(folder), time.monotonic() - self.begun)
         elif this_worker().world_size > 1 or self.config.compute.num_nodes > 1:
             if PARENT not in os.environ:  # who started this one tells of what comes of it
                 logger.info("%s: this process is done, the others are not yet", stage)
@@ -324,6 +350,18 @@ def _existing(name: str, setting: str) -> Path | None:
     if is_local(folder) and not folder.is_dir():
         raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
     return folder
+
+
+def what_came_of(folder: Path) -> str:
+    """Return the result of a finished stage in a few words, from what its folder holds."""
+    if exists(folder / "manifest.json"):
+        splits = json.loads(read_bytes(folder / "manifest.json"))["splits"]
+        counts = {split: sum(receipt["samples"] for receipt in receipts) for split, receipts in splits.items()}
+        shards = sum(map(len, splits.values()))
+        return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} in {shards} shards"
+    figures = json.loads(read_bytes(folder / "metrics.json"))
+    shown = {name.removeprefix("val_"): value for name, value in figures.items() if name.endswith(SHOWN)}
+    return "val " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
 
 
 def _verified(folder: Path, what: str) -> None:
