@@ -64,7 +64,7 @@ def step_of(model: torch.nn.Module, inner: HierarchicalVQVAE) -> tuple[Callable[
             dist.all_reduce(flat)
         summed = [c.view_as(p) for c, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
         for number, ema in enumerate(emas):
-            ema.update(inner.codebooks[number], Statistics(*summed[3 * number : 3 * number + 3]))
+            ema.update(inner.codebooks[number], Statistics(*summed[3 * number : 3 * number + 3]), 10**6)
 
     statistics = torch.zeros(2 * (512 + 512 * 64 + 256 * 64))
     return step, lambda: dist.all_reduce(statistics)

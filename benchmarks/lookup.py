@@ -38,7 +38,7 @@ def ema_step(codebook: Codebook, vectors: Tensor) -> Callable[[], None]:
 
     def step() -> None:
         output = codebook(vectors.T[None, :, :, None])
-        ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.latents[:256]))
+        ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.latents[:256]), 10**6)
 
     return step
 
@@ -139,7 +139,7 @@ def extra_mib(work: str) -> float:
     if work == "lookup":
         nearest_code(vectors, codebook.vectors)
     else:
-        ema.update(codebook, assignment_statistics(output, size, vectors[:256]))
+        ema.update(codebook, assignment_statistics(output, size, vectors[:256]), 10**6)
     peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else resident_mib("VmHWM")
     return peak - before
 

@@ -80,7 +80,7 @@ def tokenizer_step(
         for number, (ema, level) in enumerate(zip(emas, output.levels, strict=True)):
             positions = candidate_positions(len(level.latents), codebook_size, number)
             candidates = take_owned(level.latents, positions, 0)
-            ema.update(model.codebooks[number], assignment_statistics(level, codebook_size, candidates))
+            ema.update(model.codebooks[number], assignment_statistics(level, codebook_size, candidates), 10**6)
 
     return step
 

@@ -18,6 +18,7 @@ from pipelines.errors import StageError
 from pipelines.places import exists, is_local, make_folder, place, retried, whole
 from pipelines.progress import progress_bar
 from pipelines.signals import Interrupted, requeue, signals_handled_by
+from tokenizer.ema import young_decay
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -296,7 +297,7 @@ class Progress(Callback):
 class Average(AveragedModel):
     """Averaged weights and buffers, on the device of the model; their count stays on the host, or each step would wait.
 
-    The average forgets its start sooner while it is young: decay min(d, (1 + n) / (10 + n)).
+    The average forgets its start sooner while it is young; see `young_decay`.
 
     Args:
         model: whose weights are averaged.
@@ -314,7 +315,7 @@ class Average(AveragedModel):
         averaged, current = ([*part.parameters(), *part.buffers()] for part in (self.module, model))
         number = int(self.n_averaged)
         if number:
-            torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + number) / (10 + number)))
+            torch._foreach_lerp_(averaged, current, 1 - young_decay(self.decay, number))
         else:
             torch._foreach_copy_(averaged, current)
         self.n_averaged += 1

@@ -197,7 +197,7 @@ class TokenizerTraining(pl.LightningModule):
             chunk.view_as(part) for chunk, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
         ]
         revived = [
-            ema.update(codebook, Statistics(*summed[3 * level : 3 * level + 3]))
+            ema.update(codebook, Statistics(*summed[3 * level : 3 * level + 3]), self.global_step - 1)
             for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True))
         ]
         self.revived = self.revived.to(flat.device, non_blocking=True) + torch.stack(revived)

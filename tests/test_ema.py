@@ -7,14 +7,37 @@ from torch._subclasses import FakeTensorMode
 from tests.memory import peak_bytes
 from tokenizer import Codebook, CodebookConfig, CodebookEMA
 from tokenizer.codebook import Quantized
-from tokenizer.ema import MAX_REVIVED, Statistics, assignment_statistics, candidate_positions, take_owned
+from tokenizer.ema import (
+    MAX_REVIVED,
+    Statistics,
+    assignment_statistics,
+    candidate_positions,
+    take_owned,
+    young_decay,
+)
 
+GROWN = 10**6  # steps after which an average forgets as slowly as it ever will
 NO_REVIVAL = CodebookConfig(ema_decay=0.9, revival_threshold=0.0)
 
 
 def step(codebook: Codebook, ema: CodebookEMA, latents: torch.Tensor) -> torch.Tensor:
     output = codebook(latents)
-    return ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.latents[:8]))
+    return ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.latents[:8]), GROWN)
+
+
+def test_a_young_codebook_follows_latents_that_grow() -> None:
+    assert young_decay(0.99, 0) == 0.1
+    assert young_decay(0.99, GROWN) == 0.99
+    behind = []
+    for young in (True, False):
+        codebook = Codebook(2, 1)
+        codebook.vectors.copy_(torch.tensor([[-1.0], [1.0]]))
+        ema = CodebookEMA(codebook, NO_REVIVAL)
+        for number in range(10):  # a tenth more at every step
+            latents = torch.tensor([[-1.0], [1.0]]) * 1.1 ** (number + 1)
+            ema.update(codebook, Statistics(torch.ones(2), latents, latents), number if young else GROWN)
+        behind.append(float((latents - codebook.vectors).abs().max() / latents.max()))
+    assert behind[0] < 0.2 < 0.35 < behind[1]
 
 
 def test_ema_equals_a_plain_loop_over_codes_and_steps() -> None:
@@ -72,7 +95,7 @@ def test_a_step_reads_no_value_back_from_the_device(normalize: bool) -> None:
         ema = CodebookEMA(codebook, CodebookConfig())
         output = codebook(torch.empty(2, 4, 3, 3))
         candidates = take_owned(output.latents, torch.zeros(5, dtype=torch.int64), 0)
-        revived = ema.update(codebook, assignment_statistics(output, 16, candidates))
+        revived = ema.update(codebook, assignment_statistics(output, 16, candidates), GROWN)
     assert revived.shape == ()
 
 
@@ -107,9 +130,9 @@ def test_a_revived_code_is_not_undone_by_the_next_step() -> None:
     ema.counts[3] = 0.0
     candidates = torch.tensor([[5.0, 5.0]])
     counts = torch.tensor([4.0, 4, 4, 0])
-    ema.update(codebook, Statistics(counts, counts[:, None] * codebook.vectors, candidates))
+    ema.update(codebook, Statistics(counts, counts[:, None] * codebook.vectors, candidates), GROWN)
     assert torch.equal(codebook.vectors[3], candidates[0])
-    ema.update(codebook, Statistics(torch.tensor([4.0, 4, 4, 4]), 4 * codebook.vectors, candidates))
+    ema.update(codebook, Statistics(torch.tensor([4.0, 4, 4, 4]), 4 * codebook.vectors, candidates), GROWN)
     assert torch.allclose(codebook.vectors[3], candidates[0])
 
 
@@ -118,7 +141,7 @@ def test_no_more_codes_are_revived_than_there_are_candidates() -> None:
     ema = CodebookEMA(codebook, CodebookConfig(revival_threshold=0.5))
     ema.counts[1:] = 1e-9
     statistics = Statistics(torch.zeros(32), torch.zeros(32, 2), torch.randn(8, 2))
-    assert int(ema.update(codebook, statistics)) == 8
+    assert int(ema.update(codebook, statistics, GROWN)) == 8
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:

@@ -87,7 +87,9 @@ def test_a_tiny_tokenizer_overfits_eight_images_tenfold() -> None:
         for book, ema, level in zip(model.codebooks, emas, output.levels, strict=True):
             if number == 0:
                 ema.start(book, level.latents, 0)
-            ema.update(book, assignment_statistics(level, 64, level.latents[torch.randperm(len(level.latents))[:16]]))
+            ema.update(
+                book, assignment_statistics(level, 64, level.latents[torch.randperm(len(level.latents))[:16]]), 10**6
+            )
         errors.append(float((output.reconstruction - images).detach().square().mean()))
     assert errors[-1] < errors[0] / 10
 

@@ -22,7 +22,8 @@ class CodebookConfig:
     """How codebooks learn.
 
     Attributes:
-        ema_decay: share of the running counts and sums kept at each optimizer step.
+        ema_decay: share of the running counts and sums kept at each optimizer step, once they are grown; see
+            `young_decay`.
         commitment_weight: weight of the commitment loss beside the reconstruction loss.
         kmeans_iterations: Lloyd iterations of the start from the first batch; 0 starts from latents drawn from it.
         revival_threshold: a code whose running count falls under this share of the mean count is replaced by a
@@ -43,6 +44,19 @@ class CodebookConfig:
             raise ValueError(f"kmeans_iterations must not be negative, got {self.kmeans_iterations}")
         if not 0 <= self.revival_threshold < 1:
             raise ValueError(f"revival_threshold must lie in [0, 1), got {self.revival_threshold}")
+
+
+def young_decay(decay: float, step: int) -> float:
+    """Return the decay of an average that forgets its start sooner while it is young: min(decay, (1 + n) / (10 + n)).
+
+    In its first hundred steps an encoder's latents grow tenfold and more. Codes that trail behind them leave the
+    decoder so little of a coarse level that it may learn to do without.
+
+    Args:
+        decay: of the grown average.
+        step: n, steps taken before this one.
+    """
+    return min(decay, (1 + step) / (10 + step))
 
 
 class Statistics(NamedTuple):
@@ -147,17 +161,18 @@ class CodebookEMA(nn.Module):
         self.sums.copy_(centres * self.counts[:, None])
 
     @torch.no_grad()
-    def update(self, codebook: Codebook, statistics: Statistics) -> Tensor:
+    def update(self, codebook: Codebook, statistics: Statistics, step: int) -> Tensor:
         """Take one EMA step, then revive dead codes; once per optimizer step.
 
         Args:
             codebook: the one to move.
             statistics: those of all micro-batches of all ranks, summed.
+            step: optimizer steps before this one; a young average moves faster.
 
         Returns:
             int64 scalar tensor: how many codes were revived. No value is read back from the device.
         """
-        decay = self.config.ema_decay
+        decay = young_decay(self.config.ema_decay, step)
         self.counts.lerp_(statistics.counts, 1 - decay)
         self.sums.lerp_(statistics.sums, 1 - decay)
         used = (statistics.counts > 0)[:, None]
