@@ -274,12 +274,13 @@ class Run:
 
     def _close(self, stage: str, folder: Path) -> bool:
         """End a stage that had something to do; where others may still be at work, they complete it."""
+        if os.environ.get(PARENT) == str(os.getppid()):  # who started this process sees to the rest
+            return True
         if is_complete(folder):
             self.redo.settled(folder)
             logger.info("%s: %s; %.0f s", stage, what_came_of(folder), time.monotonic() - self.begun)
         elif this_worker().world_size > 1 or self.config.compute.num_nodes > 1:
-            if PARENT not in os.environ:  # who started this one tells of what comes of it
-                logger.info("%s: this process is done, the others are not yet", stage)
+            logger.info("%s: this process is done, the others are not yet", stage)
         else:
             raise StageError(
                 f"{stage} has ended but {folder} is not complete: a shard is missing or damaged again; "

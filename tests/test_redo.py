@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from pipelines.compute import ComputeConfig
 from pipelines.config import Config
 from pipelines.redo import NOTE, Redo
 from pipelines.run import Run
-from pipelines.signals import Interrupted
+from pipelines.signals import PARENT, Interrupted
 
 Smalti = Callable[..., tuple[int, str]]
 Begin = Callable[..., Redo]
@@ -72,6 +73,24 @@ def test_stages_that_a_run_starts_as_commands_share_its_note(redo: Begin, monkey
     child.emptied(run.root / "prior" / "level0")
     child.done()
     assert due(run, "prior/level0") == [False]
+
+
+def test_a_process_that_the_command_has_started_ends_neither_its_stage_nor_its_note(
+    redo: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = redo("train-prior")
+    folder = first.root / "prior" / "level0"
+    first.emptied(folder)
+    folder.mkdir(parents=True)
+    run = Run(Config(run_dir=str(first.root)))
+    monkeypatch.setenv(PARENT, str(os.getppid()))
+    assert run._close("train-prior", folder)  # the first process has yet to export the model
+    (folder / "model.safetensors").write_text("")
+    assert run._close("train-prior", folder)
+    assert due(first, "prior/level0") == [False]
+    monkeypatch.delenv(PARENT)
+    assert run._close("train-prior", folder)
+    assert due(first, "prior/level0") == [True]
 
 
 def test_a_command_with_redo_goes_on_where_it_was_stopped_and_begins_again_once_it_was_done(
