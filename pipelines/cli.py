@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     show_traceback = "--traceback" in arguments
     from pipelines.errors import ConfigError, UserError
+    from pipelines.memory import keep_freed_memory
     from pipelines.signals import PARENT, Interrupted, end_with_parent, leave, requeue, signals_handled_by
 
+    keep_freed_memory()
     end_with_parent()
     code = 1
     try:

@@ -18,6 +18,7 @@ from pipelines.compute import ComputeConfig, num_processes, this_worker
 from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import digest
 from pipelines.manifest import write_manifest
+from pipelines.memory import keep_freed_memory
 from pipelines.pictures import BadImageError, fit
 from pipelines.places import lies_in, matches, place, read_bytes, write_text
 from pipelines.plain import read_yaml
@@ -234,6 +235,7 @@ def _pack_in_processes(processes: int, source: Source, tasks: list[Task], tick: 
 def _start_worker(source: Source, parent: int) -> None:
     global _source
     _source = source
+    keep_freed_memory()
     if os.getppid() != parent:  # it is gone already
         os._exit(1)
     os.environ[PARENT] = str(parent)
