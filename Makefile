@@ -3,7 +3,7 @@ PYTHON ?= python3
 SETUP := .venv/.installed
 RUN := .venv/bin/python
 
-.PHONY: demo test lint tests bench hard clean
+.PHONY: demo test lint tests gpu bench hard clean
 
 demo: $(SETUP)
 	.venv/bin/smalti run configs/digits.yaml
@@ -19,6 +19,10 @@ lint: $(SETUP)
 
 tests: $(SETUP)
 	.venv/bin/pytest -n 2
+
+# Under ten minutes on a machine with a CUDA GPU; writes benchmarks/results/NAME-OF-THE-GPU.json.
+gpu: $(SETUP)
+	$(RUN) -m benchmarks.gpu
 
 # Half an hour, best on a machine that does nothing else; writes benchmarks/README.md.
 bench: $(SETUP)

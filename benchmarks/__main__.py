@@ -13,7 +13,8 @@ HEAD = """\
 
 `make bench` runs all of these and writes this page; `python -m benchmarks.NAME` runs one. Each prints what stands below
 its name here and writes its figures to `results/NAME.json`. Times are medians of interleaved runs; ratios carry over to
-other machines, times do not. No GPU was at hand: the scripts take one where there is one, and its figures are open.
+other machines, times do not. No GPU was at hand, and its figures are open: `make gpu` tests and times one, into
+`results/NAME-OF-THE-GPU.json`.
 """
 
 

@@ -145,9 +145,8 @@ def prior_step(
     return step
 
 
-def operations_per_s(dtype: torch.dtype) -> float:
+def operations_per_s(dtype: torch.dtype, side: int = 8192 if ON_GPU else 2048) -> float:
     """Return what a bare product of square matrices reaches."""
-    side = 8192 if ON_GPU else 2048
     a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
     return 2 * side**3 / interleaved_medians({"product": lambda: a @ b}, 5)["product"]
 

@@ -107,7 +107,7 @@ def test_draws_by_fixed_tensors_are_those_by_steps() -> None:
     assert_draws_are_those_by_steps("cpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are of a GPU")
+@pytest.mark.gpu
 def test_replayed_graphs_draw_the_codes_of_the_steps() -> None:
     assert_draws_are_those_by_steps("cuda")
 

@@ -115,16 +115,17 @@ def test_the_operator_keeps_what_it_promises_to_a_compiled_model() -> None:
     torch.library.opcheck(nearest_code, drawn(5, 7, 3), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
-    reason="needs a GPU, or triton and TRITON_INTERPRET=1",
+INTERPRETED = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="needs triton and TRITON_INTERPRET=1")
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=INTERPRETED)]
 )
 @pytest.mark.parametrize("n", [0, 1, 130])
 @pytest.mark.parametrize(("k", "d"), [(2, 1), (65, 3), (200, 64), (130, 33), (64, 8)])
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_the_gpu_kernel_finds_the_codes_of_brute_force(n: int, k: int, d: int, offset: float) -> None:
+def test_the_gpu_kernel_finds_the_codes_of_brute_force(n: int, k: int, d: int, offset: float, device: str) -> None:
     triton = pytest.importorskip("tokenizer.nearest_triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     vectors, codebook = rounded(n, k, d)
     codes = triton.nearest_code_triton((vectors + offset).to(device), (codebook + offset).to(device)).cpu()
     assert_nearest(codes, vectors, codebook)

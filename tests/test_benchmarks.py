@@ -1,0 +1,50 @@
+"""What times a GPU, at sizes that a CPU does in a second; only the figures mean nothing."""
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from prior import PixelSNAILConfig, TransformerConfig
+
+TINY = gpu.Sizes(
+    lookups=((70, 33, 5),),
+    images=(16, 2, 8),
+    prior=(TransformerConfig(width=16, depth=1, heads=2), 3, 2),
+    sampled=(3, 17, (1, 2)),
+    networks=(
+        TransformerConfig(width=16, depth=1, heads=2),
+        PixelSNAILConfig(width=8, blocks=1, residual_blocks=1, heads=2, attention_width=8),
+    ),
+    product=64,
+    copy=2**12,
+    ways=("plain float32", "… and bfloat16"),
+    repeats=1,
+)
+
+
+def test_every_work_is_timed_beside_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = gpu.measure(TINY)
+    assert set(figures["limits"]) == {"bytes", "float32", "bfloat16"}
+    assert list(figures["works"]) == [
+        "lookup, K 33, D 5",
+        *(f"stage {stage}, {way}" for stage in ("one", "two") for way in ("plain float32", "bfloat16")),
+        *("encode, float32", "encode, bfloat16"),
+        *(f"{name}, batch {batch}" for name in ("Transformer", "PixelSNAIL") for batch in (1, 2)),
+    ]
+    for work in figures["works"].values():
+        assert all(work[name] > 0 for name in ("seconds", "bytes", "operations", "share_of_bandwidth", "share_of_peak"))
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in figures["works"])
+
+
+def test_bytes_are_counted_where_they_are_read_and_written() -> None:
+    values = torch.zeros(10, 10)
+    assert gpu.counted(lambda: values + values)[0] == 3 * 400
+    assert gpu.counted(lambda: values.t()[:5])[0] == 0
+    assert gpu.counted(lambda: values @ values) == (3 * 400, 2000)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.run() == 0
+    assert "make gpu is skipped, for there is no GPU that torch can use: torch 2." in capsys.readouterr().out
