@@ -111,8 +111,24 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
         _finish(folder, plans, source, config)
 
 
-def check_source(source: str, folder: Path) -> None:
-    """Raise ConfigError where a source lies in the folder that it would be packed to."""
+def settle_source(source: str, folder: Path) -> None:
+    """Make sure, before anything is touched, that a folder that is to be packed to has to do with one source alone.
+
+    Shards of an unfinished folder that were made from another source are removed: a source is known by the names of
+    its files, which another may have too, and then receipts fit.
+
+    Raises:
+        ConfigError: the source lies in the folder.
+    """
+    _check_outside(source, folder)
+    kept = source
+    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
+        kept = read_yaml(read_bytes(folder / "config.yaml"))["images"]["source"]
+    if kept != source and this_worker().rank == 0:
+        remove_shards(folder)
+
+
+def _check_outside(source: str, folder: Path) -> None:
     kind, _, rest = source.partition(":")
     paths = [place(rest)] if kind == "folder" else matches(rest) if kind == "parquet" else []
     if kind == "hf":  # its library takes the name of a folder too
@@ -127,18 +143,6 @@ def check_source(source: str, folder: Path) -> None:
             f"images.source must lie outside {folder}, which pack writes to, but {inside} lies in it; "
             "move the source or choose another run_dir"
         )
-
-
-def forget_other_source(source: str, folder: Path) -> None:
-    """Remove the shards of an unfinished folder that were made from another source: their receipts may look alike.
-
-    A source is known by the names of its files, and two folders may have the same.
-    """
-    kept = source
-    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
-        kept = read_yaml(read_bytes(folder / "config.yaml"))["images"]["source"]
-    if kept != source:
-        remove_shards(folder)
 
 
 def shard_jobs(source: Source, plans: list[ShardPlan], config: ImagesConfig, folder: Path) -> list[ShardJob]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipelines.config import Config
 from pipelines.fingerprint import digest, hashed
-from pipelines.places import read_bytes, write_text
+from pipelines.places import make_folder, read_bytes, write_text
+from pipelines.stage import empty_stage
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +38,22 @@ class Redo:
         own = f".redo-{digest([command, sorted(stages), level, settings])[:16]}"
         self.started_by_run = NOTE in os.environ
         self.note = root / os.environ.get(NOTE, own)
+        self.seen: set[Path] = set()
 
     def due(self, stage: str, folder: Path) -> bool:
         """Whether a stage's folder is still to be emptied."""
-        if stage not in self.stages:
-            return False
-        begun = self._name(folder) in _emptied(self.note)
-        if begun:
-            logger.info("%s: goes on with what --redo began; remove %s to begin again", stage, self.note)
-        return not begun
+        return stage in self.stages and self._name(folder) not in _emptied(self.note)
 
-    def emptied(self, folder: Path) -> None:
-        """Note that a folder has been emptied."""
-        self.settled(folder)
-        write_text(self.note, "".join(f"{name}\n" for name in [*_emptied(self.note), self._name(folder)]))
+    def empty(self, stage: str, folder: Path) -> None:
+        """Empty a stage's folder and note that, if it is due."""
+        if self.due(stage, folder):
+            make_folder(folder)
+            empty_stage(folder, stage)
+            self.settled(folder)
+            write_text(self.note, "".join(f"{name}\n" for name in [*_emptied(self.note), self._name(folder)]))
+        elif stage in self.stages and folder not in self.seen:
+            logger.info("%s: goes on with what --redo began; remove %s to begin again", stage, self.note)
+        self.seen.add(folder)
 
     def settled(self, folder: Path) -> None:
         """End what other commands began with a folder that this one has emptied or completed."""

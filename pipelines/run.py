@@ -16,7 +16,7 @@ from pipelines.fingerprint import digest, hashed, manifest_digest, tokenizer_fin
 from pipelines.generator import Generator
 from pipelines.judge import judge
 from pipelines.manifest import all_receipts, read_manifest, shards_hold
-from pipelines.pack import check_source, forget_other_source, pack
+from pipelines.pack import pack, settle_source
 from pipelines.places import exists, is_local, make_folder, place, read_bytes
 from pipelines.processes import workers_of
 from pipelines.redo import Redo
@@ -24,7 +24,7 @@ from pipelines.sample import folder_of_set, model_fingerprints, sample
 from pipelines.sections import at_level, prior_at_level
 from pipelines.shards import write_json
 from pipelines.signals import PARENT
-from pipelines.stage import check_outside, is_complete, only_process, open_stage
+from pipelines.stage import check_outside, is_complete, named_folder, only_process, open_stage
 from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
@@ -53,16 +53,17 @@ class Run:
                 raise ConfigError("--redo goes with processes that smalti starts; remove the stage's folder instead")
             redo = ()  # the process that started this one has emptied the folder
         self.redo = Redo(self.root, redo, config)
+        self.is_child = os.environ.get(PARENT) == str(os.getppid())  # training names others there
 
     @property
     def images(self) -> Path:
         """The `images` folder: this run's, or the one that images.from names."""
-        return _existing(self.config.images.from_, "images.from") or self.root / "images"
+        return named_folder(self.config.images.from_, "images.from") or self.root / "images"
 
     @property
     def codes(self) -> Path:
         """The `codes` folder: this run's, or the one that codes.from names."""
-        return _existing(self.config.codes.from_, "codes.from") or self.root / "codes"
+        return named_folder(self.config.codes.from_, "codes.from") or self.root / "codes"
 
     @property
     def unpacked(self) -> Path:
@@ -101,9 +102,7 @@ class Run:
             return _skip("pack", f"images come from {self.images}")
         folder = self.root / "images"
         if "pack" in self.redo.stages or not is_complete(folder):
-            check_source(config.images.source, folder)
-            if this_worker().rank == 0:
-                forget_other_source(config.images.source, folder)
+            settle_source(config.images.source, folder)
         self._open("pack", folder, {"seed": config.seed, "images": config.images})
         if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
             return _skip("pack", f"{folder} is complete")
@@ -154,8 +153,16 @@ class Run:
         levels = len(manifest["levels"])
         if level is not None and not 0 <= level < levels:
             raise ConfigError(f"--level must lie in [0, {levels}), got {level}")
-        done = [self._train_level(number, manifest) for number in ([level] if level is not None else range(levels))]
+        numbers = range(levels) if level is None else [level]
+        # All are emptied before any is trained: the processes of a job do not come to the next level together.
+        for folder in (self._level(number) for number in numbers if "train-prior" in self.redo.stages):
+            with self._alone(folder):
+                self.redo.empty("train-prior", folder)
+        done = [self._train_level(number, manifest) for number in numbers]
         return any(done)
+
+    def _level(self, number: int) -> Path:
+        return self.root / "prior" / f"level{number}"
 
     def _train_level(self, level: int, manifest: dict) -> bool:
         config, stage = self.config, "train-prior"
@@ -163,7 +170,7 @@ class Run:
         prior = hashed(section)
         del prior["pixelsnail" if section.network == "transformer" else "transformer"]  # the size that is not used
         settings = {"seed": config.seed, "prior": prior, "made_from": {"codes": manifest_digest(manifest)}}
-        folder = self.root / "prior" / f"level{level}"
+        folder = self._level(level)
         with self._alone(folder):
             self._open(stage, folder, settings)
             if is_complete(folder):
@@ -256,16 +263,13 @@ class Run:
         self.judge(STAGES)
 
     def _open(self, stage: str, folder: Path, settings: dict) -> Path:
-        config = self.config
-        named = {"images.from": config.images.from_, "tokenizer.from": config.tokenizer.from_}
-        check_outside(folder, stage, named | {"codes.from": config.codes.from_})
-        if this_worker().rank > 0:  # the first worker judges the settings for all
+        sections = {name: getattr(self.config, name) for name in ("images", "tokenizer", "codes")}
+        check_outside(folder, stage, {f"{name}.from": section.from_ for name, section in sections.items()})
+        if this_worker().rank == 0:
+            self.redo.empty(stage, folder)
+            open_stage(folder, stage, settings)
+        else:  # the first worker judges the settings for all
             make_folder(folder)
-            return folder
-        due = self.redo.due(stage, folder)
-        open_stage(folder, stage, settings, redo=due)
-        if due:
-            self.redo.emptied(folder)
         return folder
 
     def _begin(self, stage: str, source: object, folder: Path) -> None:
@@ -274,7 +278,7 @@ class Run:
 
     def _close(self, stage: str, folder: Path) -> bool:
         """End a stage that had something to do; where others may still be at work, they complete it."""
-        if os.environ.get(PARENT) == str(os.getppid()):  # who started this process sees to the rest
+        if self.is_child:  # who started this process sees to the rest
             return True
         if is_complete(folder):
             self.redo.settled(folder)
@@ -283,8 +287,7 @@ class Run:
             logger.info("%s: this process is done, the others are not yet", stage)
         else:
             raise StageError(
-                f"{stage} has ended but {folder} is not complete: a shard is missing or damaged again; "
-                "give the same command again, and set compute.threads if there are several processes"
+                f"{stage} has ended but {folder} lacks a shard, or one is damaged; give the same command again"
             )
         return True
 
@@ -308,10 +311,10 @@ class Run:
             levels = len(read_manifest(self.codes, "codes", "encode")["levels"])
         except StageError:
             return []
-        return [self.root / "prior" / f"level{level}" for level in range(levels)]
+        return [self._level(number) for number in range(levels)]
 
     def _prior(self) -> HierarchicalPrior:
-        folders = self._level_folders() or [self.root / "prior" / "level0"]
+        folders = self._level_folders() or [self._level(0)]
         for folder in folders:
             if not is_complete(folder):
                 raise StageError(f"{folder} holds no finished prior; run `smalti train-prior` first")
@@ -342,15 +345,6 @@ class Run:
         manifest = read_manifest(folder, "samples", "sample")
         fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
-
-
-def _existing(name: str, setting: str) -> Path | None:
-    if not name:
-        return None
-    folder = place(name)
-    if is_local(folder) and not folder.is_dir():
-        raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
-    return folder
 
 
 def what_came_of(folder: Path) -> str:

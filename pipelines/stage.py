@@ -60,14 +60,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
-def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -> None:
+def open_stage(folder: Path, stage: str, settings: dict[str, Any]) -> None:
     """Make a stage's folder ready for its settings, which it keeps as `config.yaml`.
 
     Args:
         folder: of the stage.
         stage: its command.
         settings: its own resolved sections and what it is made from; `compute` is none of them.
-        redo: empty the folder first, see `empty_stage`.
 
     Raises:
         StageError: the folder holds finished work or checkpoints of other settings, or cannot be written.
@@ -75,8 +74,6 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any], redo: bool) -
     settings = plain(settings)
     try:
         make_folder(folder)
-        if redo:
-            empty_stage(folder, stage)
         sweep(folder)
         sweep(folder / "checkpoints")
         path = folder / "config.yaml"
@@ -107,6 +104,20 @@ def empty_stage(folder: Path, stage: str) -> None:
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         logger.info("%s: %s stays in %s, smalti did not write it", stage, ", ".join(left[:5]) + more, folder)
+
+
+def named_folder(name: str, setting: str) -> Path | None:
+    """Return the stage folder of another run that a setting names, None where it names none.
+
+    Raises:
+        StageError: there is no such folder.
+    """
+    if not name:
+        return None
+    folder = place(name)
+    if is_local(folder) and not folder.is_dir():
+        raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
+    return folder
 
 
 def check_outside(folder: Path, stage: str, inputs: Mapping[str, str]) -> None:

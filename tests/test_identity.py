@@ -35,7 +35,7 @@ SHAPING: dict[type, dict[str, Any]] = {
 NOT_SHAPING: dict[type, dict[str, tuple[Any, str]]] = {
     ImagesConfig: {
         "from_": ("elsewhere", "nothing is packed"),
-        "source": ("folder:x", "its identity counts, which tells what is listed; see forget_other_source"),
+        "source": ("folder:x", "its identity counts, which tells what is listed; see settle_source"),
         "max_bad": (0.5, "decides whether there is a result, not what it is"),
     },
     EncodeConfig: {},

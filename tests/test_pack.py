@@ -11,7 +11,7 @@ from pipelines.compute import ComputeConfig
 from pipelines.config import Config
 from pipelines.data import ImageShards
 from pipelines.errors import ConfigError, StageError
-from pipelines.pack import ImagesConfig, check_source, pack, stratified_fraction
+from pipelines.pack import ImagesConfig, pack, settle_source, stratified_fraction
 from pipelines.run import Run
 from pipelines.shards import index_shard
 
@@ -157,5 +157,5 @@ def test_an_unfinished_folder_takes_no_shard_of_another_source_whose_files_have_
 def test_parquet_files_in_the_folder_are_refused_too(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("")
     with pytest.raises(ConfigError, match=r"images\.source must lie outside .* but .*a\.parquet lies in it"):
-        check_source(f"parquet:{tmp_path}/*.parquet", tmp_path)
-    check_source("hf:somebody/pictures:train", tmp_path)
+        settle_source(f"parquet:{tmp_path}/*.parquet", tmp_path)
+    settle_source("hf:somebody/pictures:train", tmp_path)

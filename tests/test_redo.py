@@ -35,12 +35,12 @@ def test_a_folder_is_emptied_once_for_one_command(redo: Begin) -> None:
     first = redo()
     assert due(first, "prior/level0", "prior/level1") == [True, True]
     assert not first.due("encode", first.root / "codes")
-    first.emptied(first.root / "prior" / "level0")
+    first.empty("train-prior", first.root / "prior" / "level0")
     assert due(redo(compute=ComputeConfig(devices=2)), "prior/level0", "prior/level1") == [
         False,
         True,
     ]  # elsewhere, say
-    first.emptied(first.root / "prior" / "level1")
+    first.empty("train-prior", first.root / "prior" / "level1")
     assert due(redo(), "prior/level0", "prior/level1") == [False, False]
     redo().done()
     assert due(redo(), "prior/level0", "prior/level1") == [True, True]
@@ -48,18 +48,18 @@ def test_a_folder_is_emptied_once_for_one_command(redo: Begin) -> None:
 
 def test_another_command_begins_by_itself(redo: Begin) -> None:
     first = redo("train-prior", 0)
-    first.emptied(first.root / "prior" / "level0")
+    first.empty("train-prior", first.root / "prior" / "level0")
     others = [redo(), redo("train-prior", 1), redo("train-prior", 0, seed=1)]
     assert [due(one, "prior/level0") for one in others] == [[True]] * 3
-    others[1].emptied(first.root / "prior" / "level1")
+    others[1].empty("train-prior", first.root / "prior" / "level1")
     assert due(first, "prior/level0") == [False]  # levels may train at the same time
-    others[2].emptied(first.root / "prior" / "level0")
+    others[2].empty("train-prior", first.root / "prior" / "level0")
     assert due(first, "prior/level0") == [True]
 
 
 def test_what_another_command_completes_is_no_matter_of_the_first_any_more(redo: Begin) -> None:
     first, plain = redo(), redo(seed=1)
-    first.emptied(first.root / "prior" / "level0")
+    first.empty("train-prior", first.root / "prior" / "level0")
     plain.settled(first.root / "prior" / "level1")
     assert due(first, "prior/level0") == [False]
     plain.settled(first.root / "prior" / "level0")
@@ -70,7 +70,7 @@ def test_stages_that_a_run_starts_as_commands_share_its_note(redo: Begin, monkey
     run = redo()
     monkeypatch.setenv(NOTE, run.note.name)
     child = redo("train-prior")
-    child.emptied(run.root / "prior" / "level0")
+    child.empty("train-prior", run.root / "prior" / "level0")
     child.done()
     assert due(run, "prior/level0") == [False]
 
@@ -80,16 +80,15 @@ def test_a_process_that_the_command_has_started_ends_neither_its_stage_nor_its_n
 ) -> None:
     first = redo("train-prior")
     folder = first.root / "prior" / "level0"
-    first.emptied(folder)
-    folder.mkdir(parents=True)
-    run = Run(Config(run_dir=str(first.root)))
+    first.empty("train-prior", folder)
     monkeypatch.setenv(PARENT, str(os.getppid()))
+    run = Run(Config(run_dir=str(first.root)))
+    monkeypatch.setenv(PARENT, str(os.getpid()))  # as training does
     assert run._close("train-prior", folder)  # the first process has yet to export the model
     (folder / "model.safetensors").write_text("")
     assert run._close("train-prior", folder)
     assert due(first, "prior/level0") == [False]
-    monkeypatch.delenv(PARENT)
-    assert run._close("train-prior", folder)
+    assert Run(Config(run_dir=str(first.root)))._close("train-prior", folder)
     assert due(first, "prior/level0") == [True]
 
 

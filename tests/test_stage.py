@@ -21,14 +21,15 @@ from tokenizer import HierarchicalVQVAE, TokenizerConfig
 
 def test_a_stage_keeps_its_settings_and_refuses_others(tmp_path: Path) -> None:
     folder = tmp_path / "stage"
-    open_stage(folder, "encode", {"seed": 0, "encode": {"from_": "", "views": ["image"]}}, redo=False)
+    open_stage(folder, "encode", {"seed": 0, "encode": {"from_": "", "views": ["image"]}})
     assert "from: ''" in (folder / "config.yaml").read_text()
-    open_stage(folder, "encode", {"seed": 0, "encode": {"from_": "", "views": ["image"]}}, redo=False)
+    open_stage(folder, "encode", {"seed": 0, "encode": {"from_": "", "views": ["image"]}})
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(StageError, match=r"other settings \(encode\.views: \['image'\] -> \['flip'\]\).*--redo encode"):
-        open_stage(folder, "encode", {"seed": 0, "encode": {"from_": "", "views": ["flip"]}}, redo=False)
+        open_stage(folder, "encode", {"seed": 0, "encode": {"from_": "", "views": ["flip"]}})
     write_shard(folder / "old.tar", [], {})
-    open_stage(folder, "encode", {"seed": 1}, redo=True)
+    empty_stage(folder, "encode")
+    open_stage(folder, "encode", {"seed": 1})
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
@@ -68,12 +69,12 @@ def test_what_a_stage_reads_must_lie_outside_its_folder(tmp_path: Path, monkeypa
 
 
 def test_settings_of_an_unfinished_stage_can_be_mended_unless_there_are_checkpoints(tmp_path: Path) -> None:
-    open_stage(tmp_path, "pack", {"source": "folder:/mispelt"}, redo=False)
-    open_stage(tmp_path, "pack", {"source": "digits"}, redo=False)
+    open_stage(tmp_path, "pack", {"source": "folder:/mispelt"})
+    open_stage(tmp_path, "pack", {"source": "digits"})
     assert "digits" in (tmp_path / "config.yaml").read_text()
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(StageError, match="--redo train-prior"):
-        open_stage(tmp_path, "train-prior", {"source": "other"}, redo=False)
+        open_stage(tmp_path, "train-prior", {"source": "other"})
 
 
 def test_differences_name_the_key() -> None:
