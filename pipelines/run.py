@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pipelines.compute import ComputeConfig, described, started_by_a_launcher, this_worker
+from pipelines.compute import described, started_by_a_launcher, this_worker
 from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import digest, hashed, manifest_digest, tokenizer_fingerprint
 from pipelines.generator import Generator
+from pipelines.held_out import check_codes_of_images, held_out
 from pipelines.judge import judge
 from pipelines.manifest import all_receipts, read_manifest, shards_hold
 from pipelines.pack import pack, settle_source
@@ -100,6 +101,8 @@ class Run:
         if config.images.from_:
             read_manifest(self.images, "images", "pack")
             return _skip("pack", f"images come from {self.images}")
+        if not self._needs_images():
+            return _skip("pack", "tokenizer and codes come from elsewhere, so no images are needed")
         folder = self.root / "images"
         if "pack" in self.redo.stages or not is_complete(folder):
             settle_source(config.images.source, folder)
@@ -196,17 +199,34 @@ class Run:
         return self._close("sample", folder)
 
     def evaluate(self) -> bool:
-        """Measure whatever is there: the tokenizer, and the priors if they are trained."""
-        from pipelines.evaluate import evaluate_prior, evaluate_tokenizer, table  # its metrics take seconds to import
+        """Measure what is there: a tokenizer where images are, priors where codes are, and the bound where all are.
+
+        Raises:
+            StageError: nothing is there, or what is there does not belong together.
+        """
+        from pipelines.evaluate import evaluate, table  # its metrics take seconds to import
 
         if this_worker().rank > 0:
             return _skip("evaluate", "the first process does it")
-        compute: ComputeConfig = self.config.compute
-        figures: dict = {"tokenizer": evaluate_tokenizer(self._tokenizer(), self.images, compute)}
-        if all(is_complete(folder) for folder in self._level_folders()) and self._level_folders():
-            figures["prior"] = evaluate_prior(self._prior(), self.codes, self.unpacked, compute)
-        write_json(self.root / "metrics.json", figures)
+        make_folder(self.root)
+        images = self.images if self._has_images() else None
+        tokenizer = self._tokenizer() if self._has_tokenizer() else None
+        prior = self._prior() if self._has_priors() and self._checked_codes() else None
+        known: dict[str, bool | None] = {}
+        if tokenizer and images:
+            known["tokenizer"] = self._tokenizer_held_out()
+        if prior:
+            known["prior"] = self._prior_held_out()
+        if not known:
+            raise StageError(f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated")
+        if tokenizer and images and prior:
+            check_codes_of_images(self.codes, images)
+            known["bound"] = known["tokenizer"] and known["prior"]
+        config = self.config
+        figures = evaluate(tokenizer, images, prior, self.codes, self.unpacked, config.seed, config.compute)
+        figures = {part: {"held_out": known[part], **found} for part, found in figures.items()}
         print(table(figures))
+        write_json(self.root / "metrics.json", figures)
         return True
 
     def verify(self) -> bool:
@@ -216,18 +236,21 @@ class Run:
             StageError: the first thing that is not what it should be, named.
         """
         cache, images, tokenizer, codes, prior = self.config.compute.cache, None, None, None, None
-        if is_complete(self.images):
+        if self._has_images():
             images = verify_images(self.images, cache)
             _verified(self.images, _count(images))
-        if self.config.tokenizer.from_ or is_complete(self.root / "tokenizer"):
+        if self._has_tokenizer():
             tokenizer = self._tokenizer()
             _verified(self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
+        if images and tokenizer:
+            self._tokenizer_held_out()
         if is_complete(self.codes):
             codes = verify_codes(self.codes, images, tokenizer, cache)
             _verified(self.codes, _count(codes))
-        if codes and all(is_complete(folder) for folder in self._level_folders()):
+        if codes and self._has_priors():
             prior = self._prior()
             verify_priors(prior, codes)
+            self._prior_held_out()
             _verified(self.root / "prior", f"{len(prior.levels)} levels")
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
@@ -303,6 +326,30 @@ class Run:
             raise StageError(f"{folder} holds no finished tokenizer; run `smalti train-tokenizer` first")
         return HierarchicalVQVAE.from_pretrained(self._model(folder))
 
+    def _has_images(self) -> bool:
+        return self._needs_images() and is_complete(self.images)
+
+    def _has_tokenizer(self) -> bool:
+        return bool(self.config.tokenizer.from_) or is_complete(self.root / "tokenizer")
+
+    def _has_priors(self) -> bool:
+        if not is_complete(self.codes):
+            return False
+        levels = len(read_manifest(self.codes, "codes", "encode")["levels"])
+        return all(is_complete(self.root / "prior" / f"level{level}") for level in range(levels))
+
+    def _needs_images(self) -> bool:
+        """Whether the config leaves anything to do with images; another run's codes and tokenizer need none."""
+        config = self.config
+        return bool(config.images.from_) or not (config.tokenizer.from_ and config.codes.from_)
+
+    def _tokenizer_held_out(self) -> bool | None:
+        name, own = self.config.tokenizer.from_, not (self.config.tokenizer.from_ or self.config.images.from_)
+        return held_out([place(name) if name else self.root / "tokenizer"], "images", self.images, own)
+
+    def _prior_held_out(self) -> bool | None:
+        return held_out(self._level_folders(), "codes", self.codes, own=not self.config.codes.from_)
+
     def _model(self, folder: Path) -> Path:
         return self.config.compute.cache.files(folder, ["config.json", "model.safetensors"])
 
@@ -323,7 +370,7 @@ class Run:
     def _checked_codes(self) -> dict:
         """The codes' manifest; where this run has the tokenizer too, they must belong together."""
         manifest = read_manifest(self.codes, "codes", "encode")
-        if self.config.tokenizer.from_ or is_complete(self.root / "tokenizer"):
+        if self._has_tokenizer():
             tokenizer = self._tokenizer()
             mark = tokenizer_fingerprint(tokenizer)
             if manifest["tokenizer"] != mark:
