@@ -21,6 +21,7 @@ from pipelines.places import place
 from pipelines.scan import ORDERS, permutation, scan
 from pipelines.shards import write_json
 from pipelines.template import CLASS, CODES, RecordConfig, check_template, make_slots, special_names
+from pipelines.values import checked_classes, checked_codes, checked_ids
 from pipelines.vocabulary import MAX_ID, TextTokenizer, Vocabulary
 from tokenizer import HierarchicalVQVAE
 
@@ -178,9 +179,9 @@ class TokenLayout:
 
     def lay(self, codes: Sequence[Any], classes: Any = None, captions: Sequence[str] | None = None) -> Laid:
         """Return the same as an array, for files."""
-        grids = self._checked(codes)
+        grids = checked_codes(codes, self.levels)
         count, size = len(grids[0]), len(self.slots.low)
-        labels = self._labels(classes, count)
+        labels = checked_classes(classes, count, self.vocabulary.num_classes)
         bare = np.empty((count, size), self.dtype)
         values = np.zeros((min(count, BLOCK), CODES + self.starts[-1]), np.int32)
         for first in range(0, count, BLOCK):
@@ -198,41 +199,6 @@ class TokenLayout:
         ids, extra = insert_captions(bare, self._texts(captions, count), self.slots.text)
         text_first = self.words.index("<text>") < self.words.index("<codes>")
         return Laid(ids, size + extra, self.slots.prompt + extra * text_first)
-
-    def _checked(self, codes: Sequence[Any]) -> list[np.ndarray]:
-        """Return the exported grids as arrays."""
-        if len(codes) > self.levels[-1].level:  # all levels of the tokenizer
-            codes = [codes[level.level] for level in self.levels]
-        if len(codes) != len(self.levels):
-            raise StageError(f"codes must have {len(self.levels)} levels, got {len(codes)}")
-        grids = [grid.detach().cpu().numpy() if isinstance(grid, Tensor) else np.asarray(grid) for grid in codes]
-        for level, grid in zip(self.levels, grids, strict=True):
-            if grid.dtype.kind not in "iu" or grid.shape != (len(grids[0]), *level.grid):
-                raise StageError(
-                    f"codes of level {level.level} must be integers of ({len(grids[0])}, {level.grid[0]}, "
-                    f"{level.grid[1]}), got {grid.dtype} of {grid.shape}"
-                )
-            if grid.size and not 0 <= grid.min() <= grid.max() < level.codebook_size:
-                raise StageError(
-                    f"codes of level {level.level} must lie in [0, {level.codebook_size}), got {grid.min()} to "
-                    f"{grid.max()}; were they made by another tokenizer?"
-                )
-        return grids
-
-    def _labels(self, classes: Any, count: int) -> np.ndarray:
-        num_classes = self.vocabulary.num_classes
-        if not num_classes:
-            return np.zeros(count, np.int32)
-        labels = np.asarray(classes.cpu() if isinstance(classes, Tensor) else classes)
-        if (
-            labels.shape != (count,)
-            or labels.dtype.kind not in "iu"
-            or not np.all((labels >= 0) & (labels < num_classes))
-        ):
-            raise StageError(
-                f"template has <class>: classes must be {count} indices below {num_classes}, got {classes!s:.60}"
-            )
-        return labels
 
     def _texts(self, captions: Sequence[str] | None, count: int) -> list[np.ndarray]:
         """Return the ids of captions, cut; what a caption says of the tokens of images is left out."""
@@ -278,9 +244,9 @@ class TokenLayout:
         """Return records (B, N) without captions and <pad>, and the position (B, N) that each token had."""
         size = len(self.slots.low)
         if self.slots.text is not None:
-            records = [_array(record) for record in ids]
+            records = [checked_ids(record) for record in ids]
             return remove_captions(records, size, self.slots.text, self.pad, self.vocabulary.is_text)
-        bare = _array(ids)
+        bare = checked_ids(ids)
         if bare.ndim != 2 or bare.shape[1] != size:
             raise StageError(f"records must be (B, {size}), got {bare.shape}; were they made with this layout?")
         return bare, np.broadcast_to(np.arange(size), bare.shape)
@@ -299,7 +265,7 @@ class TokenLayout:
         """
         place, text = len(ids_so_far), self.slots.text
         if text is not None:
-            ids = _array(ids_so_far)
+            ids = checked_ids(ids_so_far)
             started = np.flatnonzero(ids != self.pad)
             ids = ids[started[0] :] if len(started) else ids[:0]
             ended = np.flatnonzero(self.vocabulary.indices_of(ids[text:]) >= 0)
@@ -346,11 +312,3 @@ class TokenLayout:
             raise StageError(f"images need every level from 0 on, but levels {found} were exported; export all")
         device = next(tokenizer.parameters()).device
         return tokenizer.decode([codes.to(device) for codes in self.decode(ids)])
-
-
-def _array(ids: Any) -> np.ndarray:
-    """Return ids as int64, in which no arithmetic wraps."""
-    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    if array.size and array.dtype.kind not in "iu":
-        raise StageError(f"ids must be integers, got {array.dtype}")
-    return array.astype(np.int64)
