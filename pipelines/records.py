@@ -67,6 +67,10 @@ class Records(NamedTuple):
         """N, where all records have that many tokens."""
         return int(self.lengths[0]) if len(self.lengths) and (self.lengths == self.lengths[0]).all() else None
 
+    def each(self) -> list[np.ndarray]:
+        """Return the ids of each record."""
+        return np.split(self.ids, self.ends)[:-1]
+
 
 def write_bin(folder: Path, name: str, records: Records, tokenizer: str) -> list[str]:
     """Write NAME.bin, the tokens and nothing else, and what tells its readers where records begin.
@@ -211,7 +215,7 @@ def write_mds(path: Path, records: Records) -> dict[str, Any]:
     if length:
         data = _chunk(path, header, _bytes(records.ids), records.lengths * dtype.itemsize)
     else:
-        samples = [_mds_sample(ids) for ids in np.split(records.ids, records.ends[:-1])]
+        samples = [_mds_sample(ids) for ids in records.each()]
         data = _chunk(path, header, b"".join(samples), np.array([len(sample) for sample in samples], np.int64))
     _write(path, data)
     raw = {"basename": path.name, "bytes": len(data), "hashes": {}}
@@ -245,10 +249,9 @@ def write_webdataset(path: Path, records: Records) -> None:
     members = records.members or [{}] * len(records.lengths)
     # Hugging Face's reader refuses samples that differ in this.
     absent = {name: b"{}" if name == "json" else b"" for name in sorted({name for one in members for name in one})}
-    records_ids = np.split(records.ids, records.ends[:-1])
     samples = (
         (key, {"tokens.npy": array_bytes(ids), **absent, **beside})
-        for key, ids, beside in zip(records.keys, records_ids, members, strict=True)
+        for key, ids, beside in zip(records.keys, records.each(), members, strict=True)
     )
     with whole(path) as temporary:
         write_tar(temporary, samples)

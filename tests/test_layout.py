@@ -40,10 +40,11 @@ def naive(made: TokenLayout, grids: list[np.ndarray], label: int) -> list[int]:
     return ids
 
 
+@pytest.mark.parametrize("codes", [SMALL, manifest([(1, 3), (2, 4), (3, 5)], [2, 256, 300])])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_records_are_what_a_loop_makes_of_the_template(template: str) -> None:
-    made = layout(template=template, vocab=VocabConfig(base=1000))
-    grids, classes = draw(SMALL, 70)
+def test_records_are_what_a_loop_makes_of_the_template(template: str, codes: dict) -> None:
+    made = layout(codes, template=template, vocab=VocabConfig(base=1000))
+    grids, classes = draw(codes, 70)
     ids = made.encode(grids, classes)
     assert ids.dtype == torch.int64
     assert ids.tolist() == [naive(made, [grid[n] for grid in grids], classes[n]) for n in range(70)]

@@ -33,7 +33,7 @@ LARGE = manifest([(2, 2), (4, 4)], [300, 70_000])
 
 def ids_of(made: Records) -> list[list[int]]:
     """The ids of each record."""
-    return [part.tolist() for part in np.split(made.ids, made.ends[:-1])]
+    return [part.tolist() for part in made.each()]
 
 
 def captioned(folder: Path, **settings: object) -> tuple[TokenLayout, Records]:
@@ -98,6 +98,20 @@ def test_a_shard_beyond_the_offsets_of_its_format_is_refused(
     monkeypatch.setattr(records, "MAX_LIST", 50)
     with pytest.raises(StageError, match=r"x would have 50 tokens, but its format holds fewer than 50; pack"):
         write_parquet(tmp_path / "x", made)
+
+
+def test_a_shard_may_be_empty(tmp_path: Path) -> None:
+    """Pack leaves one where no image of it can be used."""
+    nothing = np.zeros(0, np.int64)
+    made = Records(np.zeros(0, np.uint16), nothing, nothing, [], [], [])
+    write_bin(tmp_path, "x", made, "smalti")
+    write_parquet(tmp_path / "x.parquet", made)
+    write_webdataset(tmp_path / "x.tar", made)
+    assert index_shard(tmp_path / "x.tar") == []
+    write_indexed(tmp_path, [shard(layout(), SMALL, 2), made], np.dtype(np.uint16))
+    assert len(json.loads((tmp_path / "litdata/index.json").read_text())["chunks"]) == 1
+    assert len(json.loads((tmp_path / "mds/index.json").read_text())["shards"]) == 1
+    assert (tmp_path / "mds" / "train-000001.mds").read_bytes()[:4] == bytes(4)
 
 
 def test_offsets_are_counted_in_64_bits() -> None:

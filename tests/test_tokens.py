@@ -37,7 +37,7 @@ def none() -> Records:
 
 def test_records_come_in_the_order_of_the_shards(tmp_path: Path) -> None:
     config = layout()
-    shards = [shard(config, SMALL, 3), none(), shard(config, SMALL, 2, seed=1)]
+    shards = [shard(config, SMALL, 3), none(), shard(config, SMALL, 2, seed=1)._replace(keys=["a\rb", "é"])]
     found = TokenDataset(exported(tmp_path / "tokens", config, shards), "train")
     assert len(found) == 5
     wanted = torch.from_numpy(np.concatenate([made.ids for made in shards]).astype(np.int64)).view(5, 25)
