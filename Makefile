@@ -3,7 +3,7 @@ PYTHON ?= python3
 SETUP := .venv/.installed
 RUN := .venv/bin/python
 
-.PHONY: demo test lint tests gpu bench hard clean
+.PHONY: demo test lint tests gpu bench hard readers clean
 
 demo: $(SETUP)
 	.venv/bin/smalti run configs/digits.yaml
@@ -34,6 +34,14 @@ hard: $(SETUP)
 	$(RUN) tests/hard/kills.py
 	$(RUN) tests/hard/fuzz.py
 
+# Exported tokens through the libraries that do not go with ours, in an environment that finds the rest in .venv.
+readers: $(SETUP)
+	$(RUN) -m venv .venv-readers
+	$(RUN) -c 'import site; print(site.getsitepackages()[0])' > $$(echo .venv-readers/lib/python3*/site-packages)/ours.pth
+	.venv-readers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(READERS) \
+		|| { echo "cannot install $(READERS): nothing was read; look at what pip says above"; exit 1; }
+	.venv-readers/bin/python -m tests.readers.read
+
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "smalti needs Python 3.11 or newer"'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -42,4 +50,4 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $(SETUP)
 
 clean:
-	rm -rf .venv runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-readers runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

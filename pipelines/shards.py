@@ -106,19 +106,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], pro
     Returns:
         The receipt.
     """
-    import webdataset  # takes seconds, and reading needs none of it
-
-    count = 0
     with whole(path) as temporary:
-        with (
-            temporary.open("wb") as file,
-            webdataset.TarWriter(
-                file, encoder=False, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT"
-            ) as tar,
-        ):
-            for key, contents in samples:
-                tar.write({"__key__": key, **contents})
-                count += 1
+        count = write_tar(temporary, samples)
         with temporary.open("rb") as written:
             sha256 = hashlib.file_digest(written, "sha256").hexdigest()
         size = temporary.stat().st_size
@@ -127,6 +116,21 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], pro
     receipt = {"format": FORMAT, "shard": path.name, "sha256": sha256, "bytes": size, "samples": count, **provenance}
     write_json(receipt_path(path), receipt)
     return receipt
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
+    """Write (key, contents by extension) as a tar whose bytes tell nothing of when and where; return how many."""
+    import webdataset  # takes seconds, and reading needs none of it
+
+    count = 0
+    with (
+        path.open("wb") as file,
+        webdataset.TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT") as tar,
+    ):
+        for key, contents in samples:
+            tar.write({"__key__": key, **contents})
+            count += 1
+    return count
 
 
 def receipt_path(shard: Path) -> Path:
