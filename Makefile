@@ -3,6 +3,9 @@ PYTHON ?= python3
 SETUP := .venv/.installed
 RUN := .venv/bin/python
 
+# Without what they ask for: torchvision beside torch for CPUs breaks Lightning, and others hold numpy back.
+READERS := litdata==0.2.76 mosaicml-streaming==0.13.0 brotli catalogue cramjam python-snappy zstd
+
 .PHONY: demo test lint tests gpu bench hard readers clean
 
 demo: $(SETUP)
