@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.cache import Cache
-from pipelines.compute import ComputeConfig, started_by_a_launcher, this_worker
+from pipelines.compute import started_by_a_launcher, this_worker
 from pipelines.config import Config, at_level
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
+from pipelines.finished import Finished
+from pipelines.held_out import check_codes_of_images
 from pipelines.manifest import all_receipts, read_manifest
 from pipelines.pack import pack
-from pipelines.places import is_local, make_folder, place
+from pipelines.places import make_folder, place
 from pipelines.processes import workers_of
 from pipelines.sample import model_fingerprints, sample
 from pipelines.sections import PriorConfig
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate")
 
 
-class Run:
+class Run(Finished):
     """One config at work: each method is a stage, returning whether there was anything to do.
 
     Args:
@@ -38,29 +40,12 @@ class Run:
     """
 
     def __init__(self, config: Config, redo: Sequence[str] = ()) -> None:
-        self.config = config
+        super().__init__(config)
         self.redo = set(redo)
-        self.root = place(config.run_dir, writable=True)
         if self.redo and this_worker().world_size > 1:
             if started_by_a_launcher():  # nobody knows who comes first
                 raise ConfigError("--redo goes with processes that smalti starts; remove the stage's folder instead")
             self.redo = set()  # the process that started this one has emptied the folder
-
-    @property
-    def images(self) -> Path:
-        """The `images` folder: this run's, or the one that images.from names."""
-        return _existing(self.config.images.from_, "images.from") or self.root / "images"
-
-    @property
-    def codes(self) -> Path:
-        """The `codes` folder: this run's, or the one that codes.from names."""
-        return _existing(self.config.codes.from_, "codes.from") or self.root / "codes"
-
-    @property
-    def unpacked(self) -> Path:
-        """Where codes are unpacked: in the run, or on local disk when that is elsewhere."""
-        local = is_local(self.root)
-        return self.root / "prior" / "codes" if local else self.config.compute.cache.folder / "codes"
 
     def stage(self, name: str, level: int | None = None) -> bool:
         """Do one stage."""
@@ -82,6 +67,8 @@ class Run:
         if config.images.from_:
             read_manifest(self.images, "images", "pack")
             return _skip("pack", f"images come from {self.images}")
+        if not self.needs_images():
+            return _skip("pack", "tokenizer and codes come from elsewhere, so no images are needed")
         folder = self._open("pack", self.root / "images", {"seed": config.seed, "images": config.images})
         if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
             return _skip("pack", f"{folder} is complete")
@@ -161,17 +148,34 @@ class Run:
         return True
 
     def evaluate(self) -> bool:
-        """Measure whatever is there: the tokenizer, and the priors if they are trained."""
-        from pipelines.evaluate import evaluate_prior, evaluate_tokenizer, table  # its metrics take seconds to import
+        """Measure what is there: a tokenizer where images are, priors where codes are, and the bound where all are.
+
+        Raises:
+            StageError: nothing is there, or what is there does not belong together.
+        """
+        from pipelines.evaluate import evaluate, table  # its metrics take seconds to import
 
         if this_worker().rank > 0:
             return _skip("evaluate", "the first process does it")
-        compute: ComputeConfig = self.config.compute
-        figures: dict = {"tokenizer": evaluate_tokenizer(self._tokenizer(), self.images, compute)}
-        if all(is_complete(folder) for folder in self._level_folders()) and self._level_folders():
-            figures["prior"] = evaluate_prior(self._prior(), self.codes, self.unpacked, compute)
-        write_json(self.root / "metrics.json", figures)
+        make_folder(self.root)
+        images = self.images if self.has_images() else None
+        tokenizer = self._tokenizer() if self.has_tokenizer() else None
+        prior = self._prior() if self.has_priors() and self._checked_codes() else None
+        known: dict[str, bool | None] = {}
+        if tokenizer and images:
+            known["tokenizer"] = self.tokenizer_held_out()
+        if prior:
+            known["prior"] = self.prior_held_out()
+        if not known:
+            raise StageError(f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated")
+        if tokenizer and images and prior:
+            check_codes_of_images(self.codes, images)
+            known["bound"] = known["tokenizer"] and known["prior"]
+        config = self.config
+        figures = evaluate(tokenizer, images, prior, self.codes, self.unpacked, config.seed, config.compute)
+        figures = {part: {"held_out": known[part], **found} for part, found in figures.items()}
         print(table(figures))
+        write_json(self.root / "metrics.json", figures)
         return True
 
     def verify(self) -> bool:
@@ -181,18 +185,21 @@ class Run:
             StageError: the first thing that is not what it should be, named.
         """
         cache, images, tokenizer, codes, prior = self.config.compute.cache, None, None, None, None
-        if is_complete(self.images):
+        if self.has_images():
             images = verify_images(self.images, cache)
             _verified(self.images, _count(images))
-        if self.config.tokenizer.from_ or is_complete(self.root / "tokenizer"):
+        if self.has_tokenizer():
             tokenizer = self._tokenizer()
             _verified(self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
+        if images and tokenizer:
+            self.tokenizer_held_out()
         if is_complete(self.codes):
             codes = verify_codes(self.codes, images, tokenizer, cache)
             _verified(self.codes, _count(codes))
-        if codes and all(is_complete(folder) for folder in self._level_folders()):
+        if codes and self.has_priors():
             prior = self._prior()
             verify_priors(prior, codes)
+            self.prior_held_out()
             _verified(self.root / "prior", f"{len(prior.levels)} levels")
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
@@ -255,7 +262,7 @@ class Run:
     def _checked_codes(self) -> dict:
         """The codes' manifest; where this run has the tokenizer too, they must belong together."""
         manifest = read_manifest(self.codes, "codes", "encode")
-        if self.config.tokenizer.from_ or is_complete(self.root / "tokenizer"):
+        if self.has_tokenizer():
             tokenizer = self._tokenizer()
             mark = tokenizer_fingerprint(tokenizer)
             if manifest["tokenizer"] != mark:
@@ -297,15 +304,6 @@ def shards_hold(manifest: dict, folder: Path, cache: Cache) -> bool:
     if wrong:
         logger.warning("%s is missing or damaged", folder / wrong["shard"])
     return wrong is None
-
-
-def _existing(name: str, setting: str) -> Path | None:
-    if not name:
-        return None
-    folder = place(name)
-    if is_local(folder) and not folder.is_dir():
-        raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
-    return folder
 
 
 def _verified(folder: Path, what: str) -> None:

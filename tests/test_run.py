@@ -141,28 +141,6 @@ def test_a_complete_run_is_skipped_and_says_why(
         assert f"{stage}: skipped" in caplog.text
 
 
-def test_evaluate_reports_exact_likelihoods_beside_what_context_is_worth(tiny_run: Path, smalti: Smalti) -> None:
-    code, text = smalti("evaluate", tiny_run)
-    assert code == 0
-    for word in ("PSNR", "SSIM", "perplexity", "usage", "nats/code", "histogram bits", "bits per image dimension"):
-        assert word in text
-    figures = json.loads((run_of(tiny_run) / "metrics.json").read_text())
-    prior = HierarchicalPrior.from_pretrained(run_of(tiny_run) / "prior")
-    arrays = sorted((run_of(tiny_run) / "prior" / "codes").glob("val-*.npy"))
-    classes, level0, level1 = (torch.from_numpy(np.load(path).astype(np.int64)) for path in arrays)
-    with torch.no_grad():
-        nats = float(prior.nll([level0, level1], classes).sum())
-    per_code = [figures["prior"][f"level{n}"]["nats_per_code"] * count for n, count in ((0, 4), (1, 16))]
-    assert sum(per_code) * len(classes) == pytest.approx(nats, rel=1e-5)
-    assert figures["prior"]["total"]["bits_per_dim"] == pytest.approx(nats / len(classes) / np.log(2) / 256, rel=1e-5)
-    shares = np.bincount(level1.flatten()) / level1.numel()
-    entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
-    assert figures["prior"]["level1"]["histogram_nats"] == pytest.approx(entropy)
-    assert figures["prior"]["level1"]["uniform_bits"] == 5
-    saved = json.loads((run_of(tiny_run) / "prior" / "level1" / "metrics.json").read_text())
-    assert saved["val_nats_per_code"] == pytest.approx(figures["prior"]["level1"]["nats_per_code"], rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("stage", "message"),
     [

@@ -1,0 +1,237 @@
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.bound import fitted_scales
+from pipelines.cache import Cache
+from pipelines.config import load_config
+from pipelines.data import ImageShards
+from pipelines.evaluate import evaluate_prior, table
+from pipelines.run import Run
+from prior import HierarchicalPrior
+from tokenizer import HierarchicalVQVAE
+
+Smalti = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A copy of the tiny run's folder, `config.yaml` beside it."""
+    write_config(tmp_path)
+    shutil.copytree(tiny_run.parent / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def from_elsewhere(run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    """A config of a run of its own that takes folders of the copy."""
+
+    def write(*sections: str) -> Path:
+        folders = {"images": "images", "tokenizer": "tokenizer", "codes": "codes"}
+        return write_config(tmp_path / "other", {name: {"from": str(run / folders[name])} for name in sections})
+
+    return write
+
+
+def figures_of(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def split_anew(images: Path) -> None:
+    """Another split of the same images: a train shard becomes the val split."""
+    manifest = json.loads((images / "manifest.json").read_text())
+    *train, last = manifest["splits"]["train"]
+    manifest["splits"] = {"train": train + manifest["splits"]["val"], "val": [last]}
+    (images / "manifest.json").write_text(json.dumps(manifest))
+
+
+def val_codes(run: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    arrays = sorted((run / "prior" / "codes").glob("val-*.npy"))
+    classes, level0, level1 = (torch.from_numpy(np.load(path).astype(np.int64)) for path in arrays)
+    return classes, [level0, level1]
+
+
+def test_evaluate_reports_exact_likelihoods_beside_what_context_is_worth(tiny_run: Path) -> None:
+    run = tiny_run.parent / "run"
+    found = figures_of(run)["prior"]
+    prior = HierarchicalPrior.from_pretrained(run / "prior")
+    classes, codes = val_codes(run)
+    for name, given in (("given_class", classes), ("without_class", None)):
+        with torch.no_grad():
+            nats = float(prior.nll(codes, given).sum())
+        per_code = [found[f"level{n}"]["nats_per_code"][name] * count for n, count in ((0, 4), (1, 16))]
+        assert sum(per_code) * len(classes) == pytest.approx(nats, rel=1e-5)
+        rate = found["rate_bits_per_dim"][name]
+        assert rate == pytest.approx(nats / len(classes) / np.log(2) / 256, rel=1e-5)
+    shares = np.bincount(codes[1].flatten()) / codes[1].numel()
+    entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+    assert found["level1"]["histogram_nats"] == pytest.approx(entropy)
+    assert found["level1"]["uniform_bits"] == 5
+    saved = json.loads((run / "prior" / "level1" / "metrics.json").read_text())
+    assert saved["val_nats_per_code"] == pytest.approx(found["level1"]["nats_per_code"]["given_class"], rel=1e-5)
+    assert found["held_out"] is figures_of(run)["tokenizer"]["held_out"] is True
+
+
+def test_the_bound_is_that_which_is_summed_by_hand(tiny_run: Path, cache: Cache) -> None:
+    """Over 179 images, no multiple of a batch."""
+    run = tiny_run.parent / "run"
+    found = figures_of(run)["bound"]
+    tokenizer = HierarchicalVQVAE.from_pretrained(run / "tokenizer")
+    prior = HierarchicalPrior.from_pretrained(run / "prior")
+    train, val = (ImageShards(run / "images", split, cache) for split in ("train", "val"))
+    assert found["scales_grey_levels"] == fitted_scales(tokenizer, train, seed=0).tolist()
+    (scale,) = found["scales_grey_levels"]
+    classes, codes = val_codes(run)
+    pixels = np.stack([val.pixels(row) for row in range(len(val))]).astype(np.float64)
+    means = (tokenizer.decode(codes).double().numpy() + 1) * 127.5
+
+    def up_to(edges: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp((means - edges) / scale))
+
+    likelihood = np.where(pixels == 255, 1, up_to(pixels + 0.5)) - np.where(pixels == 0, 0, up_to(pixels - 0.5))
+    distortion = -np.log2(likelihood).sum((1, 2, 3)) / 256  # (N,)
+    assert found["images"] == len(val) == 179
+    for name, given in (("given_class", classes), ("without_class", None)):
+        with torch.no_grad():
+            rate = prior.nll(codes, given).numpy() / math.log(2) / 256
+        bits, half = rate + distortion, 1.96 * np.std(rate + distortion, ddof=1) / math.sqrt(179)
+        assert found["bits_per_dim"][name] == pytest.approx(bits.mean(), rel=1e-5)
+        assert found["bits_per_dim_interval95"][name] == pytest.approx(
+            [bits.mean() - half, bits.mean() + half], rel=1e-5
+        )
+        assert found["rate_bits_per_dim"][name] == pytest.approx(figures_of(run)["prior"]["rate_bits_per_dim"][name])
+    assert found["held_out"] is True
+
+
+@pytest.mark.parametrize("hides_classes", [True, False])
+def test_priors_are_asked_without_class_only_where_training_hid_classes(run: Path, hides_classes: bool) -> None:
+    prior = HierarchicalPrior.from_pretrained(run / "prior")
+    for level in prior.levels:
+        object.__setattr__(level.config, "unconditional", hides_classes)
+    compute = load_config(run.parent / "config.yaml").compute
+    judged = evaluate_prior(prior, run / "codes", run / "prior" / "codes", compute)
+    wanted = ["given_class", "without_class"] if hides_classes else ["given_class"]
+    assert list(judged.nats) == list(judged.figures["rate_bits_per_dim"]) == wanted
+
+
+def test_tables_fit_a_terminal_and_call_things_what_they_are(tiny_run: Path) -> None:
+    figures = figures_of(tiny_run.parent / "run")
+    text = table(figures)
+    assert max(map(len, text.splitlines())) <= 80
+    for words in (
+        "PSNR",
+        "SSIM",
+        "perplexity",
+        "usage",
+        "val histogram, no class, no context",
+        "prior given the class",
+        "prior without class",
+        "rate of the codes of all levels, in bits per image dimension",
+        "95% interval over images",
+    ):
+        assert words in text
+    assert "may have been trained on" not in text
+    figures["tokenizer"]["held_out"] = None
+    assert "tokenizer: val split of 179 images, which may have been trained on" in table(figures)
+
+
+def test_nothing_is_saved_of_a_histogram_of_one_code(tiny_run: Path) -> None:
+    figures = {"prior": figures_of(tiny_run.parent / "run")["prior"]}
+    for level in ("level0", "level1"):
+        figures["prior"][level] |= {"histogram_nats": 0.0, "histogram_bits": 0.0}
+    assert "%" not in table(figures)
+    assert sum(line.endswith(" -") for line in table(figures).splitlines()) == 4
+
+
+def test_training_images_are_never_called_val(run: Path, smalti: Smalti) -> None:
+    split_anew(run / "images")
+    for command in ("evaluate", "verify"):
+        code, text = smalti(command, run.parent / "config.yaml")
+        assert code == 1
+        assert "tokenizer was trained on images" in text
+        assert "whose val split may hold what it was trained on" in text
+
+
+def test_a_tokenizer_from_elsewhere_is_not_known_to_have_seen_another_split(
+    run: Path, from_elsewhere: Callable[..., Path], smalti: Smalti, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = from_elsewhere("images", "tokenizer")
+    split_anew(run / "images")
+    code, text = smalti("evaluate", config)
+    assert code == 0
+    assert "which may have been trained on" in text
+    assert caplog.text.count("is not known to be held out from the training of") == 1
+    assert figures_of(config.parent / "run")["tokenizer"]["held_out"] is None
+
+
+def test_codes_of_other_images_are_not_evaluated_with_these(
+    run: Path, from_elsewhere: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = from_elsewhere("images", "tokenizer", "codes")
+    shutil.copytree(run / "prior", config.parent / "run" / "prior")
+    split_anew(run / "images")
+    code, text = smalti("evaluate", config)
+    assert code == 1
+    assert f"{run}/codes was made from images" in text
+    assert f"but {run}/images holds images" in text
+
+
+def test_priors_are_judged_where_there_are_no_images(
+    run: Path, from_elsewhere: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = from_elsewhere("tokenizer", "codes")
+    shutil.copytree(run / "prior", config.parent / "run" / "prior")
+    assert smalti("evaluate", config)[0] == 0
+    found = figures_of(config.parent / "run")
+    assert list(found) == ["prior"]
+    assert found["prior"] == figures_of(run)["prior"]
+
+
+def test_a_run_with_anothers_tokenizer_and_codes_packs_nothing(
+    run: Path, from_elsewhere: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = from_elsewhere("tokenizer", "codes")
+    with caplog.at_level("INFO"):
+        assert Run(load_config(config)).stage("pack") is False
+    assert "pack: skipped, tokenizer and codes come from elsewhere, so no images are needed" in caplog.text
+    assert not (config.parent / "run" / "images").exists()
+
+
+def test_a_run_of_which_nothing_is_its_own_is_evaluated_into_a_new_folder(
+    run: Path, from_elsewhere: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = from_elsewhere("images", "tokenizer", "codes")
+    assert smalti("evaluate", config)[0] == 0
+    assert figures_of(config.parent / "run")["tokenizer"] == figures_of(run)["tokenizer"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(
+    from_elsewhere: Callable[..., Path], tmp_path: Path, smalti: Smalti
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, text = smalti("evaluate", from_elsewhere("images", "tokenizer"), f"--run_dir={tmp_path}/file/run")
+    assert code == 1
+    assert "cannot write" in text
+    assert "PSNR" not in text
+
+
+@pytest.mark.parametrize("section", ["images", "codes"])
+def test_what_is_named_is_not_passed_over(run: Path, section: str, tmp_path: Path, smalti: Smalti) -> None:
+    (tmp_path / "empty").mkdir()
+    code, text = smalti("evaluate", run.parent / "config.yaml", f"--{section}.from={tmp_path}/empty")
+    assert code == 1
+    assert f"empty holds no finished {section}" in text
+
+
+def test_where_there_is_nothing_to_evaluate_that_is_an_error(
+    tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    code, text = smalti("evaluate", write_config(tmp_path))
+    assert code == 1
+    assert "must hold a tokenizer and images, or priors and codes, to be evaluated" in text
