@@ -34,6 +34,8 @@ class Redo:
     ) -> None:
         self.root, self.stages, self.command = root, set(stages), command
         settings = {name: value for name, value in hashed(config).items() if name not in ("run_dir", "compute")}
+        # What is left open says nothing, as before it could be said.
+        settings["images"] = {name: value for name, value in settings["images"].items() if value != "auto"}
         own = f".redo-{digest([command, sorted(stages), level, settings])[:16]}"
         self.started_by_run = NOTE in os.environ
         self.note = root / os.environ.get(NOTE, own)
@@ -42,10 +44,13 @@ class Redo:
         """Whether a stage's folder is still to be emptied."""
         if stage not in self.stages:
             return False
-        begun = self._name(folder) in _emptied(self.note)
-        if begun:
+        if self.begun(folder):
             logger.info("%s: goes on with what --redo began; remove %s to begin again", stage, self.note)
-        return not begun
+        return not self.begun(folder)
+
+    def begun(self, folder: Path) -> bool:
+        """Whether this command has emptied a folder before."""
+        return self._name(folder) in _emptied(self.note)
 
     def emptied(self, folder: Path) -> None:
         """Note that a folder has been emptied."""

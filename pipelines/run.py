@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from pipelines.begun import as_begun, forget_other_source
 from pipelines.compute import ComputeConfig, described, started_by_a_launcher, this_worker
 from pipelines.config import Config
 from pipelines.encode import encode
@@ -16,7 +17,7 @@ from pipelines.fingerprint import digest, hashed, manifest_digest, tokenizer_fin
 from pipelines.generator import Generator
 from pipelines.judge import judge
 from pipelines.manifest import all_receipts, read_manifest, shards_hold
-from pipelines.pack import check_source, forget_other_source, pack
+from pipelines.pack import check_source, pack
 from pipelines.places import exists, is_local, make_folder, place, read_bytes
 from pipelines.processes import workers_of
 from pipelines.redo import Redo
@@ -104,12 +105,14 @@ class Run:
             check_source(config.images.source, folder)
             if this_worker().rank == 0:
                 forget_other_source(config.images.source, folder)
-        self._open("pack", folder, {"seed": config.seed, "images": config.images})
+        new = "pack" in self.redo.stages and not self.redo.begun(folder)
+        images = config.images if new else as_begun(config.images, config.seed, folder)
+        self._open("pack", folder, {"seed": config.seed, "images": images})
         if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
             return _skip("pack", f"{folder} is complete")
         self._begin("pack", config.images.source, folder)
         with workers_of(config.compute):
-            pack(config.images, config.seed, config.compute, folder)
+            pack(images, config.seed, config.compute, folder)
         return self._close("pack", folder)
 
     def train_tokenizer(self) -> bool:
