@@ -35,6 +35,8 @@ class Redo:
     ) -> None:
         self.root, self.stages, self.command = root, set(stages), command
         settings = {name: value for name, value in hashed(config).items() if name not in ("run_dir", "compute")}
+        # What is left open says nothing, as before it could be said.
+        settings["images"] = {name: value for name, value in settings["images"].items() if value != "auto"}
         own = f".redo-{digest([command, sorted(stages), level, settings])[:16]}"
         self.started_by_run = NOTE in os.environ
         self.note = root / os.environ.get(NOTE, own)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from pipelines.begun import as_begun
 from pipelines.compute import described, started_by_a_launcher, this_worker
 from pipelines.config import Config
 from pipelines.encode import encode
@@ -90,12 +91,14 @@ class Run:
         folder = self.root / "images"
         if "pack" in self.redo.stages or not is_complete(folder):
             settle_source(config.images.source, folder)
-        self._open("pack", folder, {"seed": config.seed, "images": config.images})
+        new = self.redo.due("pack", folder)
+        images = config.images if new else as_begun(config.images, config.seed, folder)
+        self._open("pack", folder, {"seed": config.seed, "images": images})
         if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
             return _skip("pack", f"{folder} is complete")
         self._begin("pack", config.images.source, folder)
         with workers_of(config.compute):
-            pack(config.images, config.seed, config.compute, folder)
+            pack(images, config.seed, config.compute, folder)
         return self._close("pack", folder)
 
     def train_tokenizer(self) -> bool:
@@ -321,9 +324,9 @@ def what_came_of(folder: Path) -> str:
         counts = {split: sum(receipt["samples"] for receipt in receipts) for split, receipts in splits.items()}
         shards = sum(map(len, splits.values()))
         return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} in {shards} shards"
-    figures = json.loads(read_bytes(folder / "metrics.json"))
+    figures = json.loads(read_bytes(folder / "metrics.json")) if exists(folder / "metrics.json") else {}
     shown = {name.removeprefix("val_"): value for name, value in figures.items() if name.endswith(SHOWN)}
-    return "val " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+    return "done" + "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
 
 
 def _verified(folder: Path, what: str) -> None:

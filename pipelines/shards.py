@@ -24,6 +24,9 @@ from pipelines.places import exists, read_bytes, whole, write_text
 FORMAT = 1
 # No sample of ours comes near; a member that claims more is not read.
 MAX_MEMBER_BYTES = 2**28
+# What a sample may hold beside its image, carried byte for byte; and what stands for one where only others have it:
+# Hugging Face's reader of webdatasets refuses samples of unequal members.
+CARRIED = {"txt": b"", "json": b"{}"}
 # What shards may be called: nothing that leads out of their folder.
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
