@@ -54,7 +54,9 @@ class Redo:
             self.settled(folder)
             write_text(self.note, "".join(f"{name}\n" for name in [*_emptied(self.note), self._name(folder)]))
         elif stage in self.stages and folder not in self.seen:
-            logger.info("%s: goes on with what --redo began; remove %s to begin again", stage, self.note)
+            logger.info(
+                "%s: goes on in %s, which --redo has emptied; remove %s to begin again", stage, folder, self.note
+            )
         self.seen.add(folder)
 
     def settled(self, folder: Path) -> None:

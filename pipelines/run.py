@@ -57,6 +57,7 @@ class Run:
                 raise ConfigError("--redo goes with processes that smalti starts; remove the stage's folder instead")
             redo = ()  # the process that started this one has emptied the folder
         self.redo = Redo(self.root, redo, config)
+        self.begun = time.monotonic()
         self.is_child = os.environ.get(PARENT) == str(os.getppid())  # training names others there
 
     def stage(self, name: str, level: int | None = None) -> bool:
