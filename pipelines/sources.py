@@ -113,7 +113,8 @@ def open_source(
 def described(name: str, source: Source) -> str:
     """Say in one line how a source was understood: its splits, their origins and counts, and the classes."""
     counts = [
-        f"{split} {len(images):,} images" + (f" ({source.origins[split]})" if split in source.origins else "")
+        f"{split} {len(images):,} image{'s' * (len(images) != 1)}"
+        + (f" ({source.origins[split]})" if split in source.origins else "")
         for split, images in source.splits.items()
     ]
     held_out = "" if "val" in source.splits else ", of which some are set aside for val"

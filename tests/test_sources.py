@@ -94,7 +94,7 @@ def test_a_source_tells_how_it_was_understood(tmp_path: Path) -> None:
     for name in names:
         picture(tmp_path / name)
     assert described("birds", open_source(f"folder:{tmp_path}", CACHE)) == (
-        "birds: train 2 images (Train/) and val 1 images (valid/); 1 class: cat; left out: loose.png, test/"
+        "birds: train 2 images (Train/) and val 1 image (valid/); 1 class: cat; left out: loose.png, test/"
     )
     assert described("digits", open_source("digits", CACHE)) == (
         "digits: train 1,797 images, of which some are set aside for val; 10 classes: 0, 1, 2, 3, 4, …"
@@ -267,7 +267,7 @@ def test_of_val_and_test_tars_only_val_is_taken(tmp_path: Path) -> None:
     assert [source.splits["train"].key(index) for index in range(2)] == ["a-train-0", "a-train-1"]
     assert [source.splits["val"].key(index) for index in range(len(source.splits["val"]))] == ["a-val-0"]
     assert described("tars", source) == (
-        "tars: train 2 images (a-train-0.tar to a-train-1.tar) and val 1 images (a-val-0.tar); no classes; "
+        "tars: train 2 images (a-train-0.tar to a-train-1.tar) and val 1 image (a-val-0.tar); no classes; "
         "left out: a-test-0.tar"
     )
 
