@@ -31,7 +31,12 @@ def insert_captions(bare: np.ndarray, captions: Sequence[np.ndarray], before: in
 
 
 def remove_captions(
-    records: Sequence[np.ndarray], size: int, before: int, pad: int | None, is_text: Callable[[np.ndarray], np.ndarray]
+    records: Sequence[np.ndarray],
+    size: int,
+    before: int,
+    pad: int | None,
+    is_text: Callable[[np.ndarray], np.ndarray],
+    first: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return records without captions and padding (B, N), and the position (B, N) that each token had.
 
@@ -41,6 +46,7 @@ def remove_captions(
         before: place before which captions stand.
         pad: id of <pad>.
         is_text: which ids may be in a caption.
+        first: what errors call the first record.
 
     Raises:
         StageError: a record is too short, or its caption is none; names record and position.
@@ -48,18 +54,18 @@ def remove_captions(
     bare, places = np.empty((len(records), size), np.int64), np.empty((len(records), size), np.int64)
     for number, record in enumerate(records):
         kept = np.flatnonzero(record != pad)
-        first, stop = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)
-        extra = stop - first - size
+        start, stop = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)
+        extra = stop - start - size
         if record.ndim != 1 or extra < 0:
-            raise StageError(f"record {number} must have {size} tokens beside its caption, has {stop - first}")
-        caption = record[first + before : first + before + extra]
+            raise StageError(f"record {first + number} must have {size} tokens beside its caption, has {stop - start}")
+        caption = record[start + before : start + before + extra]
         strange = np.flatnonzero(~is_text(caption))
         if len(strange):
             raise StageError(
-                f"record {number} has token {caption[strange[0]]} at position {first + before + strange[0]}, "
+                f"record {first + number} has token {caption[strange[0]]} at position {start + before + strange[0]}, "
                 "where text must stand"
             )
-        places[number] = first + _places(size, before, np.array([extra]))[0]
+        places[number] = start + _places(size, before, np.array([extra]))[0]
         bare[number] = record[places[number]]
     return bare, places
 

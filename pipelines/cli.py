@@ -25,6 +25,8 @@ stages:
   evaluate         how well tokenizer and priors do on the val split
   run              all of these in order; what is complete is skipped
   verify           whether every file of the run is what it was written as; the first that is not is named
+  decode           tokens that a model elsewhere drew become images: `smalti decode TOKENS --layout layout.json
+                   --out DIR`, without a config
 
 options:
   --section.key value   override a setting of CONFIG.yaml
@@ -87,8 +89,14 @@ def _command(arguments: list[str]) -> int:
     from pipelines.errors import ConfigError
 
     stage, rest = arguments[0], arguments[1:]
+    if stage == "decode":  # of tokens from elsewhere: no run, no config
+        from pipelines.decode import command
+
+        set_up_console()
+        command(rest)
+        return 0
     if stage not in STAGES:
-        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}, decode")
     if any(argument in ("-h", "--help") for argument in rest):
         from pipelines.config import make_parser
 

@@ -208,22 +208,25 @@ class TokenLayout:
         room = self.stated.max_tokens - len(self.slots.low) if self.stated.max_tokens else MAX_ID
         return [ids[self.vocabulary.indices_of(ids) < 0][:room] for ids in self.text.encode(captions)]
 
-    def decode(self, ids: Tensor | np.ndarray | Sequence[Any]) -> list[Tensor]:
+    def decode(self, ids: Tensor | np.ndarray | Sequence[Any], first: int = 0) -> list[Tensor]:
         """Return the codes of records: int64 (B, h, w) of each exported level, coarse to fine.
 
         Args:
             ids: integer (B, N); where the template has <text>, B records that may have <pad> around them.
+            first: what errors call the first of these records.
 
         Raises:
             StageError: a record has another length, or a token stands where it cannot; names record and position.
         """
-        bare, places = self._without_captions(ids)
+        bare, places = self._without_captions(ids, first)
         indices = self.vocabulary.indices_of(bare)
         wrong = (indices < self.slots.low) | (indices >= self.slots.high)
         if wrong.any():
             record, place = map(int, np.argwhere(wrong)[0])
             found, position = bare[record, place], places[record, place]
-            raise StageError(f"record {record} has token {found} at position {position}, {self._instead(place)}")
+            raise StageError(
+                f"record {first + record} has token {found} at position {position}, {self._instead(place)}"
+            )
         codes = (indices - self.slots.low)[:, self.slots.positions]
         # In memory as encoders leave them: a decoder's last bits depend on it.
         return [
@@ -240,12 +243,12 @@ class TokenLayout:
         what = "a class" if column == CLASS else f"a code of level {level.level}"
         return f"where {what} must stand, {self.vocabulary.ids[low]} to {self.vocabulary.ids[high - 1]}"
 
-    def _without_captions(self, ids: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _without_captions(self, ids: Any, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Return records (B, N) without captions and <pad>, and the position (B, N) that each token had."""
         size = len(self.slots.low)
         if self.slots.text is not None:
             records = [checked_ids(record) for record in ids]
-            return remove_captions(records, size, self.slots.text, self.pad, self.vocabulary.is_text)
+            return remove_captions(records, size, self.slots.text, self.pad, self.vocabulary.is_text, first)
         bare = checked_ids(ids)
         if bare.ndim != 2 or bare.shape[1] != size:
             raise StageError(f"records must be (B, {size}), got {bare.shape}; were they made with this layout?")
@@ -301,6 +304,16 @@ class TokenLayout:
         Raises:
             StageError: it is another one, coarse levels are not exported, or as of `decode`.
         """
+        self.check_tokenizer(tokenizer)
+        device = next(tokenizer.parameters()).device
+        return tokenizer.decode([codes.to(device) for codes in self.decode(ids)])
+
+    def check_tokenizer(self, tokenizer: HierarchicalVQVAE) -> None:
+        """Refuse a tokenizer that cannot make images of these tokens.
+
+        Raises:
+            StageError: it is another one, or coarse levels are not exported.
+        """
         mark = tokenizer_fingerprint(tokenizer)
         if mark != self.stated.tokenizer:
             raise StageError(
@@ -310,5 +323,3 @@ class TokenLayout:
         if [level.level for level in self.levels] != list(range(len(self.levels))):
             found = [level.level for level in self.levels]
             raise StageError(f"images need every level from 0 on, but levels {found} were exported; export all")
-        device = next(tokenizer.parameters()).device
-        return tokenizer.decode([codes.to(device) for codes in self.decode(ids)])
