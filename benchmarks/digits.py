@@ -31,11 +31,21 @@ def read_folder(folder: Path, kind: str, split: str) -> list[dict[str, bytes]]:
     return samples
 
 
-def reduced(png: bytes) -> np.ndarray:
-    """Return a picture as 8x8 block averages in [0, 1]."""
-    pixels = np.asarray(Image.open(io.BytesIO(png)), dtype=np.float64) / 255
-    block = pixels.shape[0] // 8
-    return pixels.reshape(8, block, 8, block).mean((1, 3)).ravel()
+def fit_judge() -> SVC:
+    """Return the judge: which digit a picture reduced to 8x8 shows."""
+    digits = load_digits()
+    return SVC(gamma=0.05, C=10).fit(digits.images.reshape(-1, 64) / 16, digits.target)
+
+
+def reduced(images: np.ndarray) -> np.ndarray:
+    """Return pictures (B, H, H) as 8x8 block averages (B, 64)."""
+    block = images.shape[-1] // 8
+    return images.reshape(-1, 8, block, 8, block).mean((2, 4)).reshape(-1, 64)
+
+
+def pixels_of(samples: list[dict[str, bytes]]) -> np.ndarray:
+    """Return the pictures of samples, (B, H, W) in [0, 1]."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(sample["png"])), dtype=np.float64) / 255 for sample in samples])
 
 
 def codes_of(sample: dict[str, bytes]) -> bytes:
@@ -45,13 +55,12 @@ def codes_of(sample: dict[str, bytes]) -> bytes:
 
 def main(run: Path) -> None:
     """Judge a run's samples, print the figures and write digits.json."""
-    digits = load_digits()
-    judge = SVC(gamma=0.05, C=10).fit(digits.images.reshape(-1, 64) / 16, digits.target)
+    judge = fit_judge()
     samples = read_folder(run / "samples", "samples", "samples")
     labels = np.array([int(sample["cls"]) for sample in samples])
-    judged = judge.predict([reduced(sample["png"]) for sample in samples])
+    judged = judge.predict(reduced(pixels_of(samples)))
     real = read_folder(run / "images", "images", "train")
-    known = judge.predict([reduced(sample["png"]) for sample in real]) == [int(sample["cls"]) for sample in real]
+    known = judge.predict(reduced(pixels_of(real))) == [int(sample["cls"]) for sample in real]
     training = {codes_of(sample) for sample in read_folder(run / "codes", "codes", "train")}
     figures = {
         "samples": len(samples),
