@@ -1,5 +1,6 @@
 """What there is of a run, its own work or another's: folders, models, and whether they belong together."""
 
+import json
 from pathlib import Path
 
 from pipelines.config import Config
@@ -7,10 +8,13 @@ from pipelines.errors import StageError, told_to_user
 from pipelines.fingerprint import digest, tokenizer_fingerprint
 from pipelines.held_out import held_out
 from pipelines.manifest import read_manifest
-from pipelines.places import is_local, place
+from pipelines.places import exists, is_local, place, read_bytes
 from pipelines.stage import is_complete, named_folder
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
+
+# Of a model's validation figures, those that one line has room for.
+SHOWN = ("_mse", "_psnr", "_perplexity", "_nats_per_code")
 
 
 class Finished:
@@ -118,3 +122,16 @@ class Finished:
 
     def _files(self, folder: Path) -> Path:
         return self.config.compute.cache.files(folder, ["config.json", "model.safetensors"])
+
+
+def what_came_of(folder: Path) -> str:
+    """Return the result of a finished stage in a few words, from what its folder holds."""
+    for name, key, unit in (("manifest.json", "splits", "samples"), ("layout.json", "shards", "records")):
+        if exists(folder / name):
+            splits = json.loads(read_bytes(folder / name))[key]
+            counts = {split: sum(shard[unit] for shard in shards) for split, shards in splits.items()}
+            total = sum(map(len, splits.values()))
+            return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} in {total} shards"
+    figures = json.loads(read_bytes(folder / "metrics.json")) if exists(folder / "metrics.json") else {}
+    shown = {name.removeprefix("val_"): value for name, value in figures.items() if name.endswith(SHOWN)}
+    return "done" + "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())

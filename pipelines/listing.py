@@ -123,3 +123,8 @@ def _remote_tree(root: Path) -> tuple[list[str], set[str]]:
 def span(paths: list[Path]) -> str:
     """Name some files by the first and the last of them."""
     return " to ".join(dict.fromkeys((paths[0].name, paths[-1].name)))
+
+
+def safe_key(text: str) -> str:
+    """Return a shard key: no dots, which would end it, and nothing that tar or a shell would stumble over."""
+    return "".join(c if c.isalnum() or c in "_-/" else "_" for c in text)

@@ -1,6 +1,5 @@
 """The stages of a run: which folder and which sections each one works on, in which order, and what is skipped."""
 
-import json
 import logging
 import os
 import time
@@ -13,29 +12,28 @@ from pipelines.compute import described, started_by_a_launcher, this_worker
 from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
+from pipelines.export import export, is_exported, plan_export
 from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
-from pipelines.finished import Finished
+from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
 from pipelines.held_out import check_codes_of_images
 from pipelines.judge import judge
 from pipelines.manifest import all_receipts, read_manifest, shards_hold
 from pipelines.pack import pack, settle_source
-from pipelines.places import exists, make_folder, read_bytes
+from pipelines.places import make_folder
 from pipelines.processes import workers_of
 from pipelines.redo import Redo
-from pipelines.sample import folder_of_set, model_fingerprints, sample
+from pipelines.sample import model_fingerprints, sample
 from pipelines.sections import at_level, prior_at_level
 from pipelines.shards import write_json
 from pipelines.signals import PARENT
-from pipelines.stage import check_outside, is_complete, only_process, open_stage
-from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples
+from pipelines.stage import check_outside, folder_of_set, is_complete, only_process, open_stage
+from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples, verify_tokens
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
 logger = logging.getLogger(__name__)
 
-# Of a model's validation figures, those that one line has room for.
-SHOWN = ("_mse", "_psnr", "_perplexity", "_nats_per_code")
 STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate")
 
 
@@ -76,6 +74,7 @@ class Run:
             "train-tokenizer": self.train_tokenizer,
             "encode": self.encode,
             "sample": self.sample,
+            "export": self.export,
             "evaluate": self.evaluate,
             "verify": self.verify,
         }
@@ -138,6 +137,22 @@ class Run:
             encode(config.encode, config.seed, config.compute, tokenizer, self.finished.images, folder)
         return self._close("encode", folder)
 
+    def export(self) -> bool:
+        """Code shards to token shards."""
+        config, asked = self.config, self.config.export
+        self.finished.checked_codes()
+        codes, folder = self.finished.codes, folder_of_set(self.root, asked.folder, "export")
+        read = {"order": asked.order, "vocab.ids": asked.vocab.ids, "text.tokenizer": asked.text.tokenizer}
+        check_outside(folder, "export", {f"export.{setting}": name for setting, name in read.items()})
+        plan = plan_export(asked, config.seed, config.compute, codes, folder)  # refuses before anything is touched
+        self._open("export", folder, {"seed": config.seed, "export": asked})
+        if is_complete(folder) and is_exported(plan, config.compute.cache):
+            return _skip("export", f"{folder} is complete")
+        self._begin("export", codes, folder)
+        with workers_of(config.compute):
+            export(asked, config.seed, config.compute, codes, folder)
+        return self._close("export", folder)
+
     def train_prior(self, level: int | None = None) -> bool:
         """Code shards to one level's prior, or to all of them in turn."""
         manifest = self.finished.checked_codes()
@@ -178,7 +193,7 @@ class Run:
         else:
             tokenizer, prior = self.finished.tokenizer(), self.finished.prior()
         settings = {"seed": config.seed, "sample": config.sample}
-        folder = self._open("sample", folder_of_set(self.root, config.sample.folder), settings)
+        folder = self._open("sample", folder_of_set(self.root, config.sample.folder, "sample"), settings)
         if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):
             return _skip("sample", f"{folder} is complete")
         self._begin("sample", f"{config.sample.count} images", folder)
@@ -243,6 +258,9 @@ class Run:
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
             _verified(samples, _count(verify_samples(samples, tokenizer, prior, cache)))
+        tokens = self.root / self.config.export.folder
+        if codes and is_complete(tokens):
+            _verified(tokens, f"{verify_tokens(tokens, codes)} records")
         if not (images or tokenizer or codes):
             raise StageError(f"{self.root} holds nothing finished to verify; is it the right run_dir?")
         return True
@@ -316,18 +334,6 @@ class Run:
         manifest = read_manifest(folder, "samples", "sample")
         fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
-
-
-def what_came_of(folder: Path) -> str:
-    """Return the result of a finished stage in a few words, from what its folder holds."""
-    if exists(folder / "manifest.json"):
-        splits = json.loads(read_bytes(folder / "manifest.json"))["splits"]
-        counts = {split: sum(receipt["samples"] for receipt in receipts) for split, receipts in splits.items()}
-        shards = sum(map(len, splits.values()))
-        return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} in {shards} shards"
-    figures = json.loads(read_bytes(folder / "metrics.json")) if exists(folder / "metrics.json") else {}
-    shown = {name.removeprefix("val_"): value for name, value in figures.items() if name.endswith(SHOWN)}
-    return "done" + "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
 
 
 def _verified(folder: Path, what: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from pipelines.cache import Cache
 from pipelines.errors import ConfigError, StageError
 from pipelines.fingerprint import digest
-from pipelines.listing import EXTENSIONS, beside_pictures, files_of, pictures_below, shortly, span
+from pipelines.listing import EXTENSIONS, beside_pictures, files_of, pictures_below, safe_key, shortly, span
 from pipelines.places import is_local, place, read_bytes
 from pipelines.shards import CARRIED, SampleIndex, index_shard, read_member
 from pipelines.splits import chosen_splits, split_mark, split_named, split_of
@@ -129,11 +129,6 @@ def described_beside(source: Source, kept: Collection[str]) -> str:
     dropped = [*(extension for extension in source.beside if extension not in kept), *source.dropped]
     said = [f"{what} {shortly(names)}" for what, names in (("kept", kept), ("dropped", dropped)) if names]
     return f"beside the images: {'; '.join(said)}" if said else ""
-
-
-def safe_key(text: str) -> str:
-    """Return a shard key: no dots, which would end it, and nothing that tar or a shell would stumble over."""
-    return "".join(c if c.isalnum() or c in "_-/" else "_" for c in text)
 
 
 class _Digits:
