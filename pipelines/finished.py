@@ -27,6 +27,12 @@ class Finished:
         return _existing(self.config.images.from_, "images.from") or self.root / "images"
 
     @property
+    def tokenizer(self) -> Path:
+        """The `tokenizer` folder: this run's, or what tokenizer.from names, which is no folder if it is a hub id."""
+        name = self.config.tokenizer.from_
+        return place(name) if name else self.root / "tokenizer"
+
+    @property
     def codes(self) -> Path:
         """The `codes` folder: this run's, or the one that codes.from names."""
         return _existing(self.config.codes.from_, "codes.from") or self.root / "codes"
@@ -56,8 +62,8 @@ class Finished:
 
     def tokenizer_held_out(self) -> bool | None:
         """Whether the images' val split was held out from the tokenizer's training; see `held_out`."""
-        name, own = self.config.tokenizer.from_, not (self.config.tokenizer.from_ or self.config.images.from_)
-        return held_out([place(name) if name else self.root / "tokenizer"], "images", self.images, own)
+        own = not (self.config.tokenizer.from_ or self.config.images.from_)
+        return held_out([self.tokenizer], "images", self.images, own)
 
     def prior_held_out(self) -> bool | None:
         """Whether the codes' val split was held out from the priors' training; see `held_out`."""

@@ -190,7 +190,7 @@ class Run(Finished):
             _verified(self.images, _count(images))
         if self.has_tokenizer():
             tokenizer = self._tokenizer()
-            _verified(self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
+            _verified(self.tokenizer, tokenizer_fingerprint(tokenizer)[:12])
         if images and tokenizer:
             self.tokenizer_held_out()
         if is_complete(self.codes):
