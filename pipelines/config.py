@@ -13,6 +13,7 @@ from pipelines.compute import ComputeConfig
 from pipelines.encode import EncodeConfig
 from pipelines.errors import ConfigError
 from pipelines.export import ExportConfig
+from pipelines.fingerprint import hashed
 from pipelines.pack import ImagesConfig
 from pipelines.plain import read_yaml
 from pipelines.sample import SampleConfig
@@ -55,7 +56,7 @@ class Config:
     codes: CodesConfig = field(default_factory=CodesConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    export: ExportConfig = field(default_factory=ExportConfig, metadata={"introduced": hashed(ExportConfig())})
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:

@@ -244,7 +244,7 @@ class Run:
             _verified(self.finished.images, _count(images))
         if self.finished.has_tokenizer():
             tokenizer = self.finished.tokenizer()
-            _verified(self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
+            _verified(self.config.tokenizer.from_ or self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
         if images and tokenizer:
             self.finished.tokenizer_held_out()
         if is_complete(self.finished.codes):
@@ -336,7 +336,7 @@ class Run:
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
 
 
-def _verified(folder: Path, what: str) -> None:
+def _verified(folder: Path | str, what: str) -> None:
     logger.info("verify: %s holds what it says (%s)", folder, what)
 
 
