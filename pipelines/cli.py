@@ -24,6 +24,7 @@ stages:
                    instead of CONFIG.yaml and with --run_dir
   evaluate         how well tokenizer and priors do on the val split
   run              all of these in order; what is complete is skipped
+  export           code shards become tokens that other trainers read; no part of run
   verify           whether every file of the run is what it was written as; the first that is not is named
   decode           tokens that a model elsewhere drew become images: `smalti decode TOKENS --layout layout.json
                    --out DIR`, without a config
@@ -39,7 +40,8 @@ options:
 SAME_COMMAND = "the same command goes on from there"
 # Packages whose errors tell of a store that does not answer or does not let us in.
 STORES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "s3fs")
-STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate", "run", "verify")
+ORDER = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate")
+STAGES = (*ORDER, "run", "export", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,10 +115,11 @@ def _command(arguments: list[str]) -> int:
         raise ConfigError(str(error)) from error
     redo = [name for name in options.redo.split(",") if name]
     for name in redo:
-        if name not in STAGES[:-2]:
-            raise ConfigError(f"--redo must name a stage, got {name!r}; the stages are {', '.join(STAGES[:-2])}")
-        if stage not in ("run", name):
-            raise ConfigError(f"--redo {name} goes with {name} or run, not with {stage}")
+        known = (*ORDER, "export")
+        if name not in known:
+            raise ConfigError(f"--redo must name a stage, got {name!r}; the stages are {', '.join(known)}")
+        if stage != name and not (stage == "run" and name in ORDER):
+            raise ConfigError(f"--redo {name} goes with {name}{' or run' * (name in ORDER)}, not with {stage}")
     if options.level is not None and stage != "train-prior":
         raise ConfigError(f"--level goes with train-prior, not with {stage}")
     from pipelines.compute import several_processes
@@ -151,9 +154,8 @@ def _one_by_one(config: str, overrides: list[str], redo: list[str], note: str) -
     from pipelines.processes import end
     from pipelines.redo import NOTE
 
-    stages = STAGES[: STAGES.index("run")]
-    first = min((stages.index(stage) for stage in redo), default=len(stages))
-    for number, stage in enumerate(stages):
+    first = min((ORDER.index(stage) for stage in redo), default=len(ORDER))
+    for number, stage in enumerate(ORDER):
         again = ["--redo", stage] if number >= first and stage != "evaluate" else []
         command = [sys.executable, "-m", "pipelines.cli", stage, config, *overrides, *again]
         child = subprocess.Popen(command, env=os.environ | {NOTE: note})

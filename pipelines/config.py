@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from pipelines.compute import ComputeConfig
 from pipelines.encode import EncodeConfig
 from pipelines.errors import ConfigError
+from pipelines.export import ExportConfig
 from pipelines.pack import ImagesConfig
 from pipelines.plain import read_yaml
 from pipelines.sample import SampleConfig
@@ -42,6 +43,7 @@ class Config:
         codes: use another run's codes.
         prior: stage train-prior.
         sample: stage sample.
+        export: stage export.
         compute: where to run; never judged when a stage is compared with its config.
     """
 
@@ -53,6 +55,7 @@ class Config:
     codes: CodesConfig = field(default_factory=CodesConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
@@ -60,6 +63,9 @@ class Config:
             raise ValueError("run_dir must name a folder to write to; add --run_dir FOLDER")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
+        one, other = Path(self.sample.folder), Path(self.export.folder)
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise ValueError(f"sample.folder and export.folder must lie side by side, got {one} and {other}")
         guidance = self.sample.guidance if isinstance(self.sample.guidance, list) else [self.sample.guidance]
         if self.prior.class_dropout == 0 and any(value != 1 for value in guidance):
             raise ValueError("sample.guidance needs a prior that knows no class too: set prior.class_dropout above 0")

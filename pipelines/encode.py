@@ -21,6 +21,7 @@ from pipelines.fingerprint import digest, manifest_digest, tokenizer_fingerprint
 from pipelines.manifest import all_receipts, read_manifest, receipts_of, write_manifest
 from pipelines.progress import progress_bar
 from pipelines.shards import (
+    CARRIED,
     ShardJob,
     all_done,
     array_bytes,
@@ -162,7 +163,7 @@ class _Views:
     def __len__(self) -> int:
         return len(self.index) * len(self.views)
 
-    def __getitem__(self, number: int) -> tuple[str, bytes | None, np.ndarray]:
+    def __getitem__(self, number: int) -> tuple[str, dict[str, bytes], np.ndarray]:
         place, view_number = divmod(number, len(self.views))
         sample, view = self.index[place], self.views[view_number]
         pixels = sample_pixels(self.path, sample, self.size, self.channels)
@@ -172,12 +173,14 @@ class _Views:
             pixels = shift_pixels(pixels, int(down), int(right))
         if "flip" in view:
             pixels = pixels[:, :, ::-1]
-        label = None
-        if "cls" in sample.members:
-            with self.path.open("rb") as file:
-                label = read_member(file, sample.members["cls"])
+        with self.path.open("rb") as file:
+            beside = {
+                name: read_member(file, member)
+                for name, member in sample.members.items()
+                if name == "cls" or name in CARRIED
+            }
         key = sample.key if len(self.views) == 1 else f"{sample.key}-{view_number}"
-        return key, label, np.ascontiguousarray(pixels)
+        return key, beside, np.ascontiguousarray(pixels)
 
 
 def _encoded(
@@ -203,9 +206,7 @@ def _encoded(
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             codes = encoder(images.contiguous(memory_format=torch.channels_last))
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
-        for row, (key, label, _) in enumerate(batch):
-            contents = {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}
-            if label is not None:
-                contents["cls"] = label
-            yield key, contents
+        for row, (key, beside, _) in enumerate(batch):
+            grids = {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}
+            yield key, grids | beside
         tick(len(batch))

@@ -1,6 +1,7 @@
 """Hugging Face data sets as image sources: parquet files, and repositories of the hub."""
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from pipelines.splits import chosen_splits, split_mark, split_of
 
 
 class _Rows:
-    def __init__(self, dataset: Any, image_column: str, labels: np.ndarray | None, local_paths: bool) -> None:
-        self.dataset, self.image_column, self.labels, self.local_paths = dataset, image_column, labels, local_paths
+    def __init__(
+        self, dataset: Any, captions: Any, image_column: str, labels: np.ndarray | None, local_paths: bool
+    ) -> None:
+        self.dataset, self.captions, self.image_column = dataset, captions, image_column
+        self.labels, self.local_paths = labels, local_paths
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -33,9 +37,21 @@ class _Rows:
             data = Path(value["path"]).read_bytes()
         return Raw(self.key(index), data or b"", label_at(self.labels, index))
 
+    def beside(self, index: int, kept: Collection[str]) -> dict[str, bytes]:
+        if self.captions is None or "txt" not in kept:
+            return {}
+        (caption,) = self.captions[int(index)].values()
+        return {} if caption is None else {"txt": caption.encode()}
+
 
 def open_dataset(
-    kind: str, name: str, cache: Cache, classes: bool, image_column: str | None, label_column: str | None
+    kind: str,
+    name: str,
+    cache: Cache,
+    classes: bool,
+    image_column: str | None,
+    label_column: str | None,
+    caption_column: str | None,
 ) -> Source:
     """Open parquet files or a hub repository; the arguments are those of `open_source`.
 
@@ -81,6 +97,8 @@ def open_dataset(
     label_column = label_column if classes else None
     if label_column is not None and label_column not in features:
         raise StageError(f"images.label_column {label_column} is not among the columns {sorted(features)}")
+    if caption_column is not None:
+        _check_captions(caption_column, features)
     names: list[str] = []
     splits = {}
     columns = {split: _column(data, label_column) for split, data in chosen.items()} if label_column else {}
@@ -89,10 +107,21 @@ def open_dataset(
     for split, data in chosen.items():
         if isinstance(features[image_column], datasets.Image):
             data = data.cast_column(image_column, datasets.Image(decode=False))
-        splits[split] = _Rows(data.select_columns([image_column]), image_column, columns.get(split), kind == "hf")
+        captions = data.select_columns([caption_column]) if caption_column else None
+        images = data.select_columns([image_column])
+        splits[split] = _Rows(images, captions, image_column, columns.get(split), kind == "hf")
     marks = marks or [data._fingerprint for data in chosen.values()]
     identity = hashlib.sha256(" ".join(marks).encode()).hexdigest()
-    return Source(splits, names, identity, origins, tuple(left_out))
+    beside = {"txt": ""} if caption_column else {}
+    dropped = [column for column in features if column not in (image_column, label_column, caption_column)]
+    return Source(splits, names, identity, origins, tuple(left_out), beside, tuple(dropped))
+
+
+def _check_captions(column: str, features: Any) -> None:
+    if column not in features:
+        raise StageError(f"images.caption_column {column} is not among the columns {sorted(features)}")
+    if getattr(features[column], "dtype", None) not in ("string", "large_string"):
+        raise StageError(f"images.caption_column {column} must hold text, but holds {features[column]}; choose another")
 
 
 def _classes(columns: dict[str, np.ndarray], feature: Any, title: str) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,9 +23,17 @@ from pipelines.pictures import BadImageError, fit
 from pipelines.places import lies_in, matches, place, read_bytes, write_text
 from pipelines.plain import read_yaml
 from pipelines.progress import progress_bar
-from pipelines.shards import ShardJob, all_done, read_receipt, remove_shards, this_workers, write_shard
+from pipelines.shards import (
+    CARRIED,
+    ShardJob,
+    all_done,
+    read_receipt,
+    remove_shards,
+    this_workers,
+    write_shard,
+)
 from pipelines.signals import PARENT, end_with_parent
-from pipelines.sources import Source, described, open_source
+from pipelines.sources import Source, described, described_beside, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +55,11 @@ class ImagesConfig:
         format: how resized images are encoded: lossless png or webp, or jpg at quality 95.
         image_column: of parquet and hf sources; found by its type if empty.
         label_column: of parquet and hf sources; found by its type or name if empty.
+        caption_column: of parquet and hf sources, what becomes txt; none if empty.
+        keep: which of txt and json are carried along with the images that have them beside them; "auto" is both, but
+            for a folder that was begun otherwise, which goes on as it was begun.
+        shuffle: mix the images of a split over its shards, by the seed; "auto" does with class folders, which are laid
+            down class by class otherwise, but for a folder that was begun otherwise.
     """
 
     from_: str = ""
@@ -61,6 +74,9 @@ class ImagesConfig:
     format: Literal["png", "jpg", "webp"] = "png"
     image_column: str = ""
     label_column: str = ""
+    caption_column: str = field(default="", metadata={"introduced": ""})
+    keep: list[str] | Literal["auto"] = field(default="auto", metadata={"introduced": []})
+    shuffle: bool | Literal["auto"] = field(default="auto", metadata={"introduced": False})
 
     def __post_init__(self) -> None:
         if self.size < 2:
@@ -73,6 +89,10 @@ class ImagesConfig:
             raise ValueError(f"images.max_bad must lie in [0, 1], got {self.max_bad}")
         if self.shard_size < 1:
             raise ValueError(f"images.shard_size must be at least 1, got {self.shard_size}")
+        if self.keep != "auto" and not (isinstance(self.keep, list) and all(name in [*CARRIED] for name in self.keep)):
+            raise ValueError(f"images.keep must be auto or a list of {' and '.join(CARRIED)}, got {self.keep}")
+        if self.shuffle not in (True, False, "auto"):
+            raise ValueError(f"images.shuffle must be true, false or auto, got {self.shuffle}")
 
 
 class ShardPlan(NamedTuple):
@@ -90,10 +110,17 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
         StageError: an empty source, duplicate keys, or more bad images than max_bad allows.
     """
     source = open_source(
-        config.source, compute.cache, config.classes, config.image_column or None, config.label_column or None
+        config.source,
+        compute.cache,
+        config.classes,
+        config.image_column or None,
+        config.label_column or None,
+        config.caption_column or None,
     )
     if this_worker().rank == 0:
         logger.info("pack: %s", described(config.source, source))
+        if said := described_beside(source, kept_members(source, config)):
+            logger.info("pack: %s", said)
     plans = plan_shards(source, config, seed)
     _check_keys(source, plans, config.source)
     jobs = shard_jobs(source, plans, config, folder)
@@ -145,9 +172,16 @@ def _check_outside(source: str, folder: Path) -> None:
         )
 
 
+def kept_members(source: Source, config: ImagesConfig) -> list[str]:
+    """Return the extensions of what is carried along with the images."""
+    return [name for name in CARRIED if name in source.beside and (config.keep == "auto" or name in config.keep)]
+
+
 def shard_jobs(source: Source, plans: list[ShardPlan], config: ImagesConfig, folder: Path) -> list[ShardJob]:
     """Return the shards to write; their digests hold all that shapes their bytes, the seed by which images it chose."""
-    identity = digest([source.identity, _settings(config) | _later_settings(config)])
+    kept = {name: source.beside[name] for name in kept_members(source, config)}
+    later = _later_settings(config) | ({"keep": kept} if kept else {})
+    identity = digest([source.identity, _settings(config) | later])
 
     def provenance(plan: ShardPlan) -> dict[str, Any]:
         chosen = digest([plan.source_split, plan.indices.tolist()])
@@ -162,22 +196,26 @@ def _settings(config: ImagesConfig) -> dict[str, Any]:
 
 def _later_settings(config: ImagesConfig) -> dict[str, Any]:
     """What digests of format 1 did not hold: it counts where it is not the default that it had then."""
-    before = {"classes": True, "image_column": "", "label_column": ""}
+    before = {"classes": True, "image_column": "", "label_column": "", "caption_column": ""}
     return {name: getattr(config, name) for name, value in before.items() if getattr(config, name) != value}
 
 
 def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPlan]:
-    """Assign every image to a split and a shard, in the order of the source."""
+    """Assign every image to a split and a shard, in the order of the source or shuffled."""
     train = np.arange(len(source.splits["train"]))
     if "val" in source.splits:
         chosen = {"train": ("train", train), "val": ("val", np.arange(len(source.splits["val"])))}
     else:
         held_out = stratified_fraction(source.splits["train"].labels, len(train), config.val_fraction, seed)
         chosen = {"train": ("train", np.setdiff1d(train, held_out)), "val": ("train", held_out)}
+    class_folders = config.source.startswith("folder:") and bool(source.class_names)
+    shuffled = class_folders if config.shuffle == "auto" else config.shuffle
     plans = []
-    for split, (source_split, indices) in chosen.items():
+    for split_number, (split, (source_split, indices)) in enumerate(chosen.items()):
         if not len(indices):
             raise StageError(f"{config.source} has {len(train)} images, too few for a {split} split; add some")
+        if shuffled:
+            indices = np.random.default_rng((seed, 4, split_number)).permutation(indices)
         for number, start in enumerate(range(0, len(indices), config.shard_size)):
             part = indices[start : start + config.shard_size]
             plans.append(ShardPlan(f"{split}-{number:06d}.tar", source_split, part))
@@ -255,11 +293,12 @@ def _pack_in_worker(task: Task) -> None:
 def _pack_shard(source: Source, job: ShardJob, plan: ShardPlan, config: ImagesConfig, tick: Callable[[], Any]) -> None:
     """Write one shard, calling tick once an image."""
     skipped: list[dict[str, str]] = []
-    allowed = config.max_bad * sum(len(split) for split in source.splits.values())
+    kept = {name: CARRIED[name] for name in kept_members(source, config)}
+    split, allowed = source.splits[plan.source_split], config.max_bad * sum(map(len, source.splits.values()))
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for index in plan.indices:
-            raw = source.splits[plan.source_split].read(int(index))
+            raw = split.read(int(index))
             tick()
             try:
                 fitted = fit(raw.data, config.size, config.channels, config.upscale, config.format)
@@ -268,7 +307,7 @@ def _pack_shard(source: Source, job: ShardJob, plan: ShardPlan, config: ImagesCo
                 if len(skipped) > allowed:
                     raise _too_many_bad(skipped, config) from None
                 continue
-            contents = {fitted.extension: fitted.data}
+            contents = {fitted.extension: fitted.data, **kept, **(split.beside(int(index), kept) if kept else {})}
             if raw.label is not None:
                 contents["cls"] = str(raw.label).encode()
             yield raw.key, contents

@@ -35,6 +35,8 @@ class Redo:
     ) -> None:
         self.root, self.stages, self.command = root, set(stages), command
         settings = {name: value for name, value in hashed(config).items() if name not in ("run_dir", "compute")}
+        # What is left open says nothing, as before it could be said.
+        settings["images"] = {name: value for name, value in settings["images"].items() if value != "auto"}
         own = f".redo-{digest([command, sorted(stages), level, settings])[:16]}"
         self.started_by_run = NOTE in os.environ
         self.note = root / os.environ.get(NOTE, own)
@@ -52,7 +54,9 @@ class Redo:
             self.settled(folder)
             write_text(self.note, "".join(f"{name}\n" for name in [*_emptied(self.note), self._name(folder)]))
         elif stage in self.stages and folder not in self.seen:
-            logger.info("%s: goes on with what --redo began; remove %s to begin again", stage, self.note)
+            logger.info(
+                "%s: goes on in %s, which --redo has emptied; remove %s to begin again", stage, folder, self.note
+            )
         self.seen.add(folder)
 
     def settled(self, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The stages of a run: which folder and which sections each one works on, in which order, and what is skipped."""
 
-import json
 import logging
 import os
 import time
@@ -8,32 +7,33 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from pipelines.begun import as_begun
 from pipelines.compute import described, started_by_a_launcher, this_worker
 from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
-from pipelines.fingerprint import digest, hashed, manifest_digest, tokenizer_fingerprint
+from pipelines.export import export, is_exported, plan_export
+from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
+from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
-from pipelines.held_out import check_codes_of_images, held_out
+from pipelines.held_out import check_codes_of_images
 from pipelines.judge import judge
 from pipelines.manifest import all_receipts, read_manifest, shards_hold
 from pipelines.pack import pack, settle_source
-from pipelines.places import exists, is_local, make_folder, place, read_bytes
+from pipelines.places import make_folder
 from pipelines.processes import workers_of
 from pipelines.redo import Redo
-from pipelines.sample import folder_of_set, model_fingerprints, sample
+from pipelines.sample import model_fingerprints, sample
 from pipelines.sections import at_level, prior_at_level
 from pipelines.shards import write_json
 from pipelines.signals import PARENT
-from pipelines.stage import check_outside, is_complete, named_folder, only_process, open_stage
-from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples
-from prior import HierarchicalPrior, LevelPrior
+from pipelines.stage import check_outside, folder_of_set, is_complete, only_process, open_stage
+from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples, verify_tokens
+from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
 logger = logging.getLogger(__name__)
 
-# Of a model's validation figures, those that one line has room for.
-SHOWN = ("_mse", "_psnr", "_perplexity", "_nats_per_code")
 STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate")
 
 
@@ -48,31 +48,15 @@ class Run:
 
     def __init__(self, config: Config, redo: Sequence[str] = (), models: Generator | None = None) -> None:
         self.config, self.models = config, models
-        self.root = place(config.run_dir, writable=True)
+        self.finished = Finished(config)
+        self.root = self.finished.root
         if redo and this_worker().world_size > 1:
             if started_by_a_launcher():  # nobody knows who comes first
                 raise ConfigError("--redo goes with processes that smalti starts; remove the stage's folder instead")
             redo = ()  # the process that started this one has emptied the folder
         self.redo = Redo(self.root, redo, config)
+        self.begun = time.monotonic()
         self.is_child = os.environ.get(PARENT) == str(os.getppid())  # training names others there
-
-    @property
-    def images(self) -> Path:
-        """The `images` folder: this run's, or the one that images.from names."""
-        return named_folder(self.config.images.from_, "images.from") or self.root / "images"
-
-    @property
-    def codes(self) -> Path:
-        """The `codes` folder: this run's, or the one that codes.from names."""
-        return named_folder(self.config.codes.from_, "codes.from") or self.root / "codes"
-
-    @property
-    def unpacked(self) -> Path:
-        """Where codes are unpacked: in the run, or on local disk when that is elsewhere, each folder of codes apart."""
-        if is_local(self.root):
-            return self.root / "prior" / "codes"
-        codes = self.codes.resolve() if is_local(self.codes) else self.codes
-        return self.config.compute.cache.folder / "codes" / digest(str(codes))[:16]
 
     def stage(self, name: str, level: int | None = None) -> bool:
         """Do one stage."""
@@ -90,6 +74,7 @@ class Run:
             "train-tokenizer": self.train_tokenizer,
             "encode": self.encode,
             "sample": self.sample,
+            "export": self.export,
             "evaluate": self.evaluate,
             "verify": self.verify,
         }
@@ -99,30 +84,32 @@ class Run:
         """Images of a source to image shards."""
         config = self.config
         if config.images.from_:
-            read_manifest(self.images, "images", "pack")
-            return _skip("pack", f"images come from {self.images}")
-        if not self._needs_images():
+            read_manifest(self.finished.images, "images", "pack")
+            return _skip("pack", f"images come from {self.finished.images}")
+        if not self.finished.needs_images():
             return _skip("pack", "tokenizer and codes come from elsewhere, so no images are needed")
         folder = self.root / "images"
         if "pack" in self.redo.stages or not is_complete(folder):
             settle_source(config.images.source, folder)
-        self._open("pack", folder, {"seed": config.seed, "images": config.images})
+        new = self.redo.due("pack", folder)
+        images = config.images if new else as_begun(config.images, config.seed, folder)
+        self._open("pack", folder, {"seed": config.seed, "images": images})
         if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
             return _skip("pack", f"{folder} is complete")
         self._begin("pack", config.images.source, folder)
         with workers_of(config.compute):
-            pack(config.images, config.seed, config.compute, folder)
+            pack(images, config.seed, config.compute, folder)
         return self._close("pack", folder)
 
     def train_tokenizer(self) -> bool:
         """Image shards to a tokenizer."""
         config = self.config
         if config.tokenizer.from_:
-            self._tokenizer()
+            self.finished.tokenizer()
             return _skip("train-tokenizer", f"the tokenizer comes from {config.tokenizer.from_}")
         if config.compute.strategy == "fsdp":
             raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
-        made_from = {"images": manifest_digest(read_manifest(self.images, "images", "pack"))}
+        made_from = {"images": manifest_digest(read_manifest(self.finished.images, "images", "pack"))}
         settings = {"seed": config.seed, "tokenizer": config.tokenizer, "made_from": made_from}
         with self._alone(self.root / "tokenizer"):
             folder = self._open("train-tokenizer", self.root / "tokenizer", settings)
@@ -130,42 +117,55 @@ class Run:
                 return _skip("train-tokenizer", f"{folder} is complete")
             from pipelines.train_tokenizer import train_tokenizer  # Lightning takes seconds to import
 
-            self._begin("train-tokenizer", self.images, folder)
+            self._begin("train-tokenizer", self.finished.images, folder)
             training = at_level(config.tokenizer.training, 0, 1)
-            train_tokenizer(config.tokenizer, training, config.seed, config.compute, self.images, folder)
+            train_tokenizer(config.tokenizer, training, config.seed, config.compute, self.finished.images, folder)
         return self._close("train-tokenizer", folder)
 
     def encode(self) -> bool:
         """Image shards to code shards."""
         config = self.config
         if config.codes.from_:
-            self._checked_codes()
-            return _skip("encode", f"codes come from {self.codes}")
-        tokenizer = self._tokenizer()
+            self.finished.checked_codes()
+            return _skip("encode", f"codes come from {self.finished.codes}")
+        tokenizer = self.finished.tokenizer()
         folder = self._open("encode", self.root / "codes", {"seed": config.seed, "encode": config.encode})
         if is_complete(folder) and self._codes_fit(tokenizer):
             return _skip("encode", f"{folder} is complete")
-        self._begin("encode", self.images, folder)
+        self._begin("encode", self.finished.images, folder)
         with workers_of(config.compute):
-            encode(config.encode, config.seed, config.compute, tokenizer, self.images, folder)
+            encode(config.encode, config.seed, config.compute, tokenizer, self.finished.images, folder)
         return self._close("encode", folder)
+
+    def export(self) -> bool:
+        """Code shards to token shards."""
+        config, asked = self.config, self.config.export
+        self.finished.checked_codes()
+        codes, folder = self.finished.codes, folder_of_set(self.root, asked.folder, "export")
+        read = {"order": asked.order, "vocab.ids": asked.vocab.ids, "text.tokenizer": asked.text.tokenizer}
+        check_outside(folder, "export", {f"export.{setting}": name for setting, name in read.items()})
+        plan = plan_export(asked, config.seed, config.compute, codes, folder)  # refuses before anything is touched
+        self._open("export", folder, {"seed": config.seed, "export": asked})
+        if is_complete(folder) and is_exported(plan, config.compute.cache):
+            return _skip("export", f"{folder} is complete")
+        self._begin("export", codes, folder)
+        with workers_of(config.compute):
+            export(asked, config.seed, config.compute, codes, folder)
+        return self._close("export", folder)
 
     def train_prior(self, level: int | None = None) -> bool:
         """Code shards to one level's prior, or to all of them in turn."""
-        manifest = self._checked_codes()
+        manifest = self.finished.checked_codes()
         levels = len(manifest["levels"])
         if level is not None and not 0 <= level < levels:
             raise ConfigError(f"--level must lie in [0, {levels}), got {level}")
         numbers = range(levels) if level is None else [level]
         # All are emptied before any is trained: the processes of a job do not come to the next level together.
-        for folder in (self._level(number) for number in numbers if "train-prior" in self.redo.stages):
+        for folder in (self.finished.level(number) for number in numbers if "train-prior" in self.redo.stages):
             with self._alone(folder):
                 self.redo.empty("train-prior", folder)
         done = [self._train_level(number, manifest) for number in numbers]
         return any(done)
-
-    def _level(self, number: int) -> Path:
-        return self.root / "prior" / f"level{number}"
 
     def _train_level(self, level: int, manifest: dict) -> bool:
         config, stage = self.config, "train-prior"
@@ -173,24 +173,27 @@ class Run:
         prior = hashed(section)
         del prior["pixelsnail" if section.network == "transformer" else "transformer"]  # the size that is not used
         settings = {"seed": config.seed, "prior": prior, "made_from": {"codes": manifest_digest(manifest)}}
-        folder = self._level(level)
+        folder = self.finished.level(level)
         with self._alone(folder):
             self._open(stage, folder, settings)
             if is_complete(folder):
                 return _skip(stage, f"{folder} is complete")
             from pipelines.train_prior import train_prior  # Lightning takes seconds to import
 
-            self._begin(stage, self.codes, folder)
-            train_prior(section, level, config.seed, config.compute, self.codes, self.unpacked, folder)
+            self._begin(stage, self.finished.codes, folder)
+            codes, unpacked = self.finished.codes, self.finished.unpacked
+            train_prior(section, level, config.seed, config.compute, codes, unpacked, folder)
         return self._close(stage, folder)
 
     def sample(self) -> bool:
         """Priors and tokenizer to sample shards."""
         config = self.config
-        given = self.models
-        tokenizer, prior = (given.tokenizer, given.prior) if given else (self._tokenizer(), self._prior())
+        if self.models:
+            tokenizer, prior = self.models.tokenizer, self.models.prior
+        else:
+            tokenizer, prior = self.finished.tokenizer(), self.finished.prior()
         settings = {"seed": config.seed, "sample": config.sample}
-        folder = self._open("sample", folder_of_set(self.root, config.sample.folder), settings)
+        folder = self._open("sample", folder_of_set(self.root, config.sample.folder, "sample"), settings)
         if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):
             return _skip("sample", f"{folder} is complete")
         self._begin("sample", f"{config.sample.count} images", folder)
@@ -209,21 +212,21 @@ class Run:
         if this_worker().rank > 0:
             return _skip("evaluate", "the first process does it")
         make_folder(self.root)
-        images = self.images if self._has_images() else None
-        tokenizer = self._tokenizer() if self._has_tokenizer() else None
-        prior = self._prior() if self._has_priors() and self._checked_codes() else None
+        images = self.finished.images if self.finished.has_images() else None
+        tokenizer = self.finished.tokenizer() if self.finished.has_tokenizer() else None
+        prior = self.finished.prior() if self.finished.has_priors() and self.finished.checked_codes() else None
         known: dict[str, bool | None] = {}
         if tokenizer and images:
-            known["tokenizer"] = self._tokenizer_held_out()
+            known["tokenizer"] = self.finished.tokenizer_held_out()
         if prior:
-            known["prior"] = self._prior_held_out()
+            known["prior"] = self.finished.prior_held_out()
         if not known:
             raise StageError(f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated")
         if tokenizer and images and prior:
-            check_codes_of_images(self.codes, images)
+            check_codes_of_images(self.finished.codes, images)
             known["bound"] = known["tokenizer"] and known["prior"]
-        config = self.config
-        figures = evaluate(tokenizer, images, prior, self.codes, self.unpacked, config.seed, config.compute)
+        codes, unpacked = self.finished.codes, self.finished.unpacked
+        figures = evaluate(tokenizer, images, prior, codes, unpacked, self.config.seed, self.config.compute)
         figures = {part: {"held_out": known[part], **found} for part, found in figures.items()}
         print(table(figures))
         write_json(self.root / "metrics.json", figures)
@@ -236,25 +239,28 @@ class Run:
             StageError: the first thing that is not what it should be, named.
         """
         cache, images, tokenizer, codes, prior = self.config.compute.cache, None, None, None, None
-        if self._has_images():
-            images = verify_images(self.images, cache)
-            _verified(self.images, _count(images))
-        if self._has_tokenizer():
-            tokenizer = self._tokenizer()
+        if self.finished.has_images():
+            images = verify_images(self.finished.images, cache)
+            _verified(self.finished.images, _count(images))
+        if self.finished.has_tokenizer():
+            tokenizer = self.finished.tokenizer()
             _verified(self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
         if images and tokenizer:
-            self._tokenizer_held_out()
-        if is_complete(self.codes):
-            codes = verify_codes(self.codes, images, tokenizer, cache)
-            _verified(self.codes, _count(codes))
-        if codes and self._has_priors():
-            prior = self._prior()
+            self.finished.tokenizer_held_out()
+        if is_complete(self.finished.codes):
+            codes = verify_codes(self.finished.codes, images, tokenizer, cache)
+            _verified(self.finished.codes, _count(codes))
+        if codes and self.finished.has_priors():
+            prior = self.finished.prior()
             verify_priors(prior, codes)
-            self._prior_held_out()
+            self.finished.prior_held_out()
             _verified(self.root / "prior", f"{len(prior.levels)} levels")
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
             _verified(samples, _count(verify_samples(samples, tokenizer, prior, cache)))
+        tokens = self.root / self.config.export.folder
+        if codes and is_complete(tokens):
+            _verified(tokens, f"{verify_tokens(tokens, codes)} records")
         if not (images or tokenizer or codes):
             raise StageError(f"{self.root} holds nothing finished to verify; is it the right run_dir?")
         return True
@@ -273,9 +279,9 @@ class Run:
         if self.models or not set(stages) & set(STAGES[:-1]):
             return
         config = self.config
-        images = read_manifest(self.images, "images", "pack") if is_complete(self.images) else None
-        codes = read_manifest(self.codes, "codes", "encode") if config.codes.from_ else None
-        judge(config, stages, images, codes, self._tokenizer() if config.tokenizer.from_ else None)
+        images = read_manifest(self.finished.images, "images", "pack") if is_complete(self.finished.images) else None
+        codes = read_manifest(self.finished.codes, "codes", "encode") if config.codes.from_ else None
+        judge(config, stages, images, codes, self.finished.tokenizer() if config.tokenizer.from_ else None)
 
     def check_order(self) -> None:
         """Raise ConfigError for what cannot be done, or not in order, before anything is done."""
@@ -317,93 +323,17 @@ class Run:
     def _alone(self, folder: Path) -> AbstractContextManager[None]:
         return only_process(folder) if this_worker().rank == 0 else nullcontext()
 
-    def _tokenizer(self) -> HierarchicalVQVAE:
-        name = self.config.tokenizer.from_
-        if name and "://" not in name:
-            return HierarchicalVQVAE.from_pretrained(name)
-        folder = place(name) if name else self.root / "tokenizer"
-        if not is_complete(folder):
-            raise StageError(f"{folder} holds no finished tokenizer; run `smalti train-tokenizer` first")
-        return HierarchicalVQVAE.from_pretrained(self._model(folder))
-
-    def _has_images(self) -> bool:
-        return self._needs_images() and is_complete(self.images)
-
-    def _has_tokenizer(self) -> bool:
-        return bool(self.config.tokenizer.from_) or is_complete(self.root / "tokenizer")
-
-    def _has_priors(self) -> bool:
-        if not is_complete(self.codes):
-            return False
-        levels = len(read_manifest(self.codes, "codes", "encode")["levels"])
-        return all(is_complete(self.root / "prior" / f"level{level}") for level in range(levels))
-
-    def _needs_images(self) -> bool:
-        """Whether the config leaves anything to do with images; another run's codes and tokenizer need none."""
-        config = self.config
-        return bool(config.images.from_) or not (config.tokenizer.from_ and config.codes.from_)
-
-    def _tokenizer_held_out(self) -> bool | None:
-        name, own = self.config.tokenizer.from_, not (self.config.tokenizer.from_ or self.config.images.from_)
-        return held_out([place(name) if name else self.root / "tokenizer"], "images", self.images, own)
-
-    def _prior_held_out(self) -> bool | None:
-        return held_out(self._level_folders(), "codes", self.codes, own=not self.config.codes.from_)
-
-    def _model(self, folder: Path) -> Path:
-        return self.config.compute.cache.files(folder, ["config.json", "model.safetensors"])
-
-    def _level_folders(self) -> list[Path]:
-        try:
-            levels = len(read_manifest(self.codes, "codes", "encode")["levels"])
-        except StageError:
-            return []
-        return [self._level(number) for number in range(levels)]
-
-    def _prior(self) -> HierarchicalPrior:
-        folders = self._level_folders() or [self._level(0)]
-        for folder in folders:
-            if not is_complete(folder):
-                raise StageError(f"{folder} holds no finished prior; run `smalti train-prior` first")
-        return HierarchicalPrior([LevelPrior.from_pretrained(self._model(folder)) for folder in folders]).eval()
-
-    def _checked_codes(self) -> dict:
-        """The codes' manifest; where this run has the tokenizer too, they must belong together."""
-        manifest = read_manifest(self.codes, "codes", "encode")
-        if self._has_tokenizer():
-            tokenizer = self._tokenizer()
-            mark = tokenizer_fingerprint(tokenizer)
-            if manifest["tokenizer"] != mark:
-                raise StageError(
-                    f"{self.codes} was written with tokenizer {manifest['tokenizer'][:12]} "
-                    f"but this run's is {mark[:12]}; "
-                    "run `smalti encode` with this tokenizer"
-                )
-        return manifest
-
     def _codes_fit(self, tokenizer: HierarchicalVQVAE) -> bool:
-        manifest = read_manifest(self.codes, "codes", "encode")
-        images = read_manifest(self.images, "images", "pack")
+        manifest = read_manifest(self.finished.codes, "codes", "encode")
+        images = read_manifest(self.finished.images, "images", "pack")
         mark = tokenizer_fingerprint(tokenizer)
         fits = manifest["tokenizer"] == mark and manifest["made_from"] == manifest_digest(images)
-        return fits and shards_hold(manifest, self.codes, self.config.compute.cache)
+        return fits and shards_hold(manifest, self.finished.codes, self.config.compute.cache)
 
     def _samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:
         manifest = read_manifest(folder, "samples", "sample")
         fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
-
-
-def what_came_of(folder: Path) -> str:
-    """Return the result of a finished stage in a few words, from what its folder holds."""
-    if exists(folder / "manifest.json"):
-        splits = json.loads(read_bytes(folder / "manifest.json"))["splits"]
-        counts = {split: sum(receipt["samples"] for receipt in receipts) for split, receipts in splits.items()}
-        shards = sum(map(len, splits.values()))
-        return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} in {shards} shards"
-    figures = json.loads(read_bytes(folder / "metrics.json"))
-    shown = {name.removeprefix("val_"): value for name, value in figures.items() if name.endswith(SHOWN)}
-    return "val " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
 
 
 def _verified(folder: Path, what: str) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 from pipelines.cache import Cache
 from pipelines.compute import ComputeConfig, inference_device, this_worker
 from pipelines.data import to_uint8
-from pipelines.errors import ConfigError, StageError
+from pipelines.errors import StageError
 from pipelines.fingerprint import digest, hashed, prior_fingerprint, tokenizer_fingerprint
 from pipelines.manifest import write_manifest
 from pipelines.pictures import encode_image, picture_grid, pixels_of, to_picture
-from pipelines.places import exists, whole
+from pipelines.places import whole
 from pipelines.progress import progress_bar
 from pipelines.shards import (
     ShardJob,
@@ -29,6 +29,7 @@ from pipelines.shards import (
     this_workers,
     write_shard,
 )
+from pipelines.stage import check_set_name
 from prior import HierarchicalPrior
 from prior.decoding import Decoders
 from prior.sampling import check_sampling
@@ -36,8 +37,6 @@ from tokenizer import HierarchicalVQVAE
 
 # Images in grid.png: at most ten rows of at most ten.
 GRID_SIDE = 10
-# Folders of a run that samples must not be written to.
-OTHER_STAGES = ("images", "tokenizer", "codes", "prior")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +73,7 @@ class SampleConfig:
             raise ValueError("sample.count, batch_size and shard_size must be at least 1")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"sample.precision must be float32 or bfloat16, got {self.precision}")
-        parts = Path(self.folder).parts
-        if not parts or Path(self.folder).is_absolute() or ".." in parts or parts[0] in OTHER_STAGES:
-            raise ValueError(
-                f"sample.folder must name a folder of its own inside the run folder, got {self.folder!r}; "
-                "samples is the usual one"
-            )
+        check_set_name(self.folder, "sample.folder", "samples")
         for name in ("temperature", "top_k", "top_p", "guidance"):
             values = getattr(self, name)
             for value in values if isinstance(values, list) else [values]:
@@ -145,17 +139,6 @@ def sample(
             "channels": tokenizer.channels,
         }
         write_manifest(folder, {"samples": names}, contents)
-
-
-def folder_of_set(root: Path, name: str) -> Path:
-    """Return the folder of a set of samples in a run folder; raise ConfigError for a new one inside another set's."""
-    for parent in list(Path(name).parents)[:-1]:
-        if exists(root / parent / "config.yaml") and not exists(root / name / "config.yaml"):
-            raise ConfigError(
-                f"sample.folder must not lie in another set's folder, got {name}, and {parent} holds a set; "
-                "choose a folder beside it"
-            )
-    return root / name
 
 
 def drawn_with(config: SampleConfig, seed: int, device: str, threads: int) -> dict[str, Any]:

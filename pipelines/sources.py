@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,9 +12,10 @@ from PIL import Image
 
 from pipelines.cache import Cache
 from pipelines.errors import ConfigError, StageError
-from pipelines.listing import EXTENSIONS, files_of, pictures_below, shortly, span
+from pipelines.fingerprint import digest
+from pipelines.listing import EXTENSIONS, beside_pictures, files_of, pictures_below, safe_key, shortly, span
 from pipelines.places import is_local, place, read_bytes
-from pipelines.shards import SampleIndex, index_shard, read_member
+from pipelines.shards import CARRIED, SampleIndex, index_shard, read_member
 from pipelines.splits import chosen_splits, split_mark, split_named, split_of
 
 # Class indices from here on are taken for damage.
@@ -37,6 +38,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
     def read(self, index: int) -> Raw: ...
+    def beside(self, index: int, kept: Collection[str]) -> dict[str, bytes]: ...
 
 
 class Source(NamedTuple):
@@ -48,6 +50,9 @@ class Source(NamedTuple):
         identity: a digest of what is listed.
         origins: split -> what it is called in the source, where that has a name for it.
         left_out: what else holds images there.
+        beside: extension ("txt", "json") of what lies beside images and can be carried -> what tells beside which ones,
+            where the identity does not.
+        dropped: what else lies beside them.
     """
 
     splits: Mapping[str, Split]
@@ -55,10 +60,17 @@ class Source(NamedTuple):
     identity: str
     origins: Mapping[str, str] = {}
     left_out: tuple[str, ...] = ()
+    beside: Mapping[str, str] = {}
+    dropped: tuple[str, ...] = ()
 
 
 def open_source(
-    source: str, cache: Cache, classes: bool = True, image_column: str | None = None, label_column: str | None = None
+    source: str,
+    cache: Cache,
+    classes: bool = True,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    caption_column: str | None = None,
 ) -> Source:
     """Open a source by its name.
 
@@ -68,6 +80,7 @@ def open_source(
         classes: False leaves the classes out.
         image_column: column of parquet and hf sources; found by its type if not given.
         label_column: likewise; without one there are no classes.
+        caption_column: likewise, never looked for; what lies beside the image as "txt".
 
     Raises:
         ConfigError: no such kind of source.
@@ -81,9 +94,9 @@ def open_source(
     elif kind in ("parquet", "hf") and rest:
         from pipelines.hub_source import open_dataset  # its library takes seconds to import
 
-        found = open_dataset(kind, rest, cache, classes, image_column, label_column)
+        found = open_dataset(kind, rest, cache, classes, image_column, label_column, caption_column)
     elif kind == "shards" and rest:
-        found = _shards(rest, cache)
+        found = _shards(rest, cache, classes)
     else:
         raise ConfigError(
             f"images.source must be digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS, got {source!r}"
@@ -100,7 +113,8 @@ def open_source(
 def described(name: str, source: Source) -> str:
     """Say in one line how a source was understood: its splits, their origins and counts, and the classes."""
     counts = [
-        f"{split} {len(images):,} images" + (f" ({source.origins[split]})" if split in source.origins else "")
+        f"{split} {len(images):,} image{'s' * (len(images) != 1)}"
+        + (f" ({source.origins[split]})" if split in source.origins else "")
         for split, images in source.splits.items()
     ]
     held_out = "" if "val" in source.splits else ", of which some are set aside for val"
@@ -110,9 +124,11 @@ def described(name: str, source: Source) -> str:
     return f"{name}: {' and '.join(counts)}{held_out}; {classes}{left_out}"
 
 
-def safe_key(text: str) -> str:
-    """Return a shard key: no dots, which would end it, and nothing that tar or a shell would stumble over."""
-    return "".join(c if c.isalnum() or c in "_-/" else "_" for c in text)
+def described_beside(source: Source, kept: Collection[str]) -> str:
+    """Say in one line what of that which lies beside the images comes along, and what does not; empty if none does."""
+    dropped = [*(extension for extension in source.beside if extension not in kept), *source.dropped]
+    said = [f"{what} {shortly(names)}" for what, names in (("kept", kept), ("dropped", dropped)) if names]
+    return f"beside the images: {'; '.join(said)}" if said else ""
 
 
 class _Digits:
@@ -134,6 +150,9 @@ class _Digits:
         Image.fromarray(self.pixels[index]).save(buffer, "PNG")
         return Raw(self.key(index), buffer.getvalue(), label_at(self.labels, index))
 
+    def beside(self, index: int, kept: Collection[str]) -> dict[str, bytes]:
+        return {}
+
 
 def _digits() -> Source:
     """The 1,797 handwritten digits of 8x8 pixels that scikit-learn carries (Alpaydin and Kaynak 1998)."""
@@ -141,8 +160,10 @@ def _digits() -> Source:
 
 
 class _Files:
-    def __init__(self, root: Path, paths: list[str], labels: np.ndarray | None) -> None:
-        self.root, self.paths, self.labels = root, paths, labels
+    def __init__(
+        self, root: Path, paths: list[str], labels: np.ndarray | None, found_beside: dict[str, list[str]]
+    ) -> None:
+        self.root, self.paths, self.labels, self.found_beside = root, paths, labels, found_beside
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -153,13 +174,18 @@ class _Files:
     def read(self, index: int) -> Raw:
         return Raw(self.key(index), read_bytes(self.root / self.paths[index]), label_at(self.labels, index))
 
+    def beside(self, index: int, kept: Collection[str]) -> dict[str, bytes]:
+        name = os.path.splitext(self.paths[index])[0]
+        extensions = [extension for extension in self.found_beside.get(name, []) if extension in kept]
+        return {extension: read_bytes(self.root / f"{name}.{extension}") for extension in extensions}
+
 
 def _folder(name: str, classes: bool) -> Source:
     """A folder of images: the first-level folders are the classes, or first the splits and then the classes."""
     root = place(name)
     if is_local(root) and not root.is_dir():
         raise StageError(f"folder:{root} must be a folder that exists")
-    found, folders = pictures_below(root)
+    found, folders, others = pictures_below(root)
     prefixes = _split_folders(root, {folder.split("/")[0] for folder in folders})
     listed = {
         split: sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
@@ -171,12 +197,21 @@ def _folder(name: str, classes: bool) -> Source:
             below = {folder.removeprefix(prefix).split("/")[0] for folder in folders if folder.startswith(prefix)}
             _check_class_folders(f"{root}/{prefix}", listed[split], (below - {""}) | set(names))
     splits = {}
+    beside: dict[str, str] = {}
+    loose = [path for path in others if "/" not in path] if all(prefixes.values()) else []
+    dropped = beside_pictures([], loose)[1]
     for split, paths in listed.items():
         labels = None
         if classes and names:
             number = {name: index for index, name in enumerate(names)}
             labels = np.array([number[path.split("/")[0]] for path in paths], dtype=np.int64)
-        splits[split] = _Files(root / prefixes[split] if prefixes[split] else root, paths, labels)
+        prefix = prefixes[split]
+        near, left = beside_pictures(paths, [p.removeprefix(prefix) for p in others if p.startswith(prefix)])
+        dropped |= left
+        for extension in sorted({extension for extensions in near.values() for extension in extensions}):
+            having = [name for name, extensions in near.items() if extension in extensions]
+            beside[extension] = digest([beside.get(extension, ""), split, having])
+        splits[split] = _Files(root / prefix if prefix else root, paths, labels, near)
     sha = hashlib.sha256()
     for split, paths in listed.items():
         for path in paths:
@@ -184,7 +219,7 @@ def _folder(name: str, classes: bool) -> Source:
     other = {path.partition("/") for path in found if not path.startswith(tuple(prefixes.values()))}
     left_out = tuple(sorted({first + slash for first, slash, _ in other}))
     origins = {split: prefix for split, prefix in prefixes.items() if prefix}
-    return Source(splits, names if classes else [], sha.hexdigest(), origins, left_out)
+    return Source(splits, names if classes else [], sha.hexdigest(), origins, left_out, beside, tuple(sorted(dropped)))
 
 
 def _split_folders(root: Path, folders: set[str]) -> dict[str, str]:
@@ -228,13 +263,16 @@ class _Members:
         return safe_key(self.found[index][1].key)
 
     def read(self, index: int) -> Raw:
-        path, sample, extension = self.found[index]
+        extension = self.found[index][2]
+        return Raw(self.key(index), self.beside(index, [extension])[extension], label_at(self.labels, index))
+
+    def beside(self, index: int, kept: Collection[str]) -> dict[str, bytes]:
+        path, sample, _ = self.found[index]
         local = self.local.get(path)
         if local is None or not local.exists():  # the cache may have made room
             local = self.local[path] = on_disk(path, self.cache)
         with local.open("rb") as file:
-            data = read_member(file, sample.members[extension])
-        return Raw(self.key(index), data, label_at(self.labels, index))
+            return {name: read_member(file, sample.members[name]) for name in kept if name in sample.members}
 
 
 def on_disk(path: Path, cache: Cache) -> Path:
@@ -242,7 +280,7 @@ def on_disk(path: Path, cache: Cache) -> Path:
     return cache.files(path.parent, [path.name]) / path.name
 
 
-def _shards(urls: str, cache: Cache) -> Source:
+def _shards(urls: str, cache: Cache, classes: bool) -> Source:
     """Somebody else's webdataset, local or remote, by brace expansion and wildcards; class from `.cls`."""
     from webdataset.shardlists import expand_urls
 
@@ -254,7 +292,7 @@ def _shards(urls: str, cache: Cache) -> Source:
     chosen = chosen_splits(f"shards:{urls}", dict.fromkeys(split_of(path.name) for path in paths))
     used = {split: [path for path in paths if split_of(path.name) == name] for split, name in chosen.items()}
     found = {split: [sample for path in some for sample in _samples(path, cache)] for split, some in used.items()}
-    numbers = {split: [label for *_, label in samples] for split, samples in found.items()}
+    numbers = {split: [label if classes else None for *_, label in samples] for split, samples in found.items()}
     every = [label for labels in numbers.values() for label in labels]
     known = [label for label in every if label is not None]
     if 0 < len(known) < len(every):
@@ -265,6 +303,13 @@ def _shards(urls: str, cache: Cache) -> Source:
         )
         for split, samples in found.items()
     }
+    members = {
+        name
+        for samples in found.values()
+        for _, sample, extension, _ in samples
+        for name in sample.members
+        if name not in (extension, "cls")
+    }
     listed = [path for path in paths if split_of(path.name) in chosen.values()]
     identity = "\n".join(f"{path} {path.stat().st_size}{split_mark(path.name)}" for path in listed)
     return Source(
@@ -273,6 +318,8 @@ def _shards(urls: str, cache: Cache) -> Source:
         hashlib.sha256(identity.encode()).hexdigest(),
         {split: span(some) for split, some in used.items()},
         tuple(path.name for path in paths if split_of(path.name) not in chosen.values()),
+        {name: "" for name in CARRIED if name in members},
+        tuple(sorted(members - set(CARRIED))),
     )
 
 

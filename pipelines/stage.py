@@ -39,7 +39,12 @@ FILES = {
     "encode": OF_SHARDS,
     "train-prior": OF_TRAINING,
     "sample": (*OF_SHARDS, "grid.png"),
+    "export": ("layout.json", "config.yaml"),  # receipts name all else
 }
+# Folders of a run that no set of samples or tokens may lie in.
+OTHER_STAGES = ("images", "tokenizer", "codes", "prior")
+# Folders inside a stage's own, removed when they are empty.
+INNER = ("checkpoints", "tensorboard", "litdata/*", "litdata", "mds/*", "mds")
 
 
 def plain(settings: Any) -> Any:
@@ -97,9 +102,9 @@ def empty_stage(folder: Path, stage: str) -> None:
     for path in [path for pattern in FILES[stage] for path in folder.glob(pattern)]:
         path.unlink(missing_ok=True)
     remove_shards(folder)
-    for name in ("checkpoints", "tensorboard") if is_local(folder) else ():
-        with suppress(OSError):  # not there, or not empty
-            (folder / name).rmdir()
+    for path in [path for pattern in INNER for path in folder.glob(pattern)] if is_local(folder) else ():
+        with suppress(OSError):  # not empty, or no folder
+            path.rmdir()
     left = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
@@ -117,6 +122,36 @@ def named_folder(name: str, setting: str) -> Path | None:
     folder = place(name)
     if is_local(folder) and not folder.is_dir():
         raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
+    return folder
+
+
+def check_set_name(name: str, setting: str, usual: str) -> None:
+    """Raise ValueError unless a set of samples or tokens has a folder of its own inside the run folder."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in OTHER_STAGES:
+        raise ValueError(
+            f"{setting} must name a folder of its own inside the run folder, got {name!r}; {usual} is the usual one"
+        )
+
+
+def folder_of_set(root: Path, name: str, stage: str) -> Path:
+    """Return the folder of a set of samples or tokens in a run folder.
+
+    Raises:
+        ConfigError: it is inside another set's, or that of a set of another kind.
+    """
+    for parent in list(Path(name).parents)[:-1]:
+        if exists(root / parent / "config.yaml") and not exists(root / name / "config.yaml"):
+            raise ConfigError(
+                f"{stage}.folder must not lie in another set's folder, got {name}, and {parent} holds a set; "
+                "choose a folder beside it"
+            )
+    folder = root / name
+    kept = _kept_settings(folder / "config.yaml", stage) if exists(folder / "config.yaml") else {stage: {}}
+    if not isinstance(kept, dict) or stage not in kept or (stage == "export" and exists(folder / "manifest.json")):
+        raise ConfigError(
+            f"{stage}.folder must name a folder of its own, but {folder} holds other work; choose another"
+        )
     return folder
 
 
@@ -144,8 +179,8 @@ def _kept_settings(path: Path, stage: str) -> Any:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a stage's manifest or exported model is there; both are written last."""
-    return exists(folder / "manifest.json") or exists(folder / "model.safetensors")
+    """Whether a stage's manifest, exported model or layout of tokens is there; each is written last."""
+    return any(exists(folder / name) for name in ("manifest.json", "model.safetensors", "layout.json"))
 
 
 def publish_model(model: HierarchicalVQVAE | LevelPrior, folder: Path) -> None:

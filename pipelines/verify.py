@@ -9,7 +9,9 @@ from pipelines.cache import Cache
 from pipelines.codes import code_sample
 from pipelines.data import checked_pixels
 from pipelines.errors import StageError
+from pipelines.export import ALL
 from pipelines.fingerprint import manifest_digest, tokenizer_fingerprint
+from pipelines.layout import TokenLayout
 from pipelines.manifest import all_receipts, read_manifest
 from pipelines.places import retried
 from pipelines.progress import progress_bar
@@ -118,6 +120,29 @@ def verify_samples(folder: Path, tokenizer: HierarchicalVQVAE, prior: Hierarchic
         code_sample(found.file, found.sample, described, found.shard)
         checked_pixels(found.file, found.sample, found.shard, tokenizer.image_size, tokenizer.channels)
     return manifest
+
+
+def verify_tokens(folder: Path, codes: dict) -> int:
+    """Check every file of exported tokens, and what they were made from; return how many records there are.
+
+    Args:
+        folder: of tokens.
+        codes: manifest of the codes.
+    """
+    layout, again = TokenLayout.load(folder), "run `smalti export` again"
+    if layout.stated.codes != manifest_digest(codes):
+        raise StageError(f"{folder} was made from other codes than the run's; {again}")
+    shards = [shard for found in layout.shards.values() for shard in found]
+    for name in [*(shard["shard"] for shard in shards), ALL]:
+        receipt = read_receipt(folder / name)
+        if receipt is None:
+            raise StageError(f"the receipt of {folder / name} is missing or cannot be read; {again}")
+        for file, told in receipt["files"].items():
+            found = _sha256(folder / file)
+            if found != told["sha256"]:
+                what = f"has sha256 {found[:12]}, not {told['sha256'][:12]}" if found else "is missing"
+                raise StageError(f"{folder / file} {what}; {again}, which makes just that shard anew")
+    return sum(shard["records"] for shard in shards)
 
 
 def _levels(tokenizer: HierarchicalVQVAE) -> list[dict]:

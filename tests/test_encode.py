@@ -10,6 +10,7 @@ from pipelines.compute import ComputeConfig
 from pipelines.config import load_config
 from pipelines.encode import COMPILED_PIXELS, EncodeConfig, compiles
 from pipelines.run import Run
+from pipelines.shards import index_shard, read_member
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,28 @@ def test_a_compiled_encoder_finds_the_same_codes(
     plain = encoded(tiny_run, tmp_path / "plain", write_config)
     compiled = encoded(tiny_run, tmp_path / "compiled", write_config, compile=True)
     assert all(plain[name] == compiled[name] for name in plain if name.endswith(".tar"))
+
+
+def test_each_view_carries_what_lies_beside_its_image(
+    tiny_run: Path, picture_folder: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    for path in (picture_folder / "cat").glob("*.png"):
+        path.with_suffix(".txt").write_bytes(f"picture {path.stem}\r\n".encode())
+    tokenizer = {"from": str(tiny_run.parent / "run" / "tokenizer")}
+    source = {"source": f"folder:{picture_folder}"}
+    changes = {"images": source, "tokenizer": tokenizer, "encode": {"views": ["image", "flip"]}}
+    run = Run(load_config(write_config(tmp_path, changes)))
+    run.stage("pack")
+    run.stage("encode")
+    for name, views in (("train-000000.tar", ["-0", "-1"]), ("val-000000.tar", [""])):
+        images, codes = (index_shard(tmp_path / "run" / folder / name) for folder in ("images", "codes"))
+        assert [sample.key for sample in codes] == [f"{sample.key}{view}" for sample in images for view in views]
+        with (tmp_path / "run" / "codes" / name).open("rb") as file:
+            for sample in codes:
+                folder, _, stem = sample.key.removesuffix("-0").removesuffix("-1").partition("/")
+                caption = f"picture {stem}\r\n" if folder == "cat" else ""
+                assert read_member(file, sample.members["txt"]).decode() == caption
+                assert set(sample.members) == {"level0.npy", "level1.npy", "cls", "txt"}
 
 
 def test_an_impossible_setting_is_refused() -> None:

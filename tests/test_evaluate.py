@@ -221,6 +221,14 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(
     assert "PSNR" not in text
 
 
+@pytest.mark.parametrize("section", ["images", "codes"])
+def test_what_is_named_is_not_passed_over(run: Path, section: str, tmp_path: Path, smalti: Smalti) -> None:
+    (tmp_path / "empty").mkdir()
+    code, text = smalti("evaluate", run.parent / "config.yaml", f"--{section}.from={tmp_path}/empty")
+    assert code == 1
+    assert f"empty holds no finished {section}" in text
+
+
 def test_where_there_is_nothing_to_evaluate_that_is_an_error(
     tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
 ) -> None:

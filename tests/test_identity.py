@@ -23,6 +23,7 @@ SHAPING: dict[type, dict[str, Any]] = {
     ImagesConfig: {
         **{"size": 32, "channels": 1, "classes": False, "upscale": True, "format": "webp"},
         **{"val_fraction": 0.5, "shard_size": 7, "image_column": "picture", "label_column": "kind"},
+        **{"caption_column": "text", "keep": ["json"], "shuffle": True},
     },
     EncodeConfig: {
         **{"views": ["flip"], "crop_shift": 2, "batch_size": 8, "precision": "bfloat16", "compile": True},
@@ -35,7 +36,7 @@ SHAPING: dict[type, dict[str, Any]] = {
 NOT_SHAPING: dict[type, dict[str, tuple[Any, str]]] = {
     ImagesConfig: {
         "from_": ("elsewhere", "nothing is packed"),
-        "source": ("folder:x", "its identity counts, which tells what is listed; see settle_source"),
+        "source": ("parquet:x", "its identity counts, which tells what is listed; see settle_source"),
         "max_bad": (0.5, "decides whether there is a result, not what it is"),
     },
     EncodeConfig: {},
@@ -46,8 +47,9 @@ NOT_SHAPING: dict[type, dict[str, tuple[Any, str]]] = {
 }
 
 
-def packed(config: ImagesConfig, seed: int = 0) -> list[Any]:
-    source = Source({"train": Labelled(np.arange(40) % 2)}, ["a", "b"], "listed")  # type: ignore[dict-item]
+def packed(config: ImagesConfig, seed: int = 0, beside: tuple[str, ...] = ("txt", "json")) -> list[Any]:
+    splits = {"train": Labelled(np.arange(40) % 2)}
+    source = Source(splits, ["a", "b"], "listed", beside=dict.fromkeys(beside, ""))  # type: ignore[arg-type]
     return [job[1:] for job in shard_jobs(source, plan_shards(source, config, seed), config, Path("images"))]
 
 
@@ -82,7 +84,10 @@ def test_every_setting_of_shards_shapes_them_or_says_why_not(section: type) -> N
 
 def test_digests_of_format_1_stay_what_they_were() -> None:
     """Taken with that version; what it did not count is counted only where it is not what it was."""
-    assert digest(packed(ImagesConfig())) == "b816d1683a608008eb6ffc370093e31c04c2fcbe90a9011f4038c8052f98a81c"
+    for config, beside in ((ImagesConfig(), ()), (ImagesConfig(keep=[], shuffle=False), ("txt", "json"))):
+        assert (
+            digest(packed(config, beside=beside)) == "b816d1683a608008eb6ffc370093e31c04c2fcbe90a9011f4038c8052f98a81c"
+        )
     assert settings_digest(EncodeConfig(), 0) == "e58157f7abef97e7b9abc4df028d424785bc428e5551ac3814d931b4b79282b1"
     assert (
         digest(drawn_with(SampleConfig(), 0, "cpu", 1))

@@ -36,7 +36,7 @@ def test_loops_of_links_end_and_give_every_picture_once(
     for link, target in links.items():
         (two_classes / link).symlink_to(target)
     with caplog.at_level(logging.WARNING):
-        found, folders = pictures_below(two_classes)
+        found, folders, _ = pictures_below(two_classes)
     assert sorted(found) == ["cat/a.png", "dog/deep/b.png"]
     assert folders == {"cat/", "dog/", "dog/deep/"}
     assert all(link in caplog.text for link in links)
@@ -48,7 +48,7 @@ def test_links_that_are_no_loops_are_followed(two_classes: Path) -> None:
     (two_classes / "cow").symlink_to("../elsewhere")
     (two_classes / "kine").symlink_to("../elsewhere")
     (two_classes / "hound").symlink_to("dog")
-    found, folders = pictures_below(two_classes)
+    found, folders, _ = pictures_below(two_classes)
     assert sorted(found) == ["cat/a.png", "cow/c.png", "dog/deep/b.png", "hound/deep/b.png", "kine/c.png"]
     assert {"cow/", "kine/", "hound/", "hound/deep/"} <= folders
 

@@ -3,17 +3,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from pipelines.compute import ComputeConfig
-from pipelines.config import Config
+from pipelines.config import Config, load_config
 from pipelines.data import ImageShards
 from pipelines.errors import ConfigError, StageError
 from pipelines.pack import ImagesConfig, pack, settle_source, stratified_fraction
 from pipelines.run import Run
-from pipelines.shards import index_shard
+from pipelines.shards import index_shard, read_member
 
 COMPUTE = ComputeConfig(num_workers=0)
 
@@ -112,6 +114,9 @@ def test_classes_of_one_image_each_still_make_a_val_split() -> None:
         ({"val_fraction": 1.0}, "images.val_fraction must lie between"),
         ({"max_bad": 2.0}, "images.max_bad must lie in"),
         ({"shard_size": 0}, "images.shard_size must be at least 1"),
+        ({"keep": ["png"]}, r"images.keep must be auto or a list of txt and json, got \['png'\]"),
+        ({"keep": "txt"}, "images.keep must be auto or a list"),
+        ({"shuffle": "maybe"}, "images.shuffle must be true, false or auto, got maybe"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:
@@ -159,3 +164,127 @@ def test_parquet_files_in_the_folder_are_refused_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"images\.source must lie outside .* but .*a\.parquet lies in it"):
         settle_source(f"parquet:{tmp_path}/*.parquet", tmp_path)
     settle_source("hf:somebody/pictures:train", tmp_path)
+
+
+@pytest.fixture
+def captioned(picture_folder: Path) -> Path:
+    """The pictures, all but two of them with a caption, one with more to say."""
+    for path in sorted(picture_folder.rglob("*.png"))[2:]:
+        path.with_suffix(".txt").write_bytes(f"picture {path.stem}\r\n".encode())
+    path.with_suffix(".json").write_text('{"stars":  5}')
+    return picture_folder
+
+
+def packed(folder: Path, out: Path, seed: int = 0, **changes: object) -> dict[str, dict[str, bytes]]:
+    """What each key has beside its image, in order."""
+    out.mkdir()
+    pack(config_of(folder, **changes), seed, COMPUTE, out)
+    found = {}
+    for shard in sorted(out.glob("*.tar")):
+        with shard.open("rb") as file:
+            for sample in index_shard(shard):
+                beside = {
+                    name: read_member(file, m) for name, m in sample.members.items() if name not in ("png", "cls")
+                }
+                found[sample.key] = beside
+    return found
+
+
+def test_captions_come_along_byte_for_byte_and_absent_ones_are_empty(
+    captioned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (captioned / "cat" / "01.npz").write_text("")
+    with caplog.at_level("INFO"):
+        found = packed(captioned, tmp_path / "images")
+    assert caplog.messages[1:] == ["pack: beside the images: kept txt, json; dropped *.npz"]
+    for path in captioned.rglob("*.png"):
+        kept = {"txt": b"", "json": b"{}"} | {
+            beside.suffix[1:]: beside.read_bytes()
+            for beside in (path.with_suffix(".txt"), path.with_suffix(".json"))
+            if beside.exists()
+        }
+        assert found[str(path.relative_to(captioned).with_suffix(""))] == kept
+    assert packed(captioned, tmp_path / "one", keep=["txt"])["dog/38"] == {"txt": b"picture 38\r\n"}
+    assert not any(packed(captioned, tmp_path / "none", keep=[]).values())
+
+
+def test_the_readers_of_hugging_face_take_shards_of_which_some_have_captions(
+    captioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = packed(captioned, tmp_path / "images", shuffle=False)
+    files = str(tmp_path / "images" / "*.tar")
+    rows = datasets.load_dataset("webdataset", data_files=files, split="train").select_columns(["__key__", "txt"])
+    assert {row["__key__"]: row["txt"].encode() for row in rows} == {key: one["txt"] for key, one in found.items()}
+
+
+def test_class_folders_are_mixed_over_shards_by_the_seed_and_other_sources_only_if_asked(
+    picture_folder: Path, tmp_path: Path
+) -> None:
+    mixed, laid = packed(picture_folder, tmp_path / "mixed"), packed(picture_folder, tmp_path / "laid", shuffle=False)
+    assert set(mixed) == set(laid) and list(mixed) != list(laid)
+    assert list(laid)[:36] == sorted(list(laid)[:36])
+    assert [{key[:3] for key in list(mixed)[start : start + 10]} for start in (0, 10, 20)] == [{"cat", "dog"}] * 3
+    assert list(packed(picture_folder, tmp_path / "again")) == list(mixed)
+    assert list(packed(picture_folder, tmp_path / "seed", seed=1)) != list(mixed)
+    flat = packed(picture_folder / "cat", tmp_path / "flat")
+    assert list(flat) == list(packed(picture_folder / "cat", tmp_path / "unasked", shuffle=False))
+    assert list(flat) != list(packed(picture_folder / "cat", tmp_path / "asked", shuffle=True))
+
+
+def run_of(folder: Path, source: Path, *redo: str, **changes: object) -> bool:
+    return Run(Config(run_dir=str(folder), images=config_of(source, **changes), compute=COMPUTE), redo).stage("pack")
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "images").glob("*.tar")}
+
+
+# What an earlier version did with any settings, and what it kept of them.
+BEFORE = {"keep": [], "shuffle": False}
+
+
+def test_a_folder_of_before_there_were_captions_is_whole_and_goes_on_as_it_was_begun(
+    captioned: Path, tmp_path: Path
+) -> None:
+    assert run_of(tmp_path, captioned, **BEFORE)
+    images, whole = tmp_path / "images", stamps(tmp_path)
+    kept, first = (images / "config.yaml").read_bytes(), images / "train-000000.tar"
+    assert not {"keep", "shuffle", "caption_column"} & set(yaml.safe_load(kept)["images"])
+    assert not run_of(tmp_path, captioned)
+    wanted = first.read_bytes()
+    for gone in ([first], [first, images / "manifest.json"]):
+        for path in gone:
+            path.unlink()
+        assert run_of(tmp_path, captioned)
+        assert first.read_bytes() == wanted and (images / "config.yaml").read_bytes() == kept
+        assert {name for name, stamp in stamps(tmp_path).items() if stamp != whole[name]} == {first.name}
+    with pytest.raises(StageError, match=r"other settings \(images\.keep: None -> \['txt'\]\)"):
+        run_of(tmp_path, captioned, keep=["txt"])
+    assert run_of(tmp_path, captioned, "pack")
+    assert "txt" in index_shard(first)[0].members and first.read_bytes() != wanted
+
+
+def test_a_folder_that_was_begun_otherwise_is_begun_anew(captioned: Path, tmp_path: Path) -> None:
+    run_of(tmp_path, captioned, **BEFORE)
+    (tmp_path / "images" / "manifest.json").unlink()
+    assert run_of(tmp_path, captioned, shard_size=20)
+    assert all("txt" in sample.members for sample in index_shard(tmp_path / "images" / "train-000000.tar"))
+
+
+def test_what_a_new_folder_was_begun_with_stays(captioned: Path, tmp_path: Path) -> None:
+    run_of(tmp_path, captioned)
+    before = stamps(tmp_path)
+    assert not run_of(tmp_path, captioned)
+    (tmp_path / "images" / "manifest.json").unlink()
+    assert run_of(tmp_path, captioned)
+    assert stamps(tmp_path) == before
+
+
+def test_what_to_keep_is_said_in_yaml_and_on_the_command_line() -> None:
+    images = load_config({"run_dir": "x", "images": {"keep": ["txt"], "shuffle": True}}).images
+    assert (images.keep, images.shuffle) == (["txt"], True)
+    images = load_config({"run_dir": "x"}, ["--images.keep=[]", "--images.shuffle=false"]).images
+    assert (images.keep, images.shuffle) == ([], False)
+    images = load_config({"run_dir": "x"}).images
+    assert (images.keep, images.shuffle) == ("auto", "auto")

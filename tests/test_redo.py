@@ -7,6 +7,7 @@ import pytest
 
 from pipelines.compute import ComputeConfig
 from pipelines.config import Config
+from pipelines.pack import ImagesConfig
 from pipelines.redo import NOTE, Redo
 from pipelines.run import Run
 from pipelines.signals import PARENT, Interrupted
@@ -44,6 +45,13 @@ def test_a_folder_is_emptied_once_for_one_command(redo: Begin) -> None:
     assert due(redo(), "prior/level0", "prior/level1") == [False, False]
     redo().done()
     assert due(redo(), "prior/level0", "prior/level1") == [True, True]
+
+
+def test_a_command_that_says_no_more_than_before_is_known_by_the_same_note(redo: Begin, tmp_path: Path) -> None:
+    config = Config(run_dir="x")
+    note = Redo(tmp_path, ["pack"], config).note.name
+    assert note == ".redo-de3472a6ba04fcf5"
+    assert note != Redo(tmp_path, ["pack"], Config(run_dir="x", images=ImagesConfig(keep=["txt"]))).note.name
 
 
 def test_another_command_begins_by_itself(redo: Begin) -> None:

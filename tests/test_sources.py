@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines.compute import ComputeConfig
 from pipelines.errors import ConfigError, StageError
 from pipelines.shards import write_shard
-from pipelines.sources import described, open_source
+from pipelines.sources import described, described_beside, open_source
 from tests.test_pictures import data_of, noise
 
 CACHE = ComputeConfig().cache
@@ -94,7 +94,7 @@ def test_a_source_tells_how_it_was_understood(tmp_path: Path) -> None:
     for name in names:
         picture(tmp_path / name)
     assert described("birds", open_source(f"folder:{tmp_path}", CACHE)) == (
-        "birds: train 2 images (Train/) and val 1 images (valid/); 1 class: cat; left out: loose.png, test/"
+        "birds: train 2 images (Train/) and val 1 image (valid/); 1 class: cat; left out: loose.png, test/"
     )
     assert described("digits", open_source("digits", CACHE)) == (
         "digits: train 1,797 images, of which some are set aside for val; 10 classes: 0, 1, 2, 3, 4, …"
@@ -267,7 +267,7 @@ def test_of_val_and_test_tars_only_val_is_taken(tmp_path: Path) -> None:
     assert [source.splits["train"].key(index) for index in range(2)] == ["a-train-0", "a-train-1"]
     assert [source.splits["val"].key(index) for index in range(len(source.splits["val"]))] == ["a-val-0"]
     assert described("tars", source) == (
-        "tars: train 2 images (a-train-0.tar to a-train-1.tar) and val 1 images (a-val-0.tar); no classes; "
+        "tars: train 2 images (a-train-0.tar to a-train-1.tar) and val 1 image (a-val-0.tar); no classes; "
         "left out: a-test-0.tar"
     )
 
@@ -307,3 +307,62 @@ def test_missing_shards_and_half_labels_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_source_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"images\.source must be digits, folder:PATH"):
         open_source(name, CACHE)
+
+
+def test_files_beside_pictures_are_members_and_change_no_identity(tmp_path: Path) -> None:
+    for name in ("train/cat/a.png", "train/dog/b.v2.jpg", "val/cat/c.png", "val/dog/d.png"):
+        picture(tmp_path / name)
+    folder = f"folder:{tmp_path}"
+    bare = open_source(folder, CACHE)
+    for name, text in (("train/cat/a.txt", "a cat\n"), ("train/dog/b.v2.json", '{"b": 2}'), ("val/cat/c.txt", "")):
+        (tmp_path / name).write_text(text)
+    source = open_source(folder, CACHE)
+    train = source.splits["train"]
+    assert [train.beside(index, ["txt", "json"]) for index in range(2)] == [{"txt": b"a cat\n"}, {"json": b'{"b": 2}'}]
+    assert train.beside(0, ["json"]) == {}
+    assert (source.identity, source.dropped, bare.beside) == (bare.identity, (), {})
+    (tmp_path / "val/dog/d.txt").write_text("a dog")
+    more = open_source(folder, CACHE)
+    assert {name for name in source.beside if source.beside[name] != more.beside[name]} == {"txt"}
+    for name in ("train/cat/a.npz", "train/notes.txt", "metadata.csv", "LICENSE"):
+        (tmp_path / name).write_text("")
+    said = described_beside(open_source(folder, CACHE), ["txt"])
+    assert said == "beside the images: kept txt; dropped json, *.csv, *.npz, *.txt of no image, LICENSE"
+    assert described_beside(bare, []) == ""
+
+
+def test_members_of_a_tar_are_read_and_named(tmp_path: Path) -> None:
+    """As LAION's and img2dataset's shards are laid out."""
+    data = data_of(Image.fromarray(noise(8, 8)))
+    samples = [
+        ("0", {"jpg": data, "json": b'{"url": 1}', "txt": b"one"}),
+        ("1", {"jpg": data, "npy": b"", "cls": b"3"}),
+    ]
+    write_shard(tmp_path / "00000.tar", samples, {})
+    source = open_source(f"shards:{tmp_path}/*.tar", CACHE, classes=False)
+    assert [source.splits["train"].beside(index, ["txt", "json"]) for index in range(2)] == [
+        {"txt": b"one", "json": b'{"url": 1}'},
+        {},
+    ]
+    assert described_beside(source, ["txt", "json"]) == "beside the images: kept txt, json; dropped npy"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_a_column_holds_the_captions(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = data_of(Image.fromarray(noise(8, 8)))
+    rows = {"image": [data] * 3, "text": ["a cat", None, "una città"], "url": [1, 2, 3]}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "set" / "a.parquet")
+    name = f"parquet:{tmp_path}/set/a.parquet" if kind == "parquet" else f"hf:{tmp_path}/set"
+    source = open_source(name, CACHE, caption_column="text")
+    split = source.splits["train"]
+    captions = [{"txt": b"a cat"}, {}, {"txt": "una città".encode()}]
+    assert [split.beside(index, ["txt"]) for index in range(3)] == captions
+    assert split.beside(0, ["json"]) == {}
+    assert described_beside(source, ["txt"]) == "beside the images: kept txt; dropped url"
+    assert described_beside(open_source(name, CACHE), []) == "beside the images: dropped text, url"
+    with pytest.raises(StageError, match=r"caption_column url must hold text, but holds .*int64.*; choose another"):
+        open_source(name, CACHE, caption_column="url")
+    with pytest.raises(StageError, match="caption_column nope is not among the columns"):
+        open_source(name, CACHE, caption_column="nope")

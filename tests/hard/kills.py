@@ -40,6 +40,7 @@ import pipelines.run
 import pipelines.train_prior
 import pipelines.train_tokenizer  # noqa: F401
 from pipelines.cli import main as smalti
+from pipelines.shards import read_receipt
 
 PATIENCE_S, STEPS, CHECKPOINT_EVERY = 10.0, 200, 5
 TRAINING = {"steps": STEPS, "batch_size": 32, "micro_batches": 2, "learning_rate": 1e-3, "weight_ema": 0.9} | {
@@ -105,14 +106,10 @@ def state_of(folder: Path) -> State:
     step = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
     rows = list(csv.DictReader(metrics.open())) if metrics.exists() else []
     shards = {path: path.stat() for path in folder.glob("*.tar")}
-    done = {path.name: (stat.st_ino, stat.st_mtime_ns) for path, stat in shards.items() if receipt(path).exists()}
+    done = {path.name: (stat.st_ino, stat.st_mtime_ns) for path, stat in shards.items() if read_receipt(path)}
     in_hand = {path.stem for path in shards if path.name not in done}
     in_hand |= {path.name.split(".")[1] for path in folder.glob(".*.tar.*.tmp")}
     return State(step, 1 + int(rows[-1]["step"]) if rows else 0, done, in_hand)
-
-
-def receipt(shard: Path) -> Path:
-    return shard.with_suffix(".json")
 
 
 def signs(folder: Path) -> set[tuple[str, int]]:
@@ -172,9 +169,8 @@ def damage(*folders: Path) -> list[str]:
     """Return what is half-written under a final name."""
 
     def shard(path: Path) -> None:
-        if receipt(path).exists():
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            assert json.loads(receipt(path).read_text())["sha256"] == sha256, "not what its receipt says"
+        if receipt := read_receipt(path):
+            assert receipt["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest(), "not what its receipt says"
 
     def ending(end: bytes) -> Callable[[Path], int]:
         return lambda path: path.read_bytes().rindex(end, path.stat().st_size - len(end))

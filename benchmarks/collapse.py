@@ -1,0 +1,55 @@
+"""Whether a level of stage one collapses: perplexities over seeds and over images that the k-means start sees.
+
+    python -m benchmarks.collapse RUN [SEED ...]
+
+The tokenizer of configs/cifar10.yaml trains for 500 steps of 64 images on the images that RUN has packed. MSE hides a
+collapse: a level that holds little is hardly missed. What stands here is of the validation split: MSE in [-1, 1], and
+each level's perplexity, of 512 codes.
+"""
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.measure import print_table
+from pipelines.config import load_config
+from pipelines.sections import at_level
+from pipelines.train_tokenizer import TokenizerTraining, train_tokenizer
+
+STARTS = (64, 256, 1024)
+STEPS = 500
+SETTINGS = [f"--tokenizer.training.{name}={STEPS}" for name in ("steps", "val_every", "checkpoint_every")]
+
+
+def figures(images: Path, seed: int, start: int) -> dict[str, float]:
+    """Train with codebooks that start from so many images; return the validation figures."""
+    honest = TokenizerTraining._start_codebooks
+    TokenizerTraining._start_codebooks = lambda self, draws: honest(self, range(start))  # type: ignore[method-assign]
+    try:
+        with TemporaryDirectory() as name:
+            config = load_config("configs/cifar10.yaml", [f"--run_dir={name}", f"--seed={seed}", *SETTINGS])
+            training = at_level(config.tokenizer.training, 0, 1)
+            train_tokenizer(config.tokenizer, training, seed, config.compute, images, Path(name))
+            return json.loads((Path(name) / "metrics.json").read_text())
+    finally:
+        TokenizerTraining._start_codebooks = honest  # type: ignore[method-assign]
+
+
+def measure(run: Path, seeds: list[int]) -> list[dict]:
+    """Train from all seeds and starts, and print the table."""
+    found, rows = [], []
+    for start in STARTS:
+        for seed in seeds:
+            one = figures(run / "images", seed, start)
+            found.append({"seed": seed, "start": start, **one})
+            levels = [f"{one[f'val_level{level}_perplexity']:.0f}" for level in (0, 1)]
+            rows.append([start, seed, f"{one['val_mse']:.4f}", *levels])
+            print(rows[-1], file=sys.stderr, flush=True)
+    print_table(["images of the start", "seed", "MSE", "perplexity of level 0", "of level 1"], rows)
+    return found
+
+
+if __name__ == "__main__":
+    results = measure(Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]] or list(range(10)))
+    (Path(__file__).parent / "results" / "collapse.json").write_text(json.dumps(results, indent=1) + "\n")

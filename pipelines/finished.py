@@ -1,0 +1,137 @@
+"""What there is of a run, its own work or another's: folders, models, and whether they belong together."""
+
+import json
+from pathlib import Path
+
+from pipelines.config import Config
+from pipelines.errors import StageError, told_to_user
+from pipelines.fingerprint import digest, tokenizer_fingerprint
+from pipelines.held_out import held_out
+from pipelines.manifest import read_manifest
+from pipelines.places import exists, is_local, place, read_bytes
+from pipelines.stage import is_complete, named_folder
+from prior import HierarchicalPrior, LevelPrior
+from tokenizer import HierarchicalVQVAE
+
+# Of a model's validation figures, those that one line has room for.
+SHOWN = ("_mse", "_psnr", "_perplexity", "_nats_per_code")
+
+
+class Finished:
+    """A run's folders and what they hold.
+
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.root = place(config.run_dir, writable=True)
+
+    @property
+    def images(self) -> Path:
+        """The `images` folder: this run's, or the one that images.from names."""
+        return named_folder(self.config.images.from_, "images.from") or self.root / "images"
+
+    @property
+    def codes(self) -> Path:
+        """The `codes` folder: this run's, or the one that codes.from names."""
+        return named_folder(self.config.codes.from_, "codes.from") or self.root / "codes"
+
+    @property
+    def unpacked(self) -> Path:
+        """Where codes are unpacked: in the run, or on local disk when that is elsewhere, each folder of codes apart."""
+        if is_local(self.root):
+            return self.root / "prior" / "codes"
+        codes = self.codes.resolve() if is_local(self.codes) else self.codes
+        return self.config.compute.cache.folder / "codes" / digest(str(codes))[:16]
+
+    def level(self, number: int) -> Path:
+        """Return the folder of a level's prior."""
+        return self.root / "prior" / f"level{number}"
+
+    def needs_images(self) -> bool:
+        """Whether the config leaves anything to do with images; another run's tokenizer and codes need none."""
+        return bool(self.config.images.from_) or not (self.config.tokenizer.from_ and self.config.codes.from_)
+
+    def has_images(self) -> bool:
+        """Whether there are images; those that the config names must be, as for the two that follow."""
+        return bool(self.config.images.from_) or (self.needs_images() and is_complete(self.images))
+
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer."""
+        return bool(self.config.tokenizer.from_) or is_complete(self.root / "tokenizer")
+
+    def has_priors(self) -> bool:
+        """Whether there are codes, and priors of all their levels."""
+        there = bool(self.config.codes.from_) or is_complete(self.codes)
+        return there and all(is_complete(folder) for folder in self._levels())
+
+    def tokenizer(self) -> HierarchicalVQVAE:
+        """Load the tokenizer.
+
+        Raises:
+            StageError: there is none, or its files are not whole.
+        """
+        name = self.config.tokenizer.from_
+        with told_to_user():
+            if name and "://" not in name:
+                return HierarchicalVQVAE.from_pretrained(name)
+            folder = place(name) if name else self.root / "tokenizer"
+            if not is_complete(folder):
+                raise StageError(f"{folder} holds no finished tokenizer; run `smalti train-tokenizer` first")
+            return HierarchicalVQVAE.from_pretrained(self._files(folder))
+
+    def prior(self) -> HierarchicalPrior:
+        """Load the priors of all levels.
+
+        Raises:
+            StageError: one is missing, its files are not whole, or they do not belong together.
+        """
+        folders = self._levels() if is_complete(self.codes) else [self.level(0)]
+        for folder in folders:
+            if not is_complete(folder):
+                raise StageError(f"{folder} holds no finished prior; run `smalti train-prior` first")
+        with told_to_user():
+            return HierarchicalPrior([LevelPrior.from_pretrained(self._files(folder)) for folder in folders]).eval()
+
+    def checked_codes(self) -> dict:
+        """Return the codes' manifest; where this run has the tokenizer too, they must belong together."""
+        manifest = read_manifest(self.codes, "codes", "encode")
+        if self.has_tokenizer():
+            mark = tokenizer_fingerprint(self.tokenizer())
+            if manifest["tokenizer"] != mark:
+                raise StageError(
+                    f"{self.codes} was written with tokenizer {manifest['tokenizer'][:12]} "
+                    f"but this run's is {mark[:12]}; run `smalti encode` with this tokenizer"
+                )
+        return manifest
+
+    def tokenizer_held_out(self) -> bool | None:
+        """Whether the images' val split was held out from the tokenizer's training; see `held_out`."""
+        name, own = self.config.tokenizer.from_, not (self.config.tokenizer.from_ or self.config.images.from_)
+        return held_out([place(name) if name else self.root / "tokenizer"], "images", self.images, own)
+
+    def prior_held_out(self) -> bool | None:
+        """Whether the codes' val split was held out from the priors' training; see `held_out`."""
+        return held_out(self._levels(), "codes", self.codes, own=not self.config.codes.from_)
+
+    def _levels(self) -> list[Path]:
+        levels = read_manifest(self.codes, "codes", "encode")["levels"]
+        return [self.level(number) for number in range(len(levels))]
+
+    def _files(self, folder: Path) -> Path:
+        return self.config.compute.cache.files(folder, ["config.json", "model.safetensors"])
+
+
+def what_came_of(folder: Path) -> str:
+    """Return the result of a finished stage in a few words, from what its folder holds."""
+    for name, key, unit in (("manifest.json", "splits", "samples"), ("layout.json", "shards", "records")):
+        if exists(folder / name):
+            splits = json.loads(read_bytes(folder / name))[key]
+            counts = {split: sum(shard[unit] for shard in shards) for split, shards in splits.items()}
+            total = sum(map(len, splits.values()))
+            return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} in {total} shards"
+    figures = json.loads(read_bytes(folder / "metrics.json")) if exists(folder / "metrics.json") else {}
+    shown = {name.removeprefix("val_"): value for name, value in figures.items() if name.endswith(SHOWN)}
+    return "done" + "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
