@@ -25,6 +25,7 @@ from benchmarks.measure import interleaved_medians, main, print_table, resident_
 from pipelines.cache import Cache
 from pipelines.codes import unpack_codes
 from pipelines.compute import ComputeConfig
+from pipelines.export import ExportConfig, export
 from pipelines.manifest import all_receipts, read_manifest, shards_hold, write_manifest
 from pipelines.shards import array_bytes, code_dtype, index_shard, read_member, receipt_path, write_json
 from pipelines.verify import verify_codes
@@ -95,12 +96,11 @@ def write_flat(codes: Path, folder: Path) -> int:
     return count
 
 
-def export_tokens(codes: Path, folder: Path) -> None:
-    """Export code shards as bin, with a cache that has not seen them."""
-    from pipelines.export import ExportConfig, export  # the other steps need none of it
-
+def export_tokens(codes: Path, folder: Path, cache: Path) -> None:
+    """Export code shards as bin, with a cache of its own."""
     folder.mkdir(exist_ok=True)
-    export(ExportConfig(format=["bin"]), 0, ComputeConfig(accelerator="cpu"), codes, folder)
+    compute = ComputeConfig(accelerator="cpu", cache_dir=str(cache))
+    export(ExportConfig(format=["bin"]), 0, compute, codes, folder)
 
 
 def measure_speed() -> dict[str, float]:
@@ -114,7 +114,7 @@ def measure_speed() -> dict[str, float]:
 
         def ours() -> None:
             with tempfile.TemporaryDirectory() as out:
-                export_tokens(codes, Path(out))
+                export_tokens(codes, Path(out) / "tokens", Path(out) / "cache")
 
         seconds = interleaved_medians({"ours": ours, "numpy": lambda: write_flat(codes, flat)}, repeats=5)
     rates = {name: tokens / found for name, found in seconds.items()}
@@ -135,7 +135,7 @@ def take_step(name: str, run: Path) -> None:
     elif name == "memory map":
         unpack_codes(codes, manifest, "train", run / "unpacked", cache)
     else:
-        export_tokens(codes, run / "tokens")
+        export_tokens(codes, run / "tokens", run / "cache" / "export")
 
 
 def command_of(name: str, run: Path) -> list[str]:

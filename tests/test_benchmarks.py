@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import export, gpu
+from pipelines.tokens import TokenDataset
 from prior import PixelSNAILConfig, TransformerConfig
 
 TINY = gpu.Sizes(
@@ -62,3 +63,5 @@ def test_made_up_codes_are_what_stages_read(tmp_path: Path) -> None:
     flat = np.concatenate([np.fromfile(path, np.uint16).reshape(3, 20) for path in sorted(tmp_path.glob("*.bin"))])
     levels = [np.load(next((tmp_path / "unpacked").glob(f"*level{n}.npy"))).reshape(6, -1) for n in (0, 1)]
     assert np.array_equal(flat, np.concatenate(levels, axis=1))
+    export.take_step("export, resumed", tmp_path)
+    assert len(TokenDataset(tmp_path / "tokens", "train")) == 6
