@@ -1,9 +1,13 @@
-"""What times a GPU, at sizes that a CPU does in a second; only the figures mean nothing."""
+"""What times a GPU or makes up codes, at sizes that a CPU does in a second; only the figures mean nothing."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import export, gpu
+from pipelines.tokens import TokenDataset
 from prior import PixelSNAILConfig, TransformerConfig
 
 TINY = gpu.Sizes(
@@ -48,3 +52,16 @@ def test_bytes_are_counted_where_they_are_read_and_written() -> None:
 def test_without_a_gpu_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.run() == 0
     assert "make gpu is skipped, for there is no GPU that torch can use: torch 2." in capsys.readouterr().out
+
+
+def test_made_up_codes_are_what_stages_read(tmp_path: Path) -> None:
+    sizes = {"grids": [(2, 2), (4, 4)], "codebook_size": 300, "shards": 2, "records": 3}
+    export.made_up(tmp_path / "codes", **sizes)  # type: ignore[arg-type]
+    for step in ("receipts", "verify", "memory map"):
+        export.take_step(step, tmp_path)
+    assert export.write_flat(tmp_path / "codes", tmp_path) == 2 * 3 * 20
+    flat = np.concatenate([np.fromfile(path, np.uint16).reshape(3, 20) for path in sorted(tmp_path.glob("*.bin"))])
+    levels = [np.load(next((tmp_path / "unpacked").glob(f"*level{n}.npy"))).reshape(6, -1) for n in (0, 1)]
+    assert np.array_equal(flat, np.concatenate(levels, axis=1))
+    export.take_step("export, resumed", tmp_path)
+    assert len(TokenDataset(tmp_path / "tokens", "train")) == 6
