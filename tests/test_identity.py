@@ -50,7 +50,7 @@ NOT_SHAPING: dict[type, dict[str, tuple[Any, str]]] = {
 def packed(config: ImagesConfig, seed: int = 0, beside: tuple[str, ...] = ("txt", "json")) -> list[Any]:
     splits = {"train": Labelled(np.arange(40) % 2)}
     source = Source(splits, ["a", "b"], "listed", beside=dict.fromkeys(beside, ""))  # type: ignore[arg-type]
-    return [job[1:] for job in shard_jobs(source, plan_shards(source, config, seed), config, Path("images"))]
+    return [job[1:3] for job in shard_jobs(source, plan_shards(source, config, seed), config, Path("images"))]
 
 
 class Labelled:

@@ -344,6 +344,7 @@ def test_members_of_a_tar_are_read_and_named(tmp_path: Path) -> None:
         {"txt": b"one", "json": b'{"url": 1}'},
         {},
     ]
+    assert list(source.beside) == ["txt", "json"]
     assert described_beside(source, ["txt", "json"]) == "beside the images: kept txt, json; dropped npy"
 
 
