@@ -162,8 +162,11 @@ def is_exported(plan: Plan, cache: Cache) -> bool:
         return False
     receipts = plan.receipts()
     wanted = {**plan.layout.describe(), "shards": _listed(receipts)}
-    kept = json.loads(read_bytes(plan.folder / "layout.json"))
-    return not outstanding([_job_of_all(plan, receipts)], cache) and kept == json.loads(json.dumps(wanted))
+    try:
+        kept = json.loads(read_bytes(plan.folder / "layout.json"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return kept == json.loads(json.dumps(wanted)) and not outstanding([_job_of_all(plan, receipts)], cache)
 
 
 def num_views(manifest: dict, split: str) -> int:

@@ -23,6 +23,7 @@ from pipelines.places import exists, is_local, make_folder, place, read_bytes
 from pipelines.processes import workers_of
 from pipelines.redo import Redo
 from pipelines.sample import model_fingerprints, sample
+from pipelines.scan import ORDERS
 from pipelines.sections import at_level, prior_at_level
 from pipelines.shards import write_json
 from pipelines.signals import PARENT
@@ -157,7 +158,8 @@ class Run:
         config, asked = self.config, self.config.export
         self._checked_codes()
         folder = folder_of_set(self.root, asked.folder, "export")
-        read = {"order": asked.order, "vocab.ids": asked.vocab.ids, "text.tokenizer": asked.text.tokenizer}
+        order = "" if asked.order in ORDERS else asked.order
+        read = {"order": order, "vocab.ids": asked.vocab.ids, "text.tokenizer": asked.text.tokenizer}
         check_outside(folder, "export", {f"export.{setting}": name for setting, name in read.items()})
         plan = plan_export(asked, config.seed, config.compute, self.codes, folder)  # refuses before anything is touched
         self._open("export", folder, {"seed": config.seed, "export": asked})
