@@ -122,6 +122,19 @@ def test_a_damaged_file_of_a_shard_is_made_again_and_no_other(codes: Path) -> No
         assert (folder / "train-000001.bin").stat().st_mtime_ns == kept
 
 
+def test_a_folder_where_something_is_to_be_done_is_not_complete(codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = exported(codes, "tokens")
+    (folder / "val-000000.bin").write_bytes(b"")
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipelines.export, "write_files", killed)
+    with pytest.raises(KeyboardInterrupt):
+        exported(codes, "tokens")
+    assert not (folder / "layout.json").exists()
+
+
 def test_records_come_back_as_the_codes_of_the_shards(codes: Path) -> None:
     manifest = read_manifest(codes, "codes", "encode")
     wanted = {}
