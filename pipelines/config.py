@@ -64,9 +64,6 @@ class Config:
             raise ValueError("run_dir must name a folder to write to; add --run_dir FOLDER")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
-        one, other = Path(self.sample.folder), Path(self.export.folder)
-        if one.is_relative_to(other) or other.is_relative_to(one):
-            raise ValueError(f"sample.folder and export.folder must lie side by side, got {one} and {other}")
         guidance = self.sample.guidance if isinstance(self.sample.guidance, list) else [self.sample.guidance]
         if self.prior.class_dropout == 0 and any(value != 1 for value in guidance):
             raise ValueError("sample.guidance needs a prior that knows no class too: set prior.class_dropout above 0")

@@ -16,6 +16,7 @@ from pipelines.manifest import all_receipts, read_manifest
 from pipelines.places import read_bytes
 from pipelines.progress import progress_bar
 from pipelines.records import MAX_CHUNK_BYTES, MAX_LIST
+from pipelines.scan import ORDERS
 from pipelines.shards import (
     ShardJob,
     all_done,
@@ -112,6 +113,16 @@ class Plan(NamedTuple):
         return found
 
 
+def files_read(config: ExportConfig) -> dict[str, str]:
+    """Return the files that settings name, by the settings' names."""
+    order = "" if config.order in ORDERS else config.order
+    return {
+        "export.order": order,
+        "export.vocab.ids": config.vocab.ids,
+        "export.text.tokenizer": config.text.tokenizer,
+    }
+
+
 def plan_export(config: ExportConfig, seed: int, compute: ComputeConfig, codes: Path, folder: Path) -> Plan:
     """Plan an export, and refuse now what would be refused later.
 
@@ -162,8 +173,11 @@ def is_exported(plan: Plan, cache: Cache) -> bool:
         return False
     receipts = plan.receipts()
     wanted = {**plan.layout.describe(), "shards": _listed(receipts)}
-    kept = json.loads(read_bytes(plan.folder / "layout.json"))
-    return not outstanding([_job_of_all(plan, receipts)], cache) and kept == json.loads(json.dumps(wanted))
+    try:
+        kept = json.loads(read_bytes(plan.folder / "layout.json"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return kept == json.loads(json.dumps(wanted)) and not outstanding([_job_of_all(plan, receipts)], cache)
 
 
 def num_views(manifest: dict, split: str) -> int:

@@ -12,7 +12,7 @@ from pipelines.compute import described, started_by_a_launcher, this_worker
 from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.errors import ConfigError, StageError
-from pipelines.export import export, is_exported, plan_export
+from pipelines.export import export, files_read, is_exported, plan_export
 from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
 from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
@@ -142,8 +142,7 @@ class Run:
         config, asked = self.config, self.config.export
         self.finished.checked_codes()
         codes, folder = self.finished.codes, folder_of_set(self.root, asked.folder, "export")
-        read = {"order": asked.order, "vocab.ids": asked.vocab.ids, "text.tokenizer": asked.text.tokenizer}
-        check_outside(folder, "export", {f"export.{setting}": name for setting, name in read.items()})
+        check_outside(folder, "export", files_read(asked))
         plan = plan_export(asked, config.seed, config.compute, codes, folder)  # refuses before anything is touched
         self._open("export", folder, {"seed": config.seed, "export": asked})
         if is_complete(folder) and is_exported(plan, config.compute.cache):

@@ -79,8 +79,8 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any]) -> None:
     settings = plain(settings)
     try:
         make_folder(folder)
-        sweep(folder)
-        sweep(folder / "checkpoints")
+        for part in [folder, *(found for pattern in INNER for found in folder.glob(pattern) if is_local(folder))]:
+            sweep(part)
         path = folder / "config.yaml"
         # Shards without a manifest are judged one by one by their receipts; weights have nothing but their config.
         if path.exists() and (is_complete(folder) or (folder / "checkpoints").exists()):
@@ -146,9 +146,11 @@ def folder_of_set(root: Path, name: str, stage: str) -> Path:
                 f"{stage}.folder must not lie in another set's folder, got {name}, and {parent} holds a set; "
                 "choose a folder beside it"
             )
-    folder = root / name
-    kept = _kept_settings(folder / "config.yaml", stage) if exists(folder / "config.yaml") else {stage: {}}
-    if not isinstance(kept, dict) or stage not in kept or (stage == "export" and exists(folder / "manifest.json")):
+    folder, kept = root / name, None
+    with suppress(OSError, ValueError):  # what cannot be read is judged elsewhere
+        kept = read_yaml(read_bytes(folder / "config.yaml"))
+    others = ("model.safetensors", *(["manifest.json"] if stage == "export" else []))
+    if (isinstance(kept, dict) and stage not in kept) or any(exists(folder / one) for one in others):
         raise ConfigError(
             f"{stage}.folder must name a folder of its own, but {folder} holds other work; choose another"
         )

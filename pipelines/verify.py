@@ -133,14 +133,15 @@ def verify_tokens(folder: Path, codes: dict) -> int:
     if layout.stated.codes != manifest_digest(codes):
         raise StageError(f"{folder} was made from other codes than the run's; {again}")
     shards = [shard for found in layout.shards.values() for shard in found]
-    for name in [*(shard["shard"] for shard in shards), ALL]:
-        receipt = read_receipt(folder / name)
-        if receipt is None:
-            raise StageError(f"the receipt of {folder / name} is missing or cannot be read; {again}")
-        for file, told in receipt["files"].items():
+    for name, sums in [*((shard["shard"], shard["sha256"]) for shard in shards), (ALL, None)]:
+        files = (read_receipt(folder / name) or {}).get("files", {})
+        told = {file: of_file.get("sha256") for file, of_file in files.items()}
+        if not told or sums not in (None, told):
+            raise StageError(f"the receipt of {folder / name} is not that of layout.json; {again}")
+        for file, sha256 in told.items():
             found = _sha256(folder / file)
-            if found != told["sha256"]:
-                what = f"has sha256 {found[:12]}, not {told['sha256'][:12]}" if found else "is missing"
+            if found != sha256:
+                what = f"has sha256 {found[:12]}, not {sha256[:12]}" if found else "is missing"
                 raise StageError(f"{folder / file} {what}; {again}, which makes just that shard anew")
     return sum(shard["records"] for shard in shards)
 

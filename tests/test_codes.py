@@ -79,7 +79,8 @@ def test_unpacking_leaves_what_it_did_not_unpack(tmp_path: Path, cache: Cache) -
 def test_remote_runs_that_share_a_cache_unpack_codes_apart(tmp_path: Path) -> None:
     cache = {"cache_dir": str(tmp_path / "cache")}
     own, other = (
-        Run(Config(run_dir=f"s3://bucket/{name}", compute=ComputeConfig(**cache))).finished.unpacked for name in ("a", "b")
+        Run(Config(run_dir=f"s3://bucket/{name}", compute=ComputeConfig(**cache))).finished.unpacked
+        for name in ("a", "b")
     )
     kept = []
     for unpacked, name, found in ((own, "a", grids()), (other, "b", grids()[::-1]), (own, "a", grids())):

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.compute import ComputeConfig
 from pipelines.encode import EncodeConfig, settings_digest
+from pipelines.export import ExportConfig, plan_export
 from pipelines.fingerprint import digest
 from pipelines.pack import ImagesConfig, plan_shards, shard_jobs
 from pipelines.sample import SampleConfig, drawn_with
 from pipelines.sections import PriorConfig, TokenizerSection
 from pipelines.sources import Source
 from pipelines.stage import plain
+from pipelines.vocabulary import TextConfig, VocabConfig
 
 SHAPING: dict[type, dict[str, Any]] = {
     ImagesConfig: {
@@ -27,6 +30,17 @@ SHAPING: dict[type, dict[str, Any]] = {
     },
     EncodeConfig: {
         **{"views": ["flip"], "crop_shift": 2, "batch_size": 8, "precision": "bfloat16", "compile": True},
+    },
+    ExportConfig: {
+        **{
+            "format": ["mds"],
+            "views": "all",
+            "shuffle": False,
+            "order": "nested",
+            "levels": [1],
+            "template": "<codes>",
+        },
+        **{"vocab": VocabConfig(base=1), "text": TextConfig(column="x"), "dtype": "uint32", "max_tokens": 99},
     },
     SampleConfig: {
         **{"classes": [1], "temperature": 0.5, "top_k": 3, "top_p": 0.5, "guidance": 2.0},
@@ -40,6 +54,10 @@ NOT_SHAPING: dict[type, dict[str, tuple[Any, str]]] = {
         "max_bad": (0.5, "decides whether there is a result, not what it is"),
     },
     EncodeConfig: {},
+    ExportConfig: {
+        "folder": ("hot", "where tokens lie"),
+        "single": (True, "counts in what goes with all shards"),
+    },
     SampleConfig: {
         "folder": ("hot", "where a set lies"),
         "count": (200, "each shard counts where it begins and ends"),
@@ -51,6 +69,11 @@ def packed(config: ImagesConfig, seed: int = 0, beside: tuple[str, ...] = ("txt"
     splits = {"train": Labelled(np.arange(40) % 2)}
     source = Source(splits, ["a", "b"], "listed", beside=dict.fromkeys(beside, ""))  # type: ignore[arg-type]
     return [job[1:3] for job in shard_jobs(source, plan_shards(source, config, seed), config, Path("images"))]
+
+
+def planned(config: ExportConfig, seed: int) -> list[Any]:
+    codes = Path(__file__).parent / "data" / "format1" / "run" / "codes"
+    return [job.provenance for job in plan_export(config, seed, ComputeConfig(), codes, Path("tokens")).jobs]
 
 
 class Labelled:
@@ -66,6 +89,7 @@ class Labelled:
 IDENTITIES: dict[type, Callable[..., Any]] = {
     ImagesConfig: packed,
     EncodeConfig: lambda config, seed=0: settings_digest(config, seed),
+    ExportConfig: lambda config, seed=0: planned(config, seed),
     SampleConfig: lambda config, seed=0: drawn_with(config, seed, "cpu", 1),
 }
 
