@@ -189,6 +189,11 @@ class Strategy(DDPStrategy):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
 
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Ask the others as Lightning does; what they say is not known, so they agree."""
+        super().reduce_boolean_decision(decision, all)
+        return decision
+
 
 @contextlib.contextmanager
 def rehearsal() -> Iterator[Strict]:

@@ -90,7 +90,6 @@ def level(network: Any, number: int, mark: str = "") -> LevelPrior:
         grids=grids,
         codebook_sizes=sizes,
         class_names=names,
-        network=network,
         size=SIZES[network],  # type: ignore[arg-type]
         tokenizer=mark,
     )
