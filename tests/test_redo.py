@@ -106,11 +106,13 @@ def test_a_command_with_redo_goes_on_where_it_was_stopped_and_begins_again_once_
     from pipelines.callbacks import KeepLast
 
     arguments = ("run", copy_of(), "--redo", "train-prior")
+    finer = arguments[1].parent / "run" / "prior" / "level1" / "model.safetensors"
     honest, taken, stops = KeepLast.on_train_batch_end, [], [(1, 4)]
 
     def watched(self: KeepLast, trainer: Any, module: Any, *rest: object) -> None:
         honest(self, trainer, module, *rest)
         taken.append((module.level, trainer.global_step))
+        assert module.level or not finer.exists()  # a second process of the job would take it for complete
         if stops and taken[-1] == stops[0]:
             stops.pop()
             raise Interrupted(15, "saved at step 3")
