@@ -2,11 +2,11 @@
 
     python -m tests.rehearsal_jobs [JOB …]    # in a process of its own, since a device is registered for good
 
-Its tensors are fake: they have shape, type and place,
-and no values. So mixed devices raise. So does whatever makes the host wait for the device, but in the functions of
-`BY_DESIGN`: reading a value, copying between host and device, a barrier. So does a collective on tensors of a device
-that the group has no backend for, as with NCCL. The Trainer, its loops and strategy are Lightning's own, as the first
-of two processes; the rest of the job is smalti's, from `fit`, `encode` and `sample` on.
+Its tensors are fake: they have shape, type and place, and no values. So mixed devices raise. So does whatever makes the
+host wait for the device, but in the functions of `BY_DESIGN`: reading a value, copying between host and device, a
+barrier. So does a collective on tensors of a device that the group has no backend for, as with NCCL. The Trainer, its
+loops and strategy are Lightning's own, as the first of two processes; the rest of the job is smalti's, from `fit`,
+`encode` and `sample` on.
 
 It cannot follow what has no values and no clock: Triton, CUDA graphs (the decoders draw one position after another),
 compiled code, autocast (all is float32 here), DDP's reduction of gradients, which is C++, FSDP, NCCL itself, memory,

@@ -72,14 +72,14 @@ def fit_tokenizer(folder: Path, steps: int = 4, **changes: int) -> None:
     config = training_config(steps, **changes)
     model = HierarchicalVQVAE(TOKENIZER, SIDE, 3)
     module = TokenizerTraining(model, TokenizerSection(model=TOKENIZER), config, 0, folder)
-    data = training.StepData(Images(), Images(1.0), 12, steps, 8, 2, 0)
+    data = training.StepData(Images(), Images(1.0), 12, steps, 8, config.micro_batches, 0)
     training.fit(module, data, config, COMPUTE, folder, "val_loss", "a tokenizer")
 
 
 def fit_prior(network: str, folder: Path, steps: int = 2, **changes: int) -> None:
     config = training_config(steps, **changes)
     module = PriorTraining(level(network, 1), PriorConfig(network=network, training=config), 0)
-    data = training.StepData(Batches(), Batches(1.0), 12, steps, 8, 2, 0, as_it_is)
+    data = training.StepData(Batches(), Batches(1.0), 12, steps, 8, config.micro_batches, 0, as_it_is)
     training.fit(module, data, config, COMPUTE, folder, "val_nats_per_code", "a prior")
 
 
@@ -133,7 +133,7 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], object]] = {
     "all_gather of the host's": lambda there, here: torch.distributed.all_gather([here, here], here),
     "broadcast of the host's": lambda there, here: torch.distributed.broadcast(here, src=0),
 }
-QUIET = {"val_every": 100, "checkpoint_every": 100, "log_every": 100, "patience": 0}
+QUIET = {"micro_batches": 1, "val_every": 100, "checkpoint_every": 100, "log_every": 100, "patience": 0}
 JOBS: dict[str, Callable[[Path], None]] = {
     "tokenizer": fit_tokenizer_twice,
     "transformer": lambda folder: fit_prior("transformer", folder),
