@@ -57,6 +57,7 @@ BY_DESIGN = {
     "PriorTraining.on_validation_epoch_end": "figures of a validation",
     "_EvaluationLoop._on_evaluation_end": "callbacks judge those figures",
     "Codebook.lookup": "codes are checked before they are decoded",
+    "_check_ranges": "codes and classes are judged before their likelihood, once per batch",
     # in stages that do not train
     "encode": "the model goes to the device",
     "sample": "likewise",
