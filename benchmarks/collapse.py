@@ -19,6 +19,7 @@ from pipelines.train_tokenizer import TokenizerTraining, train_tokenizer
 
 STARTS = (64, 256, 1024)
 STEPS = 500
+RESULTS = Path(__file__).parent / "results" / "collapse.json"
 SETTINGS = [f"--tokenizer.training.{name}={STEPS}" for name in ("steps", "val_every", "checkpoint_every")]
 
 
@@ -36,20 +37,28 @@ def figures(images: Path, seed: int, start: int) -> dict[str, float]:
         TokenizerTraining._start_codebooks = honest  # type: ignore[method-assign]
 
 
-def measure(run: Path, seeds: list[int]) -> list[dict]:
-    """Train from all seeds and starts, and print the table."""
-    found, rows = [], []
+def measure(run: Path, seeds: list[int]) -> None:
+    """Train from all seeds and starts that have no figures yet, and print the table of all that have."""
     for start in STARTS:
         for seed in seeds:
-            one = figures(run / "images", seed, start)
-            found.append({"seed": seed, "start": start, **one})
-            levels = [f"{one[f'val_level{level}_perplexity']:.0f}" for level in (0, 1)]
-            rows.append([start, seed, f"{one['val_mse']:.4f}", *levels])
-            print(rows[-1], file=sys.stderr, flush=True)
-    print_table(["images of the start", "seed", "MSE", "perplexity of level 0", "of level 1"], rows)
-    return found
+            if not any((row["seed"], row["start"]) == (seed, start) for row in measured()):
+                one = {"seed": seed, "start": start, **figures(run / "images", seed, start)}
+                RESULTS.write_text(json.dumps([*measured(), one], indent=1) + "\n")
+                print(shown(one), file=sys.stderr, flush=True)
+    rows = sorted(measured(), key=lambda row: (row["start"], row["seed"]))
+    print_table(["images of the start", "seed", "MSE", "perplexity of level 0", "of level 1"], [shown(r) for r in rows])
+
+
+def measured() -> list[dict[str, float]]:
+    """Return what stands in the file of results; a run of hours goes on from it."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def shown(row: dict[str, float]) -> list[object]:
+    """Return a row of the table."""
+    levels = [f"{row[f'val_level{level}_perplexity']:.0f}" for level in (0, 1)]
+    return [row["start"], row["seed"], f"{row['val_mse']:.4f}", *levels]
 
 
 if __name__ == "__main__":
-    results = measure(Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]] or list(range(10)))
-    (Path(__file__).parent / "results" / "collapse.json").write_text(json.dumps(results, indent=1) + "\n")
+    measure(Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]] or list(range(10)))
