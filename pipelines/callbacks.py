@@ -283,8 +283,8 @@ class Progress(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor in trainer.callback_metrics:
-            figure = float(trainer.callback_metrics[self.monitor])
-            self.bar.set_postfix_str(f"{self.monitor} {figure:.4g}", refresh=False)
+            name = self.monitor.replace("_per_", "/").replace("_", " ")  # short: a bar has 80 columns
+            self.bar.set_postfix_str(f"{name} {float(trainer.callback_metrics[self.monitor]):.4g}", refresh=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bar.close()

@@ -51,7 +51,7 @@ def checked(
     """Return codes and classes as int64 on a device, once they are what a prior can use.
 
     Args:
-        codes: (B, h, w) a level, coarse to fine, of any integer type, tensors or arrays.
+        codes: (B, h, w) per level, coarse to fine, of any integer type, tensors or arrays.
         classes: B whole numbers, a list, a tensor or an array; None where no class is given.
         grids: (h, w) of each level.
         codebook_sizes: K of each level.

@@ -92,7 +92,7 @@ class HierarchicalPrior(Float32Module):
         """Return the exact negative log-likelihood in nats, float64 (B,), summed over levels and positions.
 
         Args:
-            codes: (B, h, w) in [0, K) a level, coarse to fine, of any integer type, tensors or arrays.
+            codes: (B, h, w) in [0, K) per level, coarse to fine, of any integer type, tensors or arrays.
             classes: class index of each, a list, a tensor or an array; None where no class is given.
 
         Raises:
@@ -124,7 +124,7 @@ class HierarchicalPrior(Float32Module):
         Args:
             classes: class index of each sample, a list, a tensor or an array; None for samples of no given class.
             seed: of all streams of uniforms.
-            temperature: one for all levels or one a level, as for the three that follow.
+            temperature: one for all levels or one per level, as for the three that follow.
             top_k: see `filtered_probabilities`.
             top_p: see `filtered_probabilities`.
             guidance: s of uncond + s (cond - uncond); 1 is the model as it is.
@@ -134,7 +134,7 @@ class HierarchicalPrior(Float32Module):
                 behind when weights change. They hold copies of the weights, and the keys and values of a batch.
 
         Returns:
-            int64 (B, h, w) a level, coarse to fine.
+            int64 (B, h, w) per level, coarse to fine.
 
         Raises:
             ValueError: a setting, a class, the seed or an index is of another kind or out of range, the prior needs
@@ -163,9 +163,9 @@ class HierarchicalPrior(Float32Module):
         return codes
 
     def _settings(self, *given: Any) -> list[LevelSampling]:
-        """Return each level's settings from those of `sample`, one value or one a level."""
+        """Return each level's settings from those of `sample`, one value or one per level."""
         if any(isinstance(setting, Sequence) and len(setting) != len(self.levels) for setting in given):
-            raise ValueError(f"settings must be one value or one a level ({len(self.levels)}), got {given}")
+            raise ValueError(f"settings must be one value or one per level ({len(self.levels)}), got {given}")
         settings = []
         for number, level in enumerate(self.levels):
             settings.append(LevelSampling(*(one[number] if isinstance(one, Sequence) else one for one in given)))
@@ -186,7 +186,7 @@ class HierarchicalPrior(Float32Module):
         return next(self.parameters()).device
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write one folder a level: level0, level1, …"""
+        """Write one folder per level: level0, level1, …"""
         for number, level in enumerate(self.levels):
             level.save_pretrained(Path(folder) / f"level{number}")
 

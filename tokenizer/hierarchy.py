@@ -1,4 +1,4 @@
-"""The hierarchical VQ-VAE: an image becomes one grid of codes a level, numbered coarse to fine.
+"""The hierarchical VQ-VAE: an image becomes one grid of codes per level, numbered coarse to fine.
 
 B batch, C channels, H W pixels, D code_dim, K codebook_size, h w code grid.
 """
@@ -36,7 +36,7 @@ class TokenizerConfig:
     """What a tokenizer is, whatever the images. Defaults: VQ-VAE-2 at 256 pixels.
 
     Attributes:
-        strides: image pixels per code along each side, a level each, coarse to fine; powers of two.
+        strides: image pixels per code along each side, one per level, coarse to fine; powers of two.
         codebook_size: K, one for all levels or a list of one each.
         code_dim: D, one for all levels or a list of one each.
         width: channels of encoders and decoders.
@@ -64,7 +64,7 @@ class TokenizerConfig:
         for name in ("codebook_size", "code_dim"):
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != len(self.strides):
-                raise ValueError(f"{name} must have one value a level ({len(self.strides)}), got {values}")
+                raise ValueError(f"{name} must have one value per level ({len(self.strides)}), got {values}")
         for name, most in (("width", MAX_WIDTH), ("residual_width", MAX_WIDTH), ("residual_blocks", MAX_BLOCKS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be at least 1 and at most {most}, got {getattr(self, name)}")
@@ -138,7 +138,7 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         self.config = config
         self.image_size = image_size
         self.channels = channels
-        self.grids = config.grids(image_size)  # (h, w) a level, coarse to fine
+        self.grids = config.grids(image_size)  # (h, w) per level, coarse to fine
         blocks = (config.width, config.residual_width, config.residual_blocks)
         dims, levels = config.code_dims, config.num_levels
         # Index l everywhere is the level, 0 the coarsest; a finer neighbour's stride is the next in the list.
@@ -178,7 +178,7 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Turn images (B, C, H, W) in [-1, 1] into codes: int64 (B, h, w) a level, coarse to fine.
+        """Turn images (B, C, H, W) in [-1, 1] into codes: int64 (B, h, w) per level, coarse to fine.
 
         Raises:
             ValueError: images are no floats or leave [-1, 1], or channels or size are not the configured ones.
@@ -192,7 +192,7 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """Turn codes into images (B, C, H, W) in [-1, 1].
 
         Args:
-            codes: (B, h, w) a level, coarse to fine, of any integer type, tensors or arrays. Finer levels may be left
+            codes: (B, h, w) per level, coarse to fine, of any integer type, tensors or arrays. Finer levels may be left
                 out: the mean code vector then stands for them, which shows what the coarser levels hold.
 
         Raises:

@@ -22,7 +22,7 @@ class TokenizerLoss(nn.Module):
         self.commitment_weight = commitment_weight
 
     def forward(self, reconstruction: Tensor, images: Tensor, commitments: list[Tensor]) -> Tensor:
-        """Return the scalar loss of reconstructions (B, C, H, W) against images, with one commitment a level."""
+        """Return the scalar loss of reconstructions (B, C, H, W) against images, with one commitment per level."""
         distance = F.mse_loss if self.reconstruction == "mse" else F.l1_loss
         commitment = sum(commitments, start=images.new_zeros(())) / len(commitments)
         return distance(reconstruction.float(), images) + self.commitment_weight * commitment
