@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.measure import print_table
 from pipelines.config import load_config
-from pipelines.sections import at_level
-from pipelines.train_tokenizer import TokenizerTraining, train_tokenizer
+from pipelines.stages.train_tokenizer import TokenizerTraining, train_tokenizer
+from pipelines.training.sections import at_level
 
 STARTS = (64, 256, 1024)
 STEPS = 500

@@ -16,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from pipelines.manifest import read_manifest, receipts_of
-from pipelines.shards import index_shard, read_member
+from pipelines.storage.manifest import read_manifest, receipts_of
+from pipelines.storage.shards import index_shard, read_member
 
 
 def read_folder(folder: Path, kind: str, split: str) -> list[dict[str, bytes]]:

@@ -24,10 +24,10 @@ from PIL import Image, ImageOps
 
 from benchmarks.measure import DEVICE, main, print_table, resident_mib
 from benchmarks.pictures import packed, pictures
-from pipelines.compute import ComputeConfig, num_processes
-from pipelines.encode import EncodeConfig, encode
-from pipelines.memory import keep_freed_memory
-from pipelines.pack import ImagesConfig, pack
+from pipelines.compute.devices import ComputeConfig, num_processes
+from pipelines.compute.memory import keep_freed_memory
+from pipelines.stages.encode import EncodeConfig, encode
+from pipelines.stages.pack import ImagesConfig, pack
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
 
 COMPUTE = ComputeConfig(accelerator="auto")

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import interleaved_medians, main, print_table, resident_mib
-from pipelines.cache import Cache
-from pipelines.codes import unpack_codes
-from pipelines.compute import ComputeConfig
-from pipelines.export import ExportConfig, export
-from pipelines.manifest import all_receipts, read_manifest, shards_hold, write_manifest
-from pipelines.shards import array_bytes, code_dtype, index_shard, read_member, receipt_path, write_json
-from pipelines.verify import verify_codes
+from pipelines.compute.devices import ComputeConfig
+from pipelines.data.codes import unpack_codes
+from pipelines.stages.export import ExportConfig, export
+from pipelines.stages.verify import verify_codes
+from pipelines.storage.cache import Cache
+from pipelines.storage.manifest import all_receipts, read_manifest, shards_hold, write_manifest
+from pipelines.storage.shards import array_bytes, code_dtype, index_shard, read_member, receipt_path, write_json
 
 SPEED = {"grids": [(16, 16), (32, 32)], "codebook_size": 1024, "shards": 4, "records": 1000}
 SCALE = {"grids": [(2, 2)], "codebook_size": 256, "records": 1000}

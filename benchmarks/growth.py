@@ -18,8 +18,8 @@ import torch
 from benchmarks.measure import DEVICE, interleaved_medians, main, print_table
 from benchmarks.pictures import packed
 from benchmarks.training import WAYS, prior_step, tokenizer_step
-from pipelines.compute import ComputeConfig
-from pipelines.encode import EncodeConfig, encode
+from pipelines.compute.devices import ComputeConfig
+from pipelines.stages.encode import EncodeConfig, encode
 from prior import HierarchicalPrior, LevelConfig, LevelPrior, PixelSNAILConfig, TransformerConfig
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
 

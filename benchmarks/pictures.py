@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.manifest import write_manifest
-from pipelines.pictures import encode_image
-from pipelines.shards import write_shard
+from pipelines.data.pictures import encode_image
+from pipelines.storage.manifest import write_manifest
+from pipelines.storage.shards import write_shard
 
 # Different pictures made; a folder of more repeats them under other names.
 DIFFERENT = 200

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import DEVICE, interleaved_medians, main, print_table
 from benchmarks.pictures import packed
-from pipelines.compute import ComputeConfig
-from pipelines.data import AugmentConfig, ImageShards, TrainingImages
+from pipelines.compute.devices import ComputeConfig
+from pipelines.data.images import AugmentConfig, ImageShards, TrainingImages
 from prior.level import LevelConfig, LevelPrior
 from prior.transformer import TransformerConfig
 from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, Quantized, TokenizerConfig, TokenizerLoss

@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks are not installed
 from benchmarks.digits import fit_judge, reduced
-from pipelines.layout import TokenLayout
-from pipelines.tokens import TokenDataset
+from pipelines.tokens.dataset import TokenDataset
+from pipelines.tokens.layout import TokenLayout
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 

@@ -5,10 +5,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.pack import ImagesConfig
-from pipelines.places import read_bytes
-from pipelines.plain import read_yaml
-from pipelines.stage import differences, is_complete, plain
+from pipelines.stages.pack import ImagesConfig
+from pipelines.storage.folders import differences, is_complete, plain
+from pipelines.storage.paths import read_bytes
+from pipelines.storage.yaml import read_yaml
 
 
 def as_begun(config: ImagesConfig, seed: int, folder: Path) -> ImagesConfig:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import StageError
-from pipelines.fingerprint import manifest_digest
-from pipelines.manifest import read_manifest, receipts_of
-from pipelines.places import read_bytes
-from pipelines.sample import model_fingerprints
+from pipelines.stages.sample import model_fingerprints
+from pipelines.storage.fingerprint import manifest_digest
+from pipelines.storage.manifest import read_manifest, receipts_of
+from pipelines.storage.paths import read_bytes
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 

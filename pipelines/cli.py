@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     show_traceback = "--traceback" in arguments
+    from pipelines.compute.memory import keep_freed_memory
+    from pipelines.compute.signals import PARENT, Interrupted, end_with_parent, leave, requeue, signals_handled_by
     from pipelines.errors import ConfigError, UserError
-    from pipelines.memory import keep_freed_memory
-    from pipelines.signals import PARENT, Interrupted, end_with_parent, leave, requeue, signals_handled_by
 
     keep_freed_memory()
     end_with_parent()
@@ -92,7 +92,7 @@ def _command(arguments: list[str]) -> int:
 
     stage, rest = arguments[0], arguments[1:]
     if stage == "decode":  # of tokens from elsewhere: no run, no config
-        from pipelines.decode import command
+        from pipelines.stages.decode import command
 
         set_up_console()
         command(rest)
@@ -122,7 +122,7 @@ def _command(arguments: list[str]) -> int:
             raise ConfigError(f"--redo {name} goes with {name}{' or run' * (name in ORDER)}, not with {stage}")
     if options.level is not None and stage != "train-prior":
         raise ConfigError(f"--level goes with train-prior, not with {stage}")
-    from pipelines.compute import several_processes
+    from pipelines.compute.devices import several_processes
     from pipelines.config import load_config
     from pipelines.generator import Generator, names_models
     from pipelines.run import Run
@@ -151,7 +151,7 @@ def _one_by_one(config: str, overrides: list[str], redo: list[str], note: str) -
 
     What they empty for --redo stands in one note, whose name they are given.
     """
-    from pipelines.processes import end
+    from pipelines.compute.launching import end
     from pipelines.redo import NOTE
 
     first = min((ORDER.index(stage) for stage in redo), default=len(ORDER))
@@ -170,7 +170,7 @@ def _one_by_one(config: str, overrides: list[str], redo: list[str], note: str) -
 
 def set_up_console() -> None:
     """Say what smalti says; leave out the libraries' chatter about themselves."""
-    from pipelines.compute import this_worker
+    from pipelines.compute.devices import this_worker
     from pipelines.progress import Console
 
     root = logging.getLogger()

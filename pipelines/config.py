@@ -9,15 +9,15 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from pipelines.compute import ComputeConfig
-from pipelines.encode import EncodeConfig
+from pipelines.compute.devices import ComputeConfig
 from pipelines.errors import ConfigError
-from pipelines.export import ExportConfig
-from pipelines.fingerprint import hashed
-from pipelines.pack import ImagesConfig
-from pipelines.plain import read_yaml
-from pipelines.sample import SampleConfig
-from pipelines.sections import PriorConfig, TokenizerSection, at_level, prior_at_level
+from pipelines.stages.encode import EncodeConfig
+from pipelines.stages.export import ExportConfig
+from pipelines.stages.pack import ImagesConfig
+from pipelines.stages.sample import SampleConfig
+from pipelines.storage.fingerprint import hashed
+from pipelines.storage.yaml import read_yaml
+from pipelines.training.sections import PriorConfig, TokenizerSection, at_level, prior_at_level
 
 
 @dataclass(frozen=True, kw_only=True)

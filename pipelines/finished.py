@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 from pipelines.config import Config
+from pipelines.data.held_out import held_out
 from pipelines.errors import StageError, told_to_user
-from pipelines.fingerprint import digest, tokenizer_fingerprint
-from pipelines.held_out import held_out
-from pipelines.manifest import read_manifest
-from pipelines.places import exists, is_local, place, read_bytes
-from pipelines.stage import is_complete, named_folder
+from pipelines.storage.fingerprint import digest, tokenizer_fingerprint
+from pipelines.storage.folders import is_complete, named_folder
+from pipelines.storage.manifest import read_manifest
+from pipelines.storage.paths import exists, is_local, place, read_bytes
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pipelines.card import files_about, model_card
 from pipelines.errors import StageError, told_to_user
-from pipelines.fingerprint import tokenizer_fingerprint
-from pipelines.places import make_folder, place, whole
-from pipelines.sample import Drawn, SampleConfig, check_belong_together, drawn_batches
-from pipelines.stage import publish_model
+from pipelines.stages.sample import Drawn, SampleConfig, check_belong_together, drawn_batches
+from pipelines.storage.fingerprint import tokenizer_fingerprint
+from pipelines.storage.folders import publish_model
+from pipelines.storage.paths import make_folder, place, whole
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 from tokenizer.hub import can_be_repository, model_folder

@@ -3,11 +3,11 @@
 from collections.abc import Collection
 from importlib.util import find_spec
 
-from pipelines.compute import ComputeConfig, local_processes, this_worker
+from pipelines.compute.devices import ComputeConfig, local_processes, this_worker
 from pipelines.config import Config
 from pipelines.errors import ConfigError
-from pipelines.sample import SampleConfig, class_indices
-from pipelines.sections import TrainingConfig, at_level, prior_at_level
+from pipelines.stages.sample import SampleConfig, class_indices
+from pipelines.training.sections import TrainingConfig, at_level, prior_at_level
 from tokenizer import HierarchicalVQVAE
 
 

@@ -6,9 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pipelines.config import Config
-from pipelines.fingerprint import digest, hashed
-from pipelines.places import make_folder, read_bytes, write_text
-from pipelines.stage import empty_stage
+from pipelines.storage.fingerprint import digest, hashed
+from pipelines.storage.folders import empty_stage
+from pipelines.storage.paths import make_folder, read_bytes, write_text
 
 logger = logging.getLogger(__name__)
 

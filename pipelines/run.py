@@ -8,27 +8,27 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pipelines.begun import as_begun
-from pipelines.compute import described, started_by_a_launcher, this_worker
+from pipelines.compute.devices import described, started_by_a_launcher, this_worker
+from pipelines.compute.launching import workers_of
+from pipelines.compute.signals import PARENT
 from pipelines.config import Config
-from pipelines.encode import encode
+from pipelines.data.held_out import check_codes_of_images
 from pipelines.errors import ConfigError, StageError
-from pipelines.export import export, files_read, is_exported, plan_export
-from pipelines.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
 from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
-from pipelines.held_out import check_codes_of_images
 from pipelines.judge import judge
-from pipelines.manifest import all_receipts, read_manifest, shards_hold
-from pipelines.pack import pack, settle_source
-from pipelines.places import make_folder
-from pipelines.processes import workers_of
 from pipelines.redo import Redo
-from pipelines.sample import model_fingerprints, sample
-from pipelines.sections import at_level, prior_at_level
-from pipelines.shards import write_json
-from pipelines.signals import PARENT
-from pipelines.stage import check_outside, folder_of_set, is_complete, only_process, open_stage
-from pipelines.verify import verify_codes, verify_images, verify_priors, verify_samples, verify_tokens
+from pipelines.stages.encode import encode
+from pipelines.stages.export import export, files_read, is_exported, plan_export
+from pipelines.stages.pack import pack, settle_source
+from pipelines.stages.sample import model_fingerprints, sample
+from pipelines.stages.verify import verify_codes, verify_images, verify_priors, verify_samples, verify_tokens
+from pipelines.storage.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
+from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
+from pipelines.storage.manifest import all_receipts, read_manifest, shards_hold
+from pipelines.storage.paths import make_folder
+from pipelines.storage.shards import write_json
+from pipelines.training.sections import at_level, prior_at_level
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -115,7 +115,7 @@ class Run:
             folder = self._open("train-tokenizer", self.root / "tokenizer", settings)
             if is_complete(folder):
                 return _skip("train-tokenizer", f"{folder} is complete")
-            from pipelines.train_tokenizer import train_tokenizer  # Lightning takes seconds to import
+            from pipelines.stages.train_tokenizer import train_tokenizer  # Lightning takes seconds to import
 
             self._begin("train-tokenizer", self.finished.images, folder)
             training = at_level(config.tokenizer.training, 0, 1)
@@ -177,7 +177,7 @@ class Run:
             self._open(stage, folder, settings)
             if is_complete(folder):
                 return _skip(stage, f"{folder} is complete")
-            from pipelines.train_prior import train_prior  # Lightning takes seconds to import
+            from pipelines.stages.train_prior import train_prior  # Lightning takes seconds to import
 
             self._begin(stage, self.finished.codes, folder)
             codes, unpacked = self.finished.codes, self.finished.unpacked
@@ -206,7 +206,7 @@ class Run:
         Raises:
             StageError: nothing is there, or what is there does not belong together.
         """
-        from pipelines.evaluate import evaluate, table  # its metrics take seconds to import
+        from pipelines.stages.evaluate import evaluate, table  # its metrics take seconds to import
 
         if this_worker().rank > 0:
             return _skip("evaluate", "the first process does it")

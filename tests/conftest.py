@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines.cache import Cache
+from pipelines.storage.cache import Cache
 
 # A slow machine is no failed law.
 hypothesis.settings.register_profile("smalti", deadline=None)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.layout import TokenLayout
-from pipelines.records import Records
-from pipelines.template import RecordConfig
+from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.records import Records
+from pipelines.tokens.template import RecordConfig
 
 CAPTION = "<bos> <text> <boi> <codes> <eoi> <eos>"
 

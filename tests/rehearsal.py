@@ -32,7 +32,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pipelines import encode, sample
+from pipelines.stages import encode, sample
 
 NAME, RANKS = "rehearsed", 2
 DEVICE = torch.device("privateuseone", 0)  # as torch calls it until it has its name

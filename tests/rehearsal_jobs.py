@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
-from pipelines import encode, pack, sample, training
-from pipelines.codes import as_it_is
-from pipelines.compute import ComputeConfig
-from pipelines.fingerprint import tokenizer_fingerprint
-from pipelines.sections import PriorConfig, TokenizerSection, TrainingConfig
-from pipelines.train_prior import PriorTraining
-from pipelines.train_tokenizer import TokenizerTraining
+from pipelines.compute.devices import ComputeConfig
+from pipelines.data.codes import as_it_is
+from pipelines.stages import encode, pack, sample
+from pipelines.stages.train_prior import PriorTraining
+from pipelines.stages.train_tokenizer import TokenizerTraining
+from pipelines.storage.fingerprint import tokenizer_fingerprint
+from pipelines.training import fit as training
+from pipelines.training.sections import PriorConfig, TokenizerSection, TrainingConfig
 from prior import HierarchicalPrior, LevelConfig, LevelPrior
 from tests.priors import SIZES
 from tests.rehearsal import DEVICE, NAME, RANKS, Backend, rehearsal

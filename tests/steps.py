@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pipelines.train_tokenizer
+import pipelines.stages.train_tokenizer
 from pipelines.cli import main
-from pipelines.train_tokenizer import TokenizerTraining
+from pipelines.stages.train_tokenizer import TokenizerTraining
 from tokenizer import HierarchicalVQVAE
 from tokenizer.hierarchy import Autoencoded
 
@@ -73,5 +73,5 @@ def least_margin(folder: Path, loop: str = "training") -> float:
 
 
 if __name__ == "__main__":
-    pipelines.train_tokenizer.TokenizerTraining = Recorded  # type: ignore[misc]
+    pipelines.stages.train_tokenizer.TokenizerTraining = Recorded  # type: ignore[misc]
     sys.exit(main())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import export, gpu
-from pipelines.tokens import TokenDataset
+from pipelines.tokens.dataset import TokenDataset
 from prior import PixelSNAILConfig, TransformerConfig
 
 TINY = gpu.Sizes(

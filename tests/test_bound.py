@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.bound import SCALES, bound_figures, fitted_scales, grey_levels, interval95, pixel_nats
-from pipelines.cache import Cache
-from pipelines.data import ImageShards, to_unit_range
+from pipelines.data.images import ImageShards, to_unit_range
+from pipelines.metrics.bound import SCALES, bound_figures, fitted_scales, grey_levels, interval95, pixel_nats
+from pipelines.storage.cache import Cache
 from tokenizer import HierarchicalVQVAE
 
 EDGES_AND_BETWEEN = [0.0, 0.3, 0.5, 17.25, 127.5, 254.6, 255.0]

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 from upath import UPath
 
-from pipelines.cache import Cache
+from pipelines.storage.cache import Cache
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
-from pipelines.callbacks import Average, AverageWeights
+from pipelines.training.callbacks import Average, AverageWeights
 
 
 def layers() -> nn.Module:

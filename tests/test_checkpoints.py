@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pipelines import codes, data
-from pipelines.callbacks import KeepBest
 from pipelines.config import load_config
+from pipelines.data import codes
+from pipelines.data import images as data
 from pipelines.errors import StageError
 from pipelines.run import Run
+from pipelines.training.callbacks import KeepBest
 from tests.test_training import Killed, dying_at, rows
 
 Job = Callable[[Path, str], Path]
@@ -22,7 +23,7 @@ Job = Callable[[Path, str], Path]
 @pytest.fixture
 def job(tiny_run: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Job:
     """Train one stage in a folder and return the stage's; after the first validation the loss is climbed."""
-    monkeypatch.setattr("pipelines.training.learning_rate_factor", lambda step, *_: 1.0 if step < 2 else -30.0)
+    monkeypatch.setattr("pipelines.training.fit.learning_rate_factor", lambda step, *_: 1.0 if step < 2 else -30.0)
     run = tiny_run.parent / "run"
 
     def train(folder: Path, stage: str) -> Path:

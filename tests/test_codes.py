@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.cache import Cache
-from pipelines.codes import Codes
-from pipelines.compute import ComputeConfig
+from pipelines.compute.devices import ComputeConfig
 from pipelines.config import Config
+from pipelines.data.codes import Codes
 from pipelines.errors import StageError
-from pipelines.manifest import write_manifest
 from pipelines.run import Run
-from pipelines.shards import array_bytes, write_shard
+from pipelines.storage.cache import Cache
+from pipelines.storage.manifest import write_manifest
+from pipelines.storage.shards import array_bytes, write_shard
 
 LEVELS = [{"grid": [2, 2], "codebook_size": 300}]
 

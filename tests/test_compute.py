@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from pipelines.compute import ComputeConfig, Worker, inference_device, started_by_a_launcher, this_worker
+from pipelines.compute.devices import ComputeConfig, Worker, inference_device, started_by_a_launcher, this_worker
 from pipelines.errors import ConfigError
 
 NAMES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")

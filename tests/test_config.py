@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.config import load_config, make_parser
 from pipelines.errors import ConfigError
-from pipelines.sections import PriorConfig, at_level
+from pipelines.training.sections import PriorConfig, at_level
 from prior import TransformerConfig
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipelines.config import load_config
-from pipelines.sections import prior_at_level
-from pipelines.train_prior import level_config
+from pipelines.stages.train_prior import level_config
+from pipelines.training.sections import prior_at_level
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
 

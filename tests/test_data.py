@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import data
-from pipelines.cache import Cache
-from pipelines.data import (
+from pipelines.data import images as data
+from pipelines.data.images import (
     AugmentConfig,
     ImageShards,
     TrainingImages,
@@ -19,7 +18,8 @@ from pipelines.data import (
     to_unit_range,
 )
 from pipelines.errors import StageError
-from pipelines.shards import index_shard, write_shard
+from pipelines.storage.cache import Cache
+from pipelines.storage.shards import index_shard, write_shard
 
 
 def test_images_are_found_by_index_across_shards(tiny_run: Path, cache: Cache) -> None:

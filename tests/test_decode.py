@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.decode import batches
 from pipelines.errors import StageError
-from pipelines.layout import TokenLayout
-from pipelines.manifest import read_manifest
-from pipelines.records import Records, write_bin, write_parquet
-from pipelines.vocabulary import TextConfig, VocabConfig
+from pipelines.stages.decode import batches
+from pipelines.storage.manifest import read_manifest
+from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.records import Records, write_bin, write_parquet
+from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from tests.layouts import CAPTION, layout, shard, text_tokenizer
 from tokenizer import HierarchicalVQVAE
 

@@ -100,7 +100,7 @@ def test_validation_figures_do_not_depend_on_the_number_of_processes(
 def test_a_job_goes_on_with_the_same_batches_on_another_number_of_processes(
     tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.train_tokenizer.TokenizerTraining", Recorded)
+    monkeypatch.setattr("pipelines.stages.train_tokenizer.TokenizerTraining", Recorded)
     found = []
     for name, first in (("one", 1), ("two, then one", 2)):
         changes = {

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import encode
-from pipelines.compute import ComputeConfig
+from pipelines.compute.devices import ComputeConfig
 from pipelines.config import load_config
-from pipelines.encode import COMPILED_PIXELS, EncodeConfig, compiles
 from pipelines.run import Run
-from pipelines.shards import index_shard, read_member
+from pipelines.stages import encode
+from pipelines.stages.encode import COMPILED_PIXELS, EncodeConfig, compiles
+from pipelines.storage.shards import index_shard, read_member
 
 
 @pytest.mark.parametrize(

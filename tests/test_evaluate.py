@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.bound import fitted_scales
-from pipelines.cache import Cache
 from pipelines.config import load_config
-from pipelines.data import ImageShards
-from pipelines.evaluate import evaluate_prior, table
+from pipelines.data.images import ImageShards
+from pipelines.metrics.bound import fitted_scales
 from pipelines.run import Run
+from pipelines.stages.evaluate import evaluate_prior, table
+from pipelines.storage.cache import Cache
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 

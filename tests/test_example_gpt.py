@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from examples import gpt
-from pipelines.cache import Cache
-from pipelines.codes import Codes
-from pipelines.manifest import read_manifest
-from pipelines.records import Records, write_bin
-from pipelines.tokens import TokenDataset
+from pipelines.data.codes import Codes
+from pipelines.storage.cache import Cache
+from pipelines.storage.manifest import read_manifest
+from pipelines.tokens.dataset import TokenDataset
+from pipelines.tokens.records import Records, write_bin
 from tests.layouts import layout
 
 FORMAT1 = Path(__file__).parent / "data" / "format1" / "run"

@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipelines.export
-import pipelines.shards
-from pipelines.codes import code_sample
-from pipelines.compute import ComputeConfig
+import pipelines.stages.export
+import pipelines.storage.shards
+from pipelines.compute.devices import ComputeConfig
+from pipelines.data.codes import code_sample
 from pipelines.errors import ConfigError, StageError
-from pipelines.export import ExportConfig, export
-from pipelines.laying import chosen
-from pipelines.layout import TokenLayout
-from pipelines.manifest import read_manifest
-from pipelines.shards import index_shard, write_shard
-from pipelines.template import RecordConfig
-from pipelines.tokens import TokenDataset
-from pipelines.vocabulary import TextConfig, VocabConfig
+from pipelines.stages.export import ExportConfig, export
+from pipelines.storage.manifest import read_manifest
+from pipelines.storage.shards import index_shard, write_shard
+from pipelines.tokens.dataset import TokenDataset
+from pipelines.tokens.laying import chosen
+from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.template import RecordConfig
+from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from tests.layouts import CAPTION, text_tokenizer
 
 Smalti = Callable[..., tuple[int, str]]
@@ -95,7 +95,7 @@ def test_workers_of_any_number_and_order_write_the_same_bytes(
 @pytest.mark.parametrize("writes", [1, 4, 6, 7, 8])
 def test_killed_and_resumed_equals_uninterrupted(writes: int, codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = files_of(exported(codes, "uninterrupted", format=EVERY))
-    honest, calls = pipelines.shards.write_json, []
+    honest, calls = pipelines.storage.shards.write_json, []
 
     def killed(path: Path, contents: object) -> None:
         calls.append(path)
@@ -104,7 +104,7 @@ def test_killed_and_resumed_equals_uninterrupted(writes: int, codes: Path, monke
         honest(path, contents)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.shards, "write_json", killed)
+        patch.setattr(pipelines.storage.shards, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             exported(codes, "killed", format=EVERY)
     assert not (codes.parent / "killed" / "layout.json").exists()
@@ -129,7 +129,7 @@ def test_a_folder_where_something_is_to_be_done_is_not_complete(codes: Path, mon
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipelines.export, "write_files", killed)
+    monkeypatch.setattr(pipelines.stages.export, "write_files", killed)
     with pytest.raises(KeyboardInterrupt):
         exported(codes, "tokens")
     assert not (folder / "layout.json").exists()
@@ -302,7 +302,7 @@ def test_what_may_go_wrong_in_training_is_said(codes: Path, caplog: pytest.LogCa
 
 
 def test_shards_larger_than_a_format_holds_are_refused(codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipelines.export, "MAX_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(pipelines.stages.export, "MAX_CHUNK_BYTES", 1000)
     with pytest.raises(ConfigError, match=r"train-000000\.tar makes 500 tokens, more than a file of mds can hold"):
         exported(codes, "tokens", format=["mds"])
 

@@ -1,6 +1,6 @@
 import torch
 
-from pipelines.fingerprint import digest, fingerprint
+from pipelines.storage.fingerprint import digest, fingerprint
 from tests.test_hierarchy import tiny
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.fingerprint import digest, hashed, manifest_digest, prior_fingerprint, tokenizer_fingerprint
-from pipelines.manifest import all_receipts, read_manifest
-from pipelines.shards import index_shard, read_member
+from pipelines.storage.fingerprint import digest, hashed, manifest_digest, prior_fingerprint, tokenizer_fingerprint
+from pipelines.storage.manifest import all_receipts, read_manifest
+from pipelines.storage.shards import index_shard, read_member
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pipelines import Generator
 from pipelines.card import _without_places
-from pipelines.fingerprint import tokenizer_fingerprint
 from pipelines.generator import names_models
-from pipelines.manifest import all_receipts, read_manifest
-from pipelines.shards import index_shard, read_member
+from pipelines.storage.fingerprint import tokenizer_fingerprint
+from pipelines.storage.manifest import all_receipts, read_manifest
+from pipelines.storage.shards import index_shard, read_member
 from prior import HierarchicalPrior, LevelConfig, LevelPrior
 from tests.priors import SIZES
 from tests.test_hierarchy import tiny

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.data.held_out import held_out, trained_on
 from pipelines.errors import StageError
-from pipelines.fingerprint import manifest_digest
-from pipelines.held_out import held_out, trained_on
-from pipelines.manifest import read_manifest
+from pipelines.storage.fingerprint import manifest_digest
+from pipelines.storage.manifest import read_manifest
 
 
 @pytest.fixture

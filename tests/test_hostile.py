@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipelines.cache import Cache
-from pipelines.callbacks import WholeCheckpoints
-from pipelines.codes import Codes
 from pipelines.config import load_config
-from pipelines.data import ImageShards
+from pipelines.data.codes import Codes
+from pipelines.data.images import ImageShards
+from pipelines.data.pictures import BadImageError, fit, pixels_of
 from pipelines.errors import ConfigError, StageError
-from pipelines.manifest import read_manifest
-from pipelines.pictures import BadImageError, fit, pixels_of
-from pipelines.shards import MAX_MEMBER_BYTES, index_shard, read_receipt, write_json
+from pipelines.storage.cache import Cache
+from pipelines.storage.manifest import read_manifest
+from pipelines.storage.shards import MAX_MEMBER_BYTES, index_shard, read_receipt, write_json
+from pipelines.training.callbacks import WholeCheckpoints
 from prior import LevelPrior
 from tests.test_pictures import data_of, noise
 from tokenizer import HierarchicalVQVAE

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.compute import ComputeConfig
-from pipelines.encode import EncodeConfig, settings_digest
-from pipelines.export import ExportConfig, plan_export
-from pipelines.fingerprint import digest
-from pipelines.pack import ImagesConfig, plan_shards, shard_jobs
-from pipelines.sample import SampleConfig, drawn_with
-from pipelines.sections import PriorConfig, TokenizerSection
-from pipelines.sources import Source
-from pipelines.stage import plain
-from pipelines.vocabulary import TextConfig, VocabConfig
+from pipelines.compute.devices import ComputeConfig
+from pipelines.sources.source import Source
+from pipelines.stages.encode import EncodeConfig, settings_digest
+from pipelines.stages.export import ExportConfig, plan_export
+from pipelines.stages.pack import ImagesConfig, plan_shards, shard_jobs
+from pipelines.stages.sample import SampleConfig, drawn_with
+from pipelines.storage.fingerprint import digest
+from pipelines.storage.folders import plain
+from pipelines.tokens.vocabulary import TextConfig, VocabConfig
+from pipelines.training.sections import PriorConfig, TokenizerSection
 
 SHAPING: dict[type, dict[str, Any]] = {
     ImagesConfig: {

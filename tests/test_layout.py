@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.errors import ConfigError, StageError
-from pipelines.fingerprint import tokenizer_fingerprint
-from pipelines.layout import TokenLayout
-from pipelines.vocabulary import TextConfig, VocabConfig
+from pipelines.storage.fingerprint import tokenizer_fingerprint
+from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from tests.layouts import CAPTION, SMALL, draw, layout, manifest, text_tokenizer
 from tests.test_hierarchy import tiny
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.listing import files_of, pictures_below
+from pipelines.sources.listing import files_of, pictures_below
 
 
 def write(*paths: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from pipelines.errors import StageError
-from pipelines.manifest import read_manifest, write_manifest
-from pipelines.shards import write_shard
+from pipelines.storage.manifest import read_manifest, write_manifest
+from pipelines.storage.shards import write_shard
 
 CODES: dict[str, Any] = {
     "kind": "codes",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.memory import VARIABLES
+from pipelines.compute.memory import VARIABLES
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -28,7 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 # Rounds of blocks of a batch's sizes, kept for a while beside small ones: the peak after 10 rounds and after 50.
 BATCHES = """
 from pathlib import Path
-from pipelines.memory import keep_freed_memory
+from pipelines.compute.memory import keep_freed_memory
 
 keep_freed_memory()
 for rounds in (10, 40):

@@ -1,7 +1,7 @@
 import shutil
 from pathlib import Path
 
-from pipelines.metrics_log import MetricsCSV, make_loggers
+from pipelines.training.loggers import MetricsCSV, make_loggers
 
 
 def test_a_resumed_log_goes_on_and_drops_the_life_that_was_cut_short(tmp_path: Path) -> None:

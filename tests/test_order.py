@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.order import TrainingBatches, ValidationBatches, drawn_sample, epoch_permutation
+from pipelines.data.batches import TrainingBatches, ValidationBatches, drawn_sample, epoch_permutation
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_alike() -> None:

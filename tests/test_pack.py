@@ -9,13 +9,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipelines.compute import ComputeConfig
+from pipelines.compute.devices import ComputeConfig
 from pipelines.config import Config, load_config
-from pipelines.data import ImageShards
+from pipelines.data.images import ImageShards
 from pipelines.errors import ConfigError, StageError
-from pipelines.pack import ImagesConfig, pack, settle_source, stratified_fraction
 from pipelines.run import Run
-from pipelines.shards import index_shard, read_member
+from pipelines.stages.pack import ImagesConfig, pack, settle_source, stratified_fraction
+from pipelines.storage.shards import index_shard, read_member
 
 COMPUTE = ComputeConfig(num_workers=0)
 
@@ -128,7 +128,7 @@ def test_memory_holds_one_image_at_a_time(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard is written while it is read: never more than one decoded image waits."""
-    from pipelines import pack as module
+    from pipelines.stages import pack as module
 
     waiting: list[int] = []
     honest: Callable = module.fit

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.pictures import BadImageError, encode_image, fit, open_image, picture_grid, pixels_of, to_mode
+from pipelines.data.pictures import BadImageError, encode_image, fit, open_image, picture_grid, pixels_of, to_mode
 
 
 def data_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipelines import places
-from pipelines.cache import Cache
 from pipelines.errors import ConfigError, StageError
-from pipelines.manifest import read_manifest
-from pipelines.places import matches, place, read_bytes, sweep, whole, write_text
+from pipelines.storage import paths as places
+from pipelines.storage.cache import Cache
+from pipelines.storage.manifest import read_manifest
+from pipelines.storage.paths import matches, place, read_bytes, sweep, whole, write_text
 from tests.test_pictures import data_of, noise
 
 pytestmark = [

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.compute import ComputeConfig
-from pipelines.processes import workers_of
+from pipelines.compute.devices import ComputeConfig
+from pipelines.compute.launching import workers_of
 
 SMALTI = [sys.executable, "-m", "pipelines.cli"]
 # A job starts in some seconds; a machine that runs other tests beside needs more.

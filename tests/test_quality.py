@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pipelines.quality import TokenizerQuality, entropy
+from pipelines.metrics.quality import TokenizerQuality, entropy
 from tests.test_hierarchy import tiny
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import records
 from pipelines.errors import ConfigError, StageError
-from pipelines.layout import TokenLayout
-from pipelines.records import (
+from pipelines.storage.shards import index_shard
+from pipelines.tokens import records
+from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.records import (
     Padding,
     Records,
     write_bin,
@@ -23,8 +24,7 @@ from pipelines.records import (
     write_single,
     write_webdataset,
 )
-from pipelines.shards import index_shard
-from pipelines.vocabulary import TextConfig, VocabConfig
+from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from tests.layouts import CAPTION, SMALL, layout, manifest, shard, text_tokenizer
 
 CAPTIONS = ["a cab", "", "abab", "bee\nand\r \u2028é", "c"]

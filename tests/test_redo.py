@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from pipelines.compute import ComputeConfig
+from pipelines.compute.devices import ComputeConfig
+from pipelines.compute.signals import PARENT, Interrupted
 from pipelines.config import Config
-from pipelines.pack import ImagesConfig
 from pipelines.redo import NOTE, Redo
 from pipelines.run import Run
-from pipelines.signals import PARENT, Interrupted
+from pipelines.stages.pack import ImagesConfig
 
 Smalti = Callable[..., tuple[int, str]]
 Begin = Callable[..., Redo]
@@ -103,7 +103,7 @@ def test_a_process_that_the_command_has_started_ends_neither_its_stage_nor_its_n
 def test_a_command_with_redo_goes_on_where_it_was_stopped_and_begins_again_once_it_was_done(
     copy_of: Callable[..., Path], smalti: Smalti, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.callbacks import KeepLast
+    from pipelines.training.callbacks import KeepLast
 
     arguments = ("run", copy_of(), "--redo", "train-prior")
     finer = arguments[1].parent / "run" / "prior" / "level1" / "model.safetensors"

@@ -15,10 +15,10 @@ import webdataset
 import yaml
 from safetensors.torch import load_file, save_file
 
-import pipelines.encode
+import pipelines.stages.encode
 from pipelines.config import load_config
-from pipelines.fingerprint import tokenizer_fingerprint
 from pipelines.run import Run
+from pipelines.storage.fingerprint import tokenizer_fingerprint
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -294,7 +294,7 @@ def test_a_source_in_the_folder_it_would_be_packed_to_is_refused_before_anything
 def test_a_stage_that_ends_without_its_manifest_has_not_done_well(
     copy_of: Callable[..., Path], smalti: Smalti, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, honest = copy_of(), pipelines.encode.write_shard
+    config, honest = copy_of(), pipelines.stages.encode.write_shard
 
     def on_a_bad_disk(path: Path, *arguments: object) -> None:
         honest(path, *arguments)
@@ -302,7 +302,7 @@ def test_a_stage_that_ends_without_its_manifest_has_not_done_well(
             path.write_bytes(b"")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.encode, "write_shard", on_a_bad_disk)
+        patch.setattr(pipelines.stages.encode, "write_shard", on_a_bad_disk)
         code, text = smalti("encode", config, "--redo=encode")
     assert code == 1
     assert "encode has ended but" in text and "give the same command again" in text

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.compute import ComputeConfig
+from pipelines.compute.devices import ComputeConfig
 from pipelines.errors import StageError
-from pipelines.fingerprint import tokenizer_fingerprint
 from pipelines.run import prior_at_level
-from pipelines.sample import SampleConfig, class_indices, sample
-from pipelines.sections import PriorConfig
-from pipelines.train_prior import level_config
+from pipelines.stages.sample import SampleConfig, class_indices, sample
+from pipelines.stages.train_prior import level_config
+from pipelines.storage.fingerprint import tokenizer_fingerprint
+from pipelines.training.sections import PriorConfig
 from prior import HierarchicalPrior, LevelConfig, LevelPrior
 from tests.priors import SIZES
 from tests.test_hierarchy import tiny

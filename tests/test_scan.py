@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.errors import ConfigError
-from pipelines.scan import scan
+from pipelines.tokens.scan import scan
 
 
 def test_levels_follow_one_another_in_raster_order() -> None:

@@ -8,9 +8,9 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.cache import Cache
 from pipelines.errors import StageError
-from pipelines.shards import (
+from pipelines.storage.cache import Cache
+from pipelines.storage.shards import (
     ShardJob,
     all_done,
     array_bytes,
@@ -119,7 +119,7 @@ def test_an_old_receipt_never_vouches_for_a_new_shard(
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.shards.write_json", killed)
+    monkeypatch.setattr("pipelines.storage.shards.write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         write_shard(path, SAMPLES[::-1], PROVENANCE | {"settings": "new"})
     assert not receipt_fits(path, PROVENANCE, cache)
@@ -133,7 +133,7 @@ def test_a_shard_that_lost_its_receipt_to_a_kill_is_made_again_and_a_foreign_fil
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.shards.write_json", killed)
+    monkeypatch.setattr("pipelines.storage.shards.write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         write_shard(jobs[0].path, SAMPLES, PROVENANCE)
     assert this_workers(jobs, tmp_path, cache).todo == [0, 1]

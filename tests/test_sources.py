@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.compute import ComputeConfig
+from pipelines.compute.devices import ComputeConfig
 from pipelines.errors import ConfigError, StageError
-from pipelines.shards import write_shard
-from pipelines.sources import described, described_beside, open_source
+from pipelines.sources.source import described, described_beside, open_source
+from pipelines.storage.shards import write_shard
 from tests.test_pictures import data_of, noise
 
 CACHE = ComputeConfig().cache

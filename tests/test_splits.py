@@ -1,7 +1,7 @@
 import pytest
 
 from pipelines.errors import StageError
-from pipelines.splits import SPLIT_NAMES, chosen_splits, split_mark, split_named, split_of
+from pipelines.sources.splits import SPLIT_NAMES, chosen_splits, split_mark, split_named, split_of
 
 
 @pytest.mark.parametrize(("split", "name"), [(split, name) for split, names in SPLIT_NAMES.items() for name in names])

@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import stage
 from pipelines.errors import ConfigError, StageError
-from pipelines.shards import write_shard
-from pipelines.stage import (
+from pipelines.storage import folders as stage
+from pipelines.storage.folders import (
     FILES,
     check_outside,
     differences,
@@ -16,6 +15,7 @@ from pipelines.stage import (
     open_stage,
     publish_model,
 )
+from pipelines.storage.shards import write_shard
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
 
 

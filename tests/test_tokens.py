@@ -8,10 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipelines.errors import StageError
-from pipelines.layout import TokenLayout
-from pipelines.records import Records, write_bin
-from pipelines.tokens import TokenDataset
-from pipelines.vocabulary import TextConfig, VocabConfig
+from pipelines.tokens.dataset import TokenDataset
+from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.records import Records, write_bin
+from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from tests.layouts import CAPTION, SMALL, layout, shard, text_tokenizer
 
 CAPTIONS = ["a cab", "", "abab", "bee\nand\r \u2028é", "c"]

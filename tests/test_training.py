@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines import codes, data
 from pipelines.config import load_config
+from pipelines.data import codes
+from pipelines.data import images as data
 from pipelines.errors import StageError
 from pipelines.run import Run
-from pipelines.sections import TrainingConfig
-from pipelines.train_tokenizer import TokenizerTraining
-from pipelines.training import clip_gradients, learning_rate_factor, make_optimizer, seed_step
+from pipelines.stages.train_tokenizer import TokenizerTraining
+from pipelines.training.fit import clip_gradients, learning_rate_factor, make_optimizer, seed_step
+from pipelines.training.sections import TrainingConfig
 from tests.conftest import merged
 from tests.steps import COMPARABLE, Recorded, least_margin
 from tokenizer import HierarchicalVQVAE
@@ -126,7 +127,7 @@ def test_half_precision_trains_with_clipped_gradients(
     """What a machine with bfloat16 does by itself."""
     norms: list[float] = []
     monkeypatch.setattr(
-        "pipelines.training.clip_gradients", lambda *given: norms.append(given[2]) or clip_gradients(*given)
+        "pipelines.training.fit.clip_gradients", lambda *given: norms.append(given[2]) or clip_gradients(*given)
     )
     run = tiny_run.parent / "run"
     training = {"precision": "bf16-mixed", "gradient_clip": 1.0}
@@ -160,7 +161,7 @@ def test_gradients_are_clipped_to_a_norm_over_all_parameters() -> None:
 def test_a_job_killed_while_it_validates_validates_again(
     val_every: int, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.train_prior import PriorTraining
+    from pipelines.stages.train_prior import PriorTraining
 
     changes = {
         "codes": {"from": str(tiny_run.parent / "run" / "codes")},
@@ -208,7 +209,7 @@ def test_micro_batches_take_the_codebook_step_of_the_whole_batch(
     tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One EMA step an optimizer step."""
-    monkeypatch.setattr("pipelines.train_tokenizer.TokenizerTraining", Recorded)
+    monkeypatch.setattr("pipelines.stages.train_tokenizer.TokenizerTraining", Recorded)
     found = []
     for micro in (1, 4):
         changes = {
@@ -256,7 +257,7 @@ def test_a_loss_that_becomes_nan_stops_with_a_sentence_and_keeps_the_checkpoint(
     if kind == "prior":
         changes |= {"codes": {"from": str(run / "codes")}}
     config = load_config(write_config(tmp_path, changes))
-    from pipelines.train_prior import PriorTraining
+    from pipelines.stages.train_prior import PriorTraining
 
     module = TokenizerTraining if kind == "tokenizer" else PriorTraining
     honest = module.training_step
@@ -313,7 +314,7 @@ def test_a_collapsed_level_and_an_overfitted_prior_are_warned_of(
     noise = Run(load_config(write_config(tmp_path / "b", changes)))
     for stage in ("pack", "train-tokenizer", "encode"):
         noise.stage(stage)
-    monkeypatch.setattr("pipelines.train_prior.GAP_WARNED_OF", 0.05)
+    monkeypatch.setattr("pipelines.stages.train_prior.GAP_WARNED_OF", 0.05)
     noise.stage("train-prior", 1)
     assert "they part, and the best checkpoint may be behind" in caplog.text
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipelines.errors import ConfigError
-from pipelines.layout import TokenLayout
-from pipelines.vocabulary import TextConfig, VocabConfig
+from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from tests.layouts import CAPTION, SMALL, draw, layout, manifest, text_tokenizer
 
 

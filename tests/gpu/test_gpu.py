@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from pipelines import training
-from pipelines.codes import Codes
 from pipelines.config import load_config
+from pipelines.data.codes import Codes
 from pipelines.run import Run
+from pipelines.training import fit as training
 from tests.gpu import ranks
 from tests.priors import NETWORKS, decoded, draw_codes, tiny_level, tiny_prior
 from tests.test_hierarchy import tiny

@@ -44,14 +44,14 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines.cache import Cache
-from pipelines.callbacks import WholeCheckpoints
 from pipelines.cli import main as smalti
-from pipelines.codes import Codes
 from pipelines.config import load_config
-from pipelines.data import ImageShards
+from pipelines.data.codes import Codes
+from pipelines.data.images import ImageShards
 from pipelines.run import Run
-from pipelines.shards import index_shard, read_receipt
+from pipelines.storage.cache import Cache
+from pipelines.storage.shards import index_shard, read_receipt
+from pipelines.training.callbacks import WholeCheckpoints
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 

@@ -17,10 +17,10 @@ from types import ModuleType
 
 import numpy as np
 
-from pipelines.layout import TokenLayout
-from pipelines.records import Padding, write_bin, write_litdata, write_litdata_index, write_mds, write_mds_index
-from pipelines.tokens import TokenDataset
-from pipelines.vocabulary import TextConfig, VocabConfig
+from pipelines.tokens.dataset import TokenDataset
+from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.records import Padding, write_bin, write_litdata, write_litdata_index, write_mds, write_mds_index
+from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from tests.layouts import CAPTION, SMALL, layout, manifest, shard, text_tokenizer
 
 

@@ -1,0 +1,1 @@
+"""What training and inference read: images, codes, and in which order."""

@@ -1,0 +1,189 @@
+"""Codes as training reads them: unpacked from their shards once, into arrays that are memory-mapped.
+
+B batch, h w code grid, K codebook_size.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.data.batches import drawn_sample
+from pipelines.errors import StageError
+from pipelines.storage.cache import Cache
+from pipelines.storage.fingerprint import digest
+from pipelines.storage.manifest import read_manifest, receipts_of
+from pipelines.storage.paths import sweep, whole
+from pipelines.storage.shards import SampleIndex, code_dtype, index_shard, read_member
+
+
+class Codes:
+    """One split of a code data set, memory-mapped: unpacked from its shards once.
+
+    Args:
+        folder: a `codes` folder, local or remote.
+        split: "train" or "val".
+        unpacked: local folder for the unpacked arrays.
+        cache: for the shards.
+    """
+
+    def __init__(self, folder: Path, split: str, unpacked: Path, cache: Cache) -> None:
+        manifest = read_manifest(folder, "codes", "encode")
+        self.grids = [tuple(level["grid"]) for level in manifest["levels"]]
+        self.codebook_sizes = [level["codebook_size"] for level in manifest["levels"]]
+        self.class_names: list[str] = manifest["class_names"]
+        paths = unpack_codes(folder, manifest, split, unpacked, cache)
+        self.levels = [np.load(path, mmap_mode="r") for path in paths[:-1]]  # (N, h, w) each
+        self.labels = np.load(paths[-1], mmap_mode="r")  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: list[int]) -> tuple[list[Tensor], Tensor]:
+        """Return int64 codes (B, h, w) per level and classes (B,); zeros for the filling of the tail, index -1."""
+        rows = np.maximum(indices, 0)
+        codes = [torch.from_numpy(level[rows].astype(np.int64)) for level in self.levels]
+        return codes, torch.from_numpy(self.labels[rows].astype(np.int64))
+
+
+def unpack_codes(folder: Path, manifest: dict, split: str, unpacked: Path, cache: Cache) -> list[Path]:
+    """Write a split's codes and classes as plain arrays, unless they are there: their names hold the shards' hashes.
+
+    Returns:
+        The paths, one per level and the classes last.
+
+    Raises:
+        StageError: a shard is not what the manifest says.
+    """
+    unpacked.mkdir(parents=True, exist_ok=True)
+    sweep(unpacked)
+    receipts = receipts_of(manifest, split)
+    stamp = digest([receipt["sha256"] for receipt in receipts])[:16]
+    num_levels = len(manifest["levels"])
+    names = [f"level{level}" for level in range(num_levels)] + ["classes"]
+    paths = [unpacked / f"{split}-{stamp}-{name}.npy" for name in names]
+    if all(path.exists() for path in paths):
+        return paths
+    count = sum(receipt["samples"] for receipt in receipts)
+    if not count:
+        raise StageError(f"{folder} holds no codes of the {split} split; run `smalti encode` again")
+    shapes = [(count, *level["grid"]) for level in manifest["levels"]] + [(count,)]
+    dtypes = [code_dtype(level["codebook_size"]) for level in manifest["levels"]] + [np.dtype(np.int32)]
+    with ExitStack() as stack:
+        # Levels train as jobs of their own that may unpack at the same time: each writes its own files.
+        written = [stack.enter_context(whole(path)) for path in paths]
+        arrays = [
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            for path, dtype, shape in zip(written, dtypes, shapes, strict=True)
+        ]
+        row = 0
+        for receipt in receipts:
+            shard = folder / receipt["shard"]
+            found = _unpack_shard(cache.shard(shard, receipt), shard, manifest, arrays, row)
+            if found != receipt["samples"]:
+                raise StageError(
+                    f"{shard} holds {found} samples but its manifest tells of {receipt['samples']}; "
+                    "run `smalti encode` again"
+                )
+            row += found
+        for array in arrays:
+            array.flush()
+    for stale in unpacked.glob(f"{split}-{'[0-9a-f]' * len(stamp)}-*.npy"):
+        if stamp not in stale.name:
+            stale.unlink(missing_ok=True)
+    return paths
+
+
+def _unpack_shard(path: Path, shard: Path, manifest: dict, arrays: Sequence[np.ndarray], row: int) -> int:
+    """Copy a code shard's grids and classes into the arrays from a row on; return how many samples it has."""
+    samples = index_shard(path)
+    if row + len(samples) > len(arrays[-1]):
+        return len(samples)
+    with path.open("rb") as file:
+        for number, sample in enumerate(samples, row):
+            codes, label = code_sample(file, sample, manifest, shard)
+            for array, grid in zip(arrays, codes, strict=False):
+                array[number] = grid
+            arrays[-1][number] = label
+    return len(samples)
+
+
+def code_sample(file: BinaryIO, sample: SampleIndex, manifest: dict, shard: Path) -> tuple[list[np.ndarray], int]:
+    """Return the grids of a sample, coarse to fine, and its class index, 0 where there are no classes.
+
+    Args:
+        file: the open shard.
+        sample: which one.
+        manifest: of the codes.
+        shard: its name in messages.
+
+    Raises:
+        StageError: a grid is missing or not what the manifest says, or the class does not exist; names it.
+    """
+    name, mend = f"sample {sample.key} of {shard}", "run `smalti encode` again"
+    codes = []
+    for number, level in enumerate(manifest["levels"]):
+        member = sample.members.get(f"level{number}.npy")
+        if member is None:
+            raise StageError(f"{name} lacks level{number}.npy; {mend}")
+        codes.append(_grid(read_member(file, member), level, name))
+    num_classes = len(manifest["class_names"])
+    text = read_member(file, sample.members["cls"])[:32] if "cls" in sample.members else b""
+    if not num_classes and not text:
+        return codes, 0
+    if not text.isdigit() or int(text) >= num_classes:
+        raise StageError(f"{name} must have a class below {num_classes}, has {text!r}; {mend}")
+    return codes, int(text)
+
+
+def _grid(data: bytes, level: dict, name: str) -> np.ndarray:
+    """Read a (h, w) array of codes; what its header claims is believed only if it is what the level is."""
+    wanted = (tuple(level["grid"]), code_dtype(level["codebook_size"]))
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except Exception as error:  # a header that lies raises many kinds
+        raise StageError(f"{name} holds no readable array ({error}); run `smalti encode` again") from error
+    if (shape, dtype) != wanted or fortran or len(data) - stream.tell() != dtype.itemsize * math.prod(shape):
+        raise StageError(
+            f"{name} must hold codes of {wanted[0]} in {wanted[1]}, has {shape} in {dtype}; run `smalti encode` again"
+        )
+    array = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+    if array.max() >= level["codebook_size"]:
+        raise StageError(
+            f"{name} must hold codes below {level['codebook_size']}, has {array.max()}; run `smalti encode` again"
+        )
+    return array
+
+
+class TrainingCodes:
+    """(codes, classes) of a batch of draws."""
+
+    def __init__(self, codes: Codes, seed: int) -> None:
+        self.codes, self.seed = codes, seed
+
+    def __getitems__(self, draws: list[int]) -> Any:
+        return self.codes.batch([drawn_sample(self.seed, draw, (len(self.codes),)) for draw in draws])
+
+
+class ValidationCodes:
+    """((codes, classes), mask) of a batch of indices, -1 filling the tail."""
+
+    def __init__(self, codes: Codes) -> None:
+        self.codes = codes
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self.codes.batch(indices), torch.tensor([float(index >= 0) for index in indices])
+
+
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: the data set returns whole batches."""
+    return batch

@@ -1,0 +1,350 @@
+"""Stage pack: an image source becomes image shards of one size."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from pipelines.compute.devices import ComputeConfig, num_processes, this_worker
+from pipelines.compute.memory import keep_freed_memory
+from pipelines.compute.signals import PARENT, end_with_parent
+from pipelines.data.pictures import BadImageError, fit
+from pipelines.errors import ConfigError, StageError
+from pipelines.progress import progress_bar
+from pipelines.sources.source import Source, described, described_beside, open_source
+from pipelines.storage.fingerprint import digest
+from pipelines.storage.manifest import write_manifest
+from pipelines.storage.paths import lies_in, matches, place, read_bytes, write_text
+from pipelines.storage.shards import (
+    CARRIED,
+    ShardJob,
+    all_done,
+    read_receipt,
+    remove_shards,
+    this_workers,
+    write_shard,
+)
+from pipelines.storage.yaml import read_yaml
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """Where images come from and how they are packed.
+
+    Attributes:
+        from_: an `images` folder of another run; empty packs this run's own.
+        source: digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS.
+        size: pixels of either side after scaling the short side and cropping the centre.
+        channels: 1 for grey, 3 for RGB.
+        classes: False leaves classes out.
+        upscale: enlarge images smaller than size, which are skipped as bad otherwise.
+        val_fraction: share of each class set aside for validation, where the source has no such split.
+        max_bad: highest share of images that may be skipped because they cannot be used.
+        shard_size: images a shard.
+        format: how resized images are encoded: lossless png or webp, or jpg at quality 95.
+        image_column: of parquet and hf sources; found by its type if empty.
+        label_column: of parquet and hf sources; found by its type or name if empty.
+        caption_column: of parquet and hf sources, what becomes txt; none if empty.
+        keep: which of txt and json are carried along with the images that have them beside them; "auto" is both, but
+            for a folder that was begun otherwise, which goes on as it was begun.
+        shuffle: mix the images of a split over its shards, by the seed; "auto" does with class folders, which are laid
+            down class by class otherwise, but for a folder that was begun otherwise.
+    """
+
+    from_: str = ""
+    source: str = "digits"
+    size: int = 256
+    channels: int = 3
+    classes: bool = True
+    upscale: bool = False
+    val_fraction: float = 0.1
+    max_bad: float = 0.001
+    shard_size: int = 10000
+    format: Literal["png", "jpg", "webp"] = "png"
+    image_column: str = ""
+    label_column: str = ""
+    caption_column: str = field(default="", metadata={"introduced": ""})
+    keep: list[str] | Literal["auto"] = field(default="auto", metadata={"introduced": []})
+    shuffle: bool | Literal["auto"] = field(default="auto", metadata={"introduced": False})
+
+    def __post_init__(self) -> None:
+        if self.size < 2:
+            raise ValueError(f"images.size must be at least 2 pixels, got {self.size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"images.channels must be 1 (grey) or 3 (RGB), got {self.channels}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"images.val_fraction must lie between 0 and 1, got {self.val_fraction}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"images.max_bad must lie in [0, 1], got {self.max_bad}")
+        if self.shard_size < 1:
+            raise ValueError(f"images.shard_size must be at least 1, got {self.shard_size}")
+        if self.keep != "auto" and not (isinstance(self.keep, list) and all(name in [*CARRIED] for name in self.keep)):
+            raise ValueError(f"images.keep must be auto or a list of {' and '.join(CARRIED)}, got {self.keep}")
+        if self.shuffle not in (True, False, "auto"):
+            raise ValueError(f"images.shuffle must be true, false or auto, got {self.shuffle}")
+
+
+class ShardPlan(NamedTuple):
+    """One shard to write: its name, and which images of which split of the source."""
+
+    name: str
+    source_split: str
+    indices: np.ndarray
+
+
+def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) -> None:
+    """Write image shards, receipts and the manifest; shards whose receipt fits stay.
+
+    Raises:
+        StageError: an empty source, duplicate keys, or more bad images than max_bad allows.
+    """
+    source = open_source(
+        config.source,
+        compute.cache,
+        config.classes,
+        config.image_column or None,
+        config.label_column or None,
+        config.caption_column or None,
+    )
+    if this_worker().rank == 0:
+        logger.info("pack: %s", described(config.source, source))
+        if said := described_beside(source, kept_members(source, config)):
+            logger.info("pack: %s", said)
+    plans = plan_shards(source, config, seed)
+    _check_keys(source, plans, config.source)
+    jobs = shard_jobs(source, plans, config, folder)
+    share = this_workers(jobs, folder, compute.cache)
+    tasks = [(jobs[number], plans[number], config) for number in share.todo]
+    processes = min(num_processes(compute), len(tasks))
+    total = sum(jobs[number].samples for number in share.todo)
+    with progress_bar(total, "pack", "images", disable=this_worker().rank > 0) as bar:
+        if processes > 1:
+            _pack_in_processes(processes, source, tasks, bar.update)
+        else:
+            for task in tasks:
+                _pack_shard(source, *task, bar.update)
+    if all_done(jobs, share, compute.cache):
+        _finish(folder, plans, source, config)
+
+
+def settle_source(source: str, folder: Path) -> None:
+    """Make sure, before anything is touched, that a folder that is to be packed to has to do with one source alone.
+
+    Shards of an unfinished folder that were made from another source are removed: a source is known by the names of
+    its files, which another may have too, and then receipts fit.
+
+    Raises:
+        ConfigError: the source lies in the folder.
+    """
+    _check_outside(source, folder)
+    kept = source
+    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
+        kept = read_yaml(read_bytes(folder / "config.yaml"))["images"]["source"]
+    if kept != source and this_worker().rank == 0:
+        remove_shards(folder)
+
+
+def _check_outside(source: str, folder: Path) -> None:
+    kind, _, rest = source.partition(":")
+    paths = [place(rest)] if kind == "folder" else matches(rest) if kind == "parquet" else []
+    if kind == "hf":  # its library takes the name of a folder too
+        paths = [Path(rest.partition(":")[0])]
+    if kind == "shards":
+        from webdataset.shardlists import expand_urls
+
+        paths = [path for url in expand_urls(rest) for path in matches(url)]
+    inside = next((path for path in paths if lies_in(path, folder)), None)
+    if inside:
+        raise ConfigError(
+            f"images.source must lie outside {folder}, which pack writes to, but {inside} lies in it; "
+            "move the source or choose another run_dir"
+        )
+
+
+def kept_members(source: Source, config: ImagesConfig) -> list[str]:
+    """Return the extensions of what is carried along with the images."""
+    return [name for name in CARRIED if name in source.beside and (config.keep == "auto" or name in config.keep)]
+
+
+def shard_jobs(source: Source, plans: list[ShardPlan], config: ImagesConfig, folder: Path) -> list[ShardJob]:
+    """Return the shards to write; their digests hold all that shapes their bytes, the seed by which images it chose."""
+    kept = {name: source.beside[name] for name in kept_members(source, config)}
+    later = _later_settings(config) | ({"keep": kept} if kept else {})
+    identity = digest([source.identity, _settings(config) | later])
+
+    def provenance(plan: ShardPlan) -> dict[str, Any]:
+        chosen = digest([plan.source_split, plan.indices.tolist()])
+        return {"made_from": None, "fingerprints": {}, "settings": digest([identity, chosen])}
+
+    return [ShardJob(folder / plan.name, len(plan.indices), provenance(plan)) for plan in plans]
+
+
+def _settings(config: ImagesConfig) -> dict[str, Any]:
+    return {"size": config.size, "channels": config.channels, "upscale": config.upscale, "format": config.format}
+
+
+def _later_settings(config: ImagesConfig) -> dict[str, Any]:
+    """What digests of format 1 did not hold: it counts where it is not the default that it had then."""
+    before = {"classes": True, "image_column": "", "label_column": "", "caption_column": ""}
+    return {name: getattr(config, name) for name, value in before.items() if getattr(config, name) != value}
+
+
+def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPlan]:
+    """Assign every image to a split and a shard, in the order of the source or shuffled."""
+    train = np.arange(len(source.splits["train"]))
+    if "val" in source.splits:
+        chosen = {"train": ("train", train), "val": ("val", np.arange(len(source.splits["val"])))}
+    else:
+        held_out = stratified_fraction(source.splits["train"].labels, len(train), config.val_fraction, seed)
+        chosen = {"train": ("train", np.setdiff1d(train, held_out)), "val": ("train", held_out)}
+    class_folders = config.source.startswith("folder:") and bool(source.class_names)
+    shuffled = class_folders if config.shuffle == "auto" else config.shuffle
+    plans = []
+    for split_number, (split, (source_split, indices)) in enumerate(chosen.items()):
+        if not len(indices):
+            raise StageError(f"{config.source} has {len(train)} images, too few for a {split} split; add some")
+        if shuffled:
+            indices = np.random.default_rng((seed, 4, split_number)).permutation(indices)
+        for number, start in enumerate(range(0, len(indices), config.shard_size)):
+            part = indices[start : start + config.shard_size]
+            plans.append(ShardPlan(f"{split}-{number:06d}.tar", source_split, part))
+    return plans
+
+
+def stratified_fraction(labels: np.ndarray | None, count: int, fraction: float, seed: int) -> np.ndarray:
+    """Draw a fraction of each class, at least one image of each that has two: sorted int64 indices."""
+    generator = np.random.default_rng((seed, 1))
+    labels = np.zeros(count, dtype=np.int64) if labels is None else labels
+    drawn = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        wanted = max(round(fraction * len(members)), 1 if len(members) > 1 else 0)
+        drawn.append(generator.permutation(members)[:wanted])
+    chosen = np.concatenate(drawn)
+    if not len(chosen) and count > 1:  # classes of one image each: none can be spared for all, so some are drawn
+        chosen = generator.permutation(count)[: max(1, round(fraction * count))]
+    return np.sort(chosen)
+
+
+def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:
+    for split in {plan.name.split("-")[0] for plan in plans}:
+        seen: set[bytes] = set()
+        for plan in plans:
+            if not plan.name.startswith(split):
+                continue
+            images = source.splits[plan.source_split]
+            for index in plan.indices:
+                key = images.key(int(index))
+                short = hashlib.blake2b(key.encode(), digest_size=16).digest()  # a set of these stays small
+                if short in seen:
+                    raise StageError(
+                        f"keys must be unique, but {key} comes twice in {name}; rename one of the files "
+                        "(names are compared without their extension, dots as underscores)"
+                    )
+                seen.add(short)
+
+
+Task = tuple[ShardJob, ShardPlan, ImagesConfig]
+_source: Source | None = None
+
+
+def _pack_in_processes(processes: int, source: Source, tasks: list[Task], tick: Callable[[int], Any]) -> None:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (source, os.getpid())) as pool:
+        try:
+            for task, _ in zip(tasks, pool.map(_pack_in_worker, tasks), strict=True):
+                tick(task[0].samples)
+        except BrokenProcessPool as error:
+            raise StageError(
+                "a process that packs was killed, by lack of memory perhaps; set compute.num_workers lower"
+            ) from error
+        except BaseException:  # nobody waits for shards that nobody wants any more
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+def _start_worker(source: Source, parent: int) -> None:
+    global _source
+    _source = source
+    keep_freed_memory()
+    if os.getppid() != parent:  # it is gone already
+        os._exit(1)
+    os.environ[PARENT] = str(parent)
+    end_with_parent()
+
+
+def _pack_in_worker(task: Task) -> None:
+    assert _source is not None
+    with suppress(KeyboardInterrupt):  # Ctrl-C reaches every process; the first one tells of it
+        _pack_shard(_source, *task, lambda: None)
+
+
+def _pack_shard(source: Source, job: ShardJob, plan: ShardPlan, config: ImagesConfig, tick: Callable[[], Any]) -> None:
+    """Write one shard, calling tick once an image."""
+    skipped: list[dict[str, str]] = []
+    kept = {name: CARRIED[name] for name in kept_members(source, config)}
+    split, allowed = source.splits[plan.source_split], config.max_bad * sum(map(len, source.splits.values()))
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for index in plan.indices:
+            raw = split.read(int(index))
+            tick()
+            try:
+                fitted = fit(raw.data, config.size, config.channels, config.upscale, config.format)
+            except BadImageError as error:
+                skipped.append({"key": raw.key, "reason": str(error)})
+                if len(skipped) > allowed:
+                    raise _too_many_bad(skipped, config) from None
+                continue
+            contents = {fitted.extension: fitted.data, **kept, **(split.beside(int(index), kept) if kept else {})}
+            if raw.label is not None:
+                contents["cls"] = str(raw.label).encode()
+            yield raw.key, contents
+
+    write_shard(job.path, samples(), job.provenance | {"skipped": skipped})
+
+
+def _too_many_bad(skipped: list[dict[str, str]], config: ImagesConfig) -> StageError:
+    first = skipped[0]
+    return StageError(
+        f"{len(skipped)} images cannot be used, more than images.max_bad ({config.max_bad:.2%}) allows; "
+        f"the first is {first['key']}: {first['reason']}; mend the source or raise images.max_bad"
+    )
+
+
+def _finish(folder: Path, plans: list[ShardPlan], source: Source, config: ImagesConfig) -> None:
+    receipts = [receipt for plan in plans if (receipt := read_receipt(folder / plan.name))]
+    skipped = [entry for receipt in receipts for entry in receipt["skipped"]]
+    if len(skipped) > config.max_bad * sum(len(plan.indices) for plan in plans):
+        raise _too_many_bad(skipped, config)
+    splits: dict[str, list[str]] = {"train": [], "val": []}
+    for plan in plans:
+        splits[plan.name.split("-")[0]].append(plan.name)
+    for split, names in splits.items():
+        if not sum(receipt["samples"] for receipt in receipts if receipt["shard"] in names):
+            raise StageError(f"{config.source}: no image of the {split} split can be used")
+    if skipped:
+        logger.warning("%d images skipped; %s and the manifest name them", len(skipped), folder / "skipped.txt")
+        report = "".join(f"{entry['key']}\t{entry['reason']}\n" for entry in skipped)
+        write_text(folder / "skipped.txt", report)
+    contents = {
+        "kind": "images",
+        "image_size": config.size,
+        "channels": config.channels,
+        "class_names": source.class_names,
+        "preprocessing": {**_settings(config), "resize": "short side, bicubic with antialiasing, centre crop"},
+        "made_from": config.source,
+        "skipped": len(skipped),
+    }
+    write_manifest(folder, splits, contents)

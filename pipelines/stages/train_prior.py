@@ -1,0 +1,166 @@
+"""Stage train-prior: code shards become a prior per level.
+
+B batch, h w code grid, K codebook_size.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.compute.devices import ComputeConfig
+from pipelines.data.codes import Codes, TrainingCodes, ValidationCodes, as_it_is
+from pipelines.storage.manifest import read_manifest
+from pipelines.training.fit import (
+    StepData,
+    export,
+    fit,
+    keep_metrics,
+    make_optimizer,
+    seed_step,
+    sum_over_ranks,
+)
+from pipelines.training.sections import PriorConfig
+from prior import LevelConfig, LevelPrior
+
+logger = logging.getLogger(__name__)
+
+# Validation loss above training loss by this share of it: the prior learns its training set by heart.
+GAP_WARNED_OF = 0.15
+
+
+def level_config(
+    config: PriorConfig,
+    level: int,
+    grids: list[tuple[int, int]],
+    codebook_sizes: list[int],
+    class_names: list[str],
+    tokenizer: str,
+) -> LevelConfig:
+    """Return what a level's prior is.
+
+    Args:
+        config: the section for this level, no lists.
+        level: 0 for the coarsest.
+        grids: (h, w) of all levels.
+        codebook_sizes: K of all levels.
+        class_names: empty when the data has none.
+        tokenizer: fingerprint of the tokenizer that made the codes.
+    """
+    size = config.transformer if config.network == "transformer" else config.pixelsnail
+    return LevelConfig(
+        level=level,
+        grids=grids[: level + 1],
+        codebook_sizes=codebook_sizes[: level + 1],
+        class_names=class_names,
+        size=size,
+        tokenizer=tokenizer,
+        unconditional=config.class_dropout > 0 or not class_names,
+        num_levels=len(grids),
+    )
+
+
+def train_prior(
+    config: PriorConfig, level: int, seed: int, compute: ComputeConfig, codes: Path, unpacked: Path, folder: Path
+) -> None:
+    """Train one level's prior and export the checkpoint of the best validation likelihood.
+
+    Args:
+        config: the section for this level, no lists.
+        level: 0 for the coarsest.
+        seed: of weights, batches and dropout.
+        compute: where.
+        codes: the `codes` folder.
+        unpacked: local folder for the unpacked codes.
+        folder: of the stage and level.
+    """
+    manifest = read_manifest(codes, "codes", "encode")
+    train, val = (Codes(codes, split, unpacked, compute.cache) for split in ("train", "val"))
+    pl.seed_everything(seed, workers=True, verbose=False)
+    training = config.training
+    assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
+    assert isinstance(config.dropout, float | int)
+    settings = level_config(config, level, train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"])
+    model = LevelPrior(settings, config.dropout)
+    module = PriorTraining(model, config, seed)
+    data = StepData(
+        TrainingCodes(train, seed),
+        ValidationCodes(val),
+        len(val),
+        training.steps,
+        training.batch_size,
+        training.micro_batches,
+        0,
+        as_it_is,
+    )
+    best = fit(module, data, training, compute, folder, "val_nats_per_code", f"train-prior level {level}")
+    if module.global_rank > 0:
+        return
+    export(model, best, folder)
+
+
+class PriorTraining(pl.LightningModule):
+    """Loss and validation likelihood of one level of stage two.
+
+    Args:
+        model: trained in place.
+        config: the section for this level, no lists.
+        seed: of dropout.
+    """
+
+    def __init__(self, model: LevelPrior, config: PriorConfig, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.level = model.config.level
+        self.config, self.seed = config, seed
+        self.micro = 0
+        self.train_nats = 0.0
+        self.warned = False
+
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(self.model.parameters(), self.config.training)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep_metrics(self, checkpoint)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed_step(self.seed, self.global_step, self.micro, self.global_rank)
+        self.micro = (self.micro + 1) % self.config.training.micro_batches
+
+    def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
+        codes, classes = batch
+        no_class = len(self.model.config.class_names)
+        hidden = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
+        logits = self.model(codes[self.level], codes[: self.level], torch.where(hidden, no_class, classes))
+        loss = F.cross_entropy(logits.flatten(0, 2).float(), codes[self.level].flatten())
+        self.log("train_nats_per_code", loss.detach())
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: tuple[tuple[list[Tensor], Tensor], Tensor], batch_idx: int) -> None:
+        (codes, classes), mask = batch
+        mask = mask.double()
+        nats = self.model.nll(codes[self.level], codes[: self.level], classes)
+        self.sums += torch.stack([(nats * mask).sum(), mask.sum() * codes[self.level][0].numel()])
+
+    def on_validation_epoch_end(self) -> None:
+        nats, number = sum_over_ranks(self.sums).tolist()
+        val = nats / number
+        self.log_dict({"val_nats_per_code": val, "val_bits_per_code": val / math.log(2)})
+        train = float(self.trainer.callback_metrics.get("train_nats_per_code", math.nan))
+        if val - train > GAP_WARNED_OF * val and not self.warned:
+            self.warned = True
+            logger.warning(
+                "level %d: validation is at %.3f nats a code, training at %.3f: they part, and the best checkpoint may "
+                "be behind; more encode.views, more dropout or a smaller network would help",
+                self.level,
+                val,
+                train,
+            )

@@ -1,0 +1,194 @@
+"""Command verify: whether what lies in a run folder is what its manifests, receipts and models say."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from pipelines.data.codes import code_sample
+from pipelines.data.images import checked_pixels
+from pipelines.errors import StageError
+from pipelines.progress import progress_bar
+from pipelines.stages.export import ALL
+from pipelines.stages.sample import check_belong_together, model_fingerprints
+from pipelines.storage.cache import Cache
+from pipelines.storage.fingerprint import manifest_digest, tokenizer_fingerprint
+from pipelines.storage.manifest import all_receipts, read_manifest
+from pipelines.storage.paths import retried
+from pipelines.storage.shards import SampleIndex, index_shard, read_receipt
+from pipelines.tokens.layout import TokenLayout
+from prior import HierarchicalPrior
+from tokenizer import HierarchicalVQVAE
+
+
+class Found(NamedTuple):
+    """A sample of a checked shard: the open local file, where it lies in it, and the shard's own place."""
+
+    file: BinaryIO
+    sample: SampleIndex
+    shard: Path
+
+
+def verify_images(folder: Path, cache: Cache) -> dict:
+    """Check every image shard and every picture in it, and that keys are unique; return the manifest.
+
+    Args:
+        folder: of images.
+        cache: for remote shards.
+
+    Raises:
+        StageError: the first thing that is not what it should be, named; as of the two functions that follow.
+    """
+    manifest = read_manifest(folder, "images", "pack")
+    seen: set[str] = set()
+    for split, found in _samples(manifest, folder, cache, "pack"):
+        name = f"{split}/{found.sample.key}"
+        if name in seen:
+            raise StageError(
+                f"key {found.sample.key} comes twice in split {split} of {folder}; run `smalti pack` again"
+            )
+        seen.add(name)
+        checked_pixels(found.file, found.sample, found.shard, manifest["image_size"], manifest["channels"])
+    return manifest
+
+
+def verify_codes(folder: Path, images: dict | None, tokenizer: HierarchicalVQVAE | None, cache: Cache) -> dict:
+    """Check every code shard and every grid in it, and what they were made from and with; return the manifest.
+
+    Args:
+        folder: of codes.
+        images: manifest of the images, where they are there.
+        tokenizer: where it is there.
+        cache: for remote shards.
+    """
+    manifest = read_manifest(folder, "codes", "encode")
+    if tokenizer is not None:
+        mark = tokenizer_fingerprint(tokenizer)
+        if manifest["tokenizer"] != mark:
+            raise StageError(
+                f"{folder} was written with tokenizer {manifest['tokenizer'][:12]} but the run's is {mark[:12]}; "
+                "run `smalti encode` with this tokenizer"
+            )
+        if manifest["levels"] != _levels(tokenizer):
+            raise StageError(f"{folder}/manifest.json names other levels than the tokenizer has; run `smalti encode`")
+    sources: dict[str, str] = {}
+    if images is not None:
+        if manifest["made_from"] != manifest_digest(images):
+            raise StageError(f"{folder} was made from other images than the run's; run `smalti encode` again")
+        sources = {receipt["shard"]: receipt["sha256"] for _, receipt in all_receipts(images)}
+    for _, receipt in all_receipts(manifest):
+        if sources and receipt.get("made_from") != sources.get(receipt["shard"]):
+            raise StageError(
+                f"{folder / receipt['shard']} was made from another image shard than the run's; "
+                "run `smalti encode` again"
+            )
+    for _, found in _samples(manifest, folder, cache, "encode"):
+        code_sample(found.file, found.sample, manifest, found.shard)
+    return manifest
+
+
+def verify_priors(prior: HierarchicalPrior, codes: dict) -> None:
+    """Check that priors and codes belong together.
+
+    Args:
+        prior: all levels.
+        codes: manifest of the codes.
+    """
+    check_belong_together(prior, codes["tokenizer"])
+    config = prior.levels[-1].config
+    known = [
+        {"grid": list(grid), "codebook_size": k} for grid, k in zip(config.grids, config.codebook_sizes, strict=True)
+    ]
+    if known != codes["levels"] or config.class_names != codes["class_names"]:
+        raise StageError("the priors know other levels or classes than the codes have; run `smalti train-prior` again")
+
+
+def verify_samples(folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior, cache: Cache) -> dict:
+    """Check every sample shard, its codes and its pictures, and which models drew them; return the manifest.
+
+    Args:
+        folder: of samples.
+        tokenizer: of the run.
+        prior: of the run.
+        cache: for remote shards.
+    """
+    manifest = read_manifest(folder, "samples", "sample")
+    if manifest["fingerprints"] != model_fingerprints(tokenizer, prior):
+        raise StageError(f"{folder} was drawn by other models than the run's; run `smalti sample` again")
+    described = manifest | {"levels": _levels(tokenizer)}
+    for _, found in _samples(manifest, folder, cache, "sample"):
+        code_sample(found.file, found.sample, described, found.shard)
+        checked_pixels(found.file, found.sample, found.shard, tokenizer.image_size, tokenizer.channels)
+    return manifest
+
+
+def verify_tokens(folder: Path, codes: dict) -> int:
+    """Check every file of exported tokens, and what they were made from; return how many records there are.
+
+    Args:
+        folder: of tokens.
+        codes: manifest of the codes.
+    """
+    layout, again = TokenLayout.load(folder), "run `smalti export` again"
+    if layout.stated.codes != manifest_digest(codes):
+        raise StageError(f"{folder} was made from other codes than the run's; {again}")
+    shards = [shard for found in layout.shards.values() for shard in found]
+    for name, sums in [*((shard["shard"], shard["sha256"]) for shard in shards), (ALL, None)]:
+        files = (read_receipt(folder / name) or {}).get("files", {})
+        told = {file: of_file.get("sha256") for file, of_file in files.items()}
+        if not told or sums not in (None, told):
+            raise StageError(f"the receipt of {folder / name} is not that of layout.json; {again}")
+        for file, sha256 in told.items():
+            found = _sha256(folder / file)
+            if found != sha256:
+                what = f"has sha256 {found[:12]}, not {sha256[:12]}" if found else "is missing"
+                raise StageError(f"{folder / file} {what}; {again}, which makes just that shard anew")
+    return sum(shard["records"] for shard in shards)
+
+
+def _levels(tokenizer: HierarchicalVQVAE) -> list[dict]:
+    sizes = zip(tokenizer.grids, tokenizer.config.codebook_sizes, strict=True)
+    return [{"grid": list(grid), "codebook_size": size} for grid, size in sizes]
+
+
+def _samples(manifest: dict, folder: Path, cache: Cache, stage: str) -> Iterator[tuple[str, Found]]:
+    """Yield every sample with its split, once its shard is known to be what manifest and receipt say.
+
+    Shards are read anew: what was found of them before does not count here.
+    """
+    receipts = all_receipts(manifest)
+    total = sum(receipt["samples"] for _, receipt in receipts)
+    with progress_bar(total, f"verify {folder.name}", "samples") as bar:
+        for split, receipt in receipts:
+            shard = folder / receipt["shard"]
+            if read_receipt(shard) != receipt:
+                raise StageError(f"the receipt of {shard} is not that of the manifest; run `smalti {stage}` again")
+            found = _sha256(shard)
+            if found != receipt["sha256"]:
+                what = f"has sha256 {found[:12]}, not {receipt['sha256'][:12]}" if found else "is missing"
+                raise StageError(f"{shard} {what}; run `smalti {stage}` again, which makes just that shard anew")
+            local = cache.shard(shard, receipt)
+            samples = index_shard(local)
+            if len(samples) != receipt["samples"]:
+                raise StageError(
+                    f"{shard} holds {len(samples)} samples but its manifest tells of {receipt['samples']}; "
+                    f"run `smalti {stage}` again"
+                )
+            with local.open("rb") as file:
+                for sample in samples:
+                    yield split, Found(file, sample, shard)
+            bar.update(len(samples))
+
+
+def _sha256(path: Path) -> str | None:
+    def read() -> str:
+        sha = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                sha.update(chunk)
+        return sha.hexdigest()
+
+    try:
+        return retried(read, f"read {path}")
+    except FileNotFoundError:
+        return None

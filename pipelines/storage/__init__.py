@@ -1,0 +1,1 @@
+"""Files: paths here and in stores, cache, shards, manifests, stage folders, fingerprints."""

@@ -1,0 +1,222 @@
+"""Stage folders: what makes a stage complete, and whether it still fits its config."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from pipelines.errors import ConfigError, StageError
+from pipelines.storage.fingerprint import hashed
+from pipelines.storage.paths import exists, is_local, lies_in, make_folder, place, read_bytes, sweep, whole, write_text
+from pipelines.storage.shards import remove_shards
+from pipelines.storage.yaml import read_yaml
+from prior import LevelPrior
+from tokenizer import HierarchicalVQVAE
+
+logger = logging.getLogger(__name__)
+
+# What stages write besides shards; first what makes them complete, so that a folder half emptied is not.
+OF_SHARDS = ("manifest.json", "config.yaml")
+OF_TRAINING = (
+    *("model.safetensors", "config.json", "README.md", "config.yaml", "metrics.csv", "metrics.json"),
+    *(
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "tensorboard/events.out.tfevents.*",
+        "tensorboard/hparams.yaml",
+    ),
+)
+FILES = {
+    "pack": (*OF_SHARDS, "skipped.txt"),
+    "train-tokenizer": (*OF_TRAINING, "reconstructions.png"),
+    "encode": OF_SHARDS,
+    "train-prior": OF_TRAINING,
+    "sample": (*OF_SHARDS, "grid.png"),
+    "export": ("layout.json", "config.yaml"),  # receipts name all else
+}
+# Folders of a run that no set of samples or tokens may lie in.
+OTHER_STAGES = ("images", "tokenizer", "codes", "prior")
+# Folders inside a stage's own, removed when they are empty.
+INNER = ("checkpoints", "tensorboard", "litdata/*", "litdata", "mds/*", "mds")
+
+
+def plain(settings: Any) -> Any:
+    """Return dataclasses as plain data for YAML, with `from` for `from_`."""
+    settings = hashed(settings)
+    if isinstance(settings, dict):
+        return {("from" if key == "from_" else key): plain(value) for key, value in settings.items()}
+    return settings
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return what differs between two trees of plain data, as "key: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def open_stage(folder: Path, stage: str, settings: dict[str, Any]) -> None:
+    """Make a stage's folder ready for its settings, which it keeps as `config.yaml`.
+
+    Args:
+        folder: of the stage.
+        stage: its command.
+        settings: its own resolved sections and what it is made from; `compute` is none of them.
+
+    Raises:
+        StageError: the folder holds finished work or checkpoints of other settings, or cannot be written.
+    """
+    settings = plain(settings)
+    try:
+        make_folder(folder)
+        for part in [folder, *(found for pattern in INNER for found in folder.glob(pattern) if is_local(folder))]:
+            sweep(part)
+        path = folder / "config.yaml"
+        # Shards without a manifest are judged one by one by their receipts; weights have nothing but their config.
+        if path.exists() and (is_complete(folder) or (folder / "checkpoints").exists()):
+            found = differences(_kept_settings(path, stage), settings)
+            if found:
+                shown = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+                raise StageError(
+                    f"{folder} was made with other settings ({shown}); set them back, choose another run_dir, "
+                    f"or add --redo {stage} to make it again"
+                )
+        else:
+            write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    except OSError as error:
+        raise StageError(f"cannot write to {folder}: {error.strerror}; choose a run_dir that can be written") from error
+
+
+def empty_stage(folder: Path, stage: str) -> None:
+    """Remove from a stage's folder what the stage writes, and nothing else that lies there."""
+    for path in [path for pattern in FILES[stage] for path in folder.glob(pattern)]:
+        path.unlink(missing_ok=True)
+    remove_shards(folder)
+    for path in [path for pattern in INNER for path in folder.glob(pattern)] if is_local(folder) else ():
+        with suppress(OSError):  # not empty, or no folder
+            path.rmdir()
+    left = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        logger.info("%s: %s stays in %s, smalti did not write it", stage, ", ".join(left[:5]) + more, folder)
+
+
+def named_folder(name: str, setting: str) -> Path | None:
+    """Return the stage folder of another run that a setting names, None where it names none.
+
+    Raises:
+        StageError: there is no such folder.
+    """
+    if not name:
+        return None
+    folder = place(name)
+    if is_local(folder) and not folder.is_dir():
+        raise StageError(f"{setting} must name a stage folder that exists, there is no {name}")
+    return folder
+
+
+def check_set_name(name: str, setting: str, usual: str) -> None:
+    """Raise ValueError unless a set of samples or tokens has a folder of its own inside the run folder."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in OTHER_STAGES:
+        raise ValueError(
+            f"{setting} must name a folder of its own inside the run folder, got {name!r}; {usual} is the usual one"
+        )
+
+
+def folder_of_set(root: Path, name: str, stage: str) -> Path:
+    """Return the folder of a set of samples or tokens in a run folder.
+
+    Raises:
+        ConfigError: it is inside another set's, or that of a set of another kind.
+    """
+    for parent in list(Path(name).parents)[:-1]:
+        if exists(root / parent / "config.yaml") and not exists(root / name / "config.yaml"):
+            raise ConfigError(
+                f"{stage}.folder must not lie in another set's folder, got {name}, and {parent} holds a set; "
+                "choose a folder beside it"
+            )
+    folder, kept = root / name, None
+    with suppress(OSError, ValueError):  # what cannot be read is judged elsewhere
+        kept = read_yaml(read_bytes(folder / "config.yaml"))
+    others = ("model.safetensors", *(["manifest.json"] if stage == "export" else []))
+    if (isinstance(kept, dict) and stage not in kept) or any(exists(folder / one) for one in others):
+        raise ConfigError(
+            f"{stage}.folder must name a folder of its own, but {folder} holds other work; choose another"
+        )
+    return folder
+
+
+def check_outside(folder: Path, stage: str, inputs: Mapping[str, str]) -> None:
+    """Raise ConfigError where what a stage reads lies in the folder that it writes to.
+
+    Args:
+        folder: of the stage.
+        stage: its command.
+        inputs: folders, URLs or hub ids by the setting that names them; empty ones name nothing.
+    """
+    for setting, name in inputs.items():
+        if name and lies_in(place(name), folder):
+            raise ConfigError(
+                f"{setting} must lie outside {folder}, which {stage} writes to, got {name}; choose another run_dir"
+            )
+
+
+def _kept_settings(path: Path, stage: str) -> Any:
+    try:
+        return read_yaml(read_bytes(path))
+    except ValueError as error:
+        mend = f"add --redo {stage} to make it again"
+        raise StageError(f"{path} is not what smalti wrote there: {error}; {mend}") from error
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a stage's manifest, exported model or layout of tokens is there; each is written last."""
+    return any(exists(folder / name) for name in ("manifest.json", "model.safetensors", "layout.json"))
+
+
+def publish_model(model: HierarchicalVQVAE | LevelPrior, folder: Path) -> None:
+    """Write a model's files into a stage's folder; `model.safetensors`, the last, completes the stage."""
+    with tempfile.TemporaryDirectory() as staging:
+        try:
+            model.save_pretrained(staging)
+        except SafetensorError as error:
+            raise StageError(f"cannot write {staging}: {error}; make room there or set TMPDIR") from error
+        for source in sorted(Path(staging).iterdir(), key=lambda path: path.name == "model.safetensors"):
+            with whole(folder / source.name) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Keep other processes of this command out of a folder where they would write the same files.
+
+    Raises:
+        StageError: one is at work there.
+    """
+    if not is_local(folder):  # stores have no locks; what both write there is the same
+        yield
+        return
+    make_folder(folder.parent)
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StageError(f"another process is at work in {folder}; wait until it is done, or stop it") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

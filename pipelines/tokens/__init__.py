@@ -1,0 +1,1 @@
+"""Codes as records of tokens, for transformers that are trained elsewhere."""

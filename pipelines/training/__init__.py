@@ -1,0 +1,1 @@
+"""What training of both stages shares: fitting, schedule, checkpoints, leaving, loggers."""

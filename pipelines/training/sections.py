@@ -1,0 +1,178 @@
+"""The sections of a config that train: they are read by every stage, also by those that do without Lightning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from pipelines.data.images import AugmentConfig
+from pipelines.errors import ConfigError
+from prior import PixelSNAILConfig, TransformerConfig
+from tokenizer import CodebookConfig, TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained; `steps`, `batch_size` and `learning_rate` may be lists of one value per level.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: global, over all processes and micro-batches.
+        micro_batches: parts of a batch that a process takes one after the other, to save memory.
+        learning_rate: the peak, reached after warm-up; a cosine takes it to zero.
+        warmup_steps: of linear warm-up.
+        weight_decay: of AdamW; 0 makes it Adam.
+        beta2: of Adam.
+        gradient_clip: largest norm of the gradient; 0 turns clipping off.
+        weight_ema: decay of the averaged weights, which are the ones evaluated and exported; 0 turns averaging off.
+        val_every: steps between validations; a validation ends training too.
+        checkpoint_every: steps between checkpoints to go on from.
+        patience: validations without improvement after which training stops; 0 never stops early.
+        log_every: steps between rows of metrics.csv.
+        activation_checkpointing: compute activations anew in the backward pass instead of keeping them; saves memory.
+        precision: "auto" (bf16 where the hardware has it), "32-true" or "bf16-mixed". Float16 would need a
+            gradient scaler, and codebooks would move on the steps that it skips.
+        compile: torch.compile the model; "auto" does on a GPU. On a CPU it makes Transformers a sixth faster in long
+            jobs, tokenizers hardly.
+    """
+
+    steps: int | list[int] = 100000
+    batch_size: int | list[int] = 128
+    micro_batches: int = 1
+    learning_rate: float | list[float] = 3e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    gradient_clip: float = 0.0
+    weight_ema: float = 0.0
+    val_every: int = 5000
+    checkpoint_every: int = 1000
+    patience: int = 0
+    log_every: int = 50
+    activation_checkpointing: bool = False
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    compile: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batches", "val_every", "checkpoint_every", "log_every"):
+            values = getattr(self, name)
+            if min(values if isinstance(values, list) else [values]) < 1:
+                raise ValueError(f"{name} must be at least 1, got {values}")
+        rates = self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+        if not min(rates) > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must lie in [0, 1), got {self.beta2}")
+        if not 0 <= self.weight_ema < 1:
+            raise ValueError(f"weight_ema must lie in [0, 1), got {self.weight_ema}")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be true, false or auto, got {self.compile}")
+        for name in ("warmup_steps", "weight_decay", "gradient_clip", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for steps in self.steps if isinstance(self.steps, list) else [self.steps]:
+            if steps > self.val_every and steps % self.val_every:
+                raise ValueError(f"steps must be a multiple of val_every ({self.val_every}), got {steps}")
+        for batch in self.batch_size if isinstance(self.batch_size, list) else [self.batch_size]:
+            if batch % self.micro_batches:
+                raise ValueError(f"batch_size must be a multiple of micro_batches ({self.micro_batches}), got {batch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSection:
+    """Which tokenizer, and how it is trained.
+
+    Attributes:
+        from_: a tokenizer folder or hub id to use instead of training one.
+        model: its levels and widths.
+        codebook: how codebooks learn.
+        shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
+            disk that it is fetched to; 0 mixes all.
+        loss: reconstruction loss.
+        augment: what is done to training images at random.
+        training: optimizer and schedule.
+    """
+
+    from_: str = ""
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    loss: Literal["mse", "l1"] = "mse"
+    shuffle_shards: int = 0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if self.shuffle_shards < 0:
+            raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Which priors, and how they are trained; a list is one value per level, coarse to fine.
+
+    Attributes:
+        network: "transformer" or "pixelsnail".
+        transformer: sizes of Transformers.
+        pixelsnail: sizes of PixelSNAILs.
+        dropout: of all parts of the network.
+        class_dropout: share of training samples whose class is hidden, so that guidance has a model without class.
+        training: optimizer and schedule.
+    """
+
+    network: str | list[str] = "transformer"
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
+    dropout: float | list[float] = 0.1
+    class_dropout: float = 0.1
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        for network in self.network if isinstance(self.network, list) else [self.network]:
+            if network not in ("transformer", "pixelsnail"):
+                raise ValueError(f"prior.network must be transformer or pixelsnail, got {network}")
+        for dropout in self.dropout if isinstance(self.dropout, list) else [self.dropout]:
+            if not 0 <= dropout < 1:
+                raise ValueError(f"prior.dropout must lie in [0, 1), got {dropout}")
+        if not 0 <= self.class_dropout < 1:
+            raise ValueError(f"prior.class_dropout must lie in [0, 1), got {self.class_dropout}")
+
+
+T = TypeVar("T")
+
+
+def at_level(settings: T, level: int, num_levels: int, section: str = "", names: Sequence[str] = ()) -> T:
+    """Return a section with each list of one value per level replaced by this level's.
+
+    Args:
+        settings: the section.
+        level: 0 for the coarsest.
+        num_levels: how long such a list must be.
+        section: its name with a dot, for messages.
+        names: the settings that may be such lists, where others may be lists too; all if empty.
+
+    Raises:
+        ConfigError: a list has another length, or a level's values do not go together; names the level.
+    """
+    assert is_dataclass(settings) and not isinstance(settings, type)
+    changes: dict[str, Any] = {}
+    for name in names or [one.name for one in fields(settings)]:
+        value = getattr(settings, name)
+        if isinstance(value, list):
+            if len(value) != num_levels:
+                raise ConfigError(
+                    f"{section}{name} must be one value or a list of {num_levels}, one per level, got {value}"
+                )
+            changes[name] = value[level]
+    try:
+        return replace(settings, **changes)
+    except ValueError as error:
+        raise ConfigError(f"{section}level {level}: {error}") from error
+
+
+def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorConfig:
+    """Return the section for one level: every list replaced by this level's value."""
+    section = at_level(config, level, num_levels, "prior.")
+    sizes = {
+        name: at_level(getattr(config, name), level, num_levels, f"prior.{name}.")
+        for name in ("transformer", "pixelsnail", "training")
+    }
+    return replace(section, **sizes)
