@@ -28,7 +28,9 @@ from pipelines.stages.export import ExportConfig, export
 from pipelines.stages.verify import verify_codes
 from pipelines.storage.cache import Cache
 from pipelines.storage.manifest import all_receipts, read_manifest, shards_hold, write_manifest
-from pipelines.storage.shards import array_bytes, code_dtype, index_shard, read_member, receipt_path, write_json
+from pipelines.storage.paths import write_json
+from pipelines.storage.receipts import receipt_path
+from pipelines.storage.shards import array_bytes, code_dtype, index_shard, read_member
 
 SPEED = {"grids": [(16, 16), (32, 32)], "codebook_size": 1024, "shards": 4, "records": 1000}
 SCALE = {"grids": [(2, 2)], "codebook_size": 256, "records": 1000}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.data.pictures import encode_image
 from pipelines.storage.manifest import write_manifest
-from pipelines.storage.shards import write_shard
+from pipelines.storage.receipts import write_shard
 
 # Different pictures made; a folder of more repeats them under other names.
 DIFFERENT = 200

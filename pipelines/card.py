@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import StageError
-from pipelines.stages.sample import model_fingerprints
-from pipelines.storage.fingerprint import manifest_digest
+from pipelines.storage.fingerprint import manifest_digest, model_fingerprints
 from pipelines.storage.manifest import read_manifest, receipts_of
 from pipelines.storage.paths import read_bytes
 from prior import HierarchicalPrior

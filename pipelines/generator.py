@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pipelines.card import files_about, model_card
 from pipelines.errors import StageError, told_to_user
-from pipelines.stages.sample import Drawn, SampleConfig, check_belong_together, drawn_batches
-from pipelines.storage.fingerprint import tokenizer_fingerprint
+from pipelines.stages.sample import Drawn, SampleConfig, drawn_batches
+from pipelines.storage.fingerprint import check_belong_together, tokenizer_fingerprint
 from pipelines.storage.folders import publish_model
 from pipelines.storage.paths import make_folder, place, whole
 from prior import HierarchicalPrior, LevelPrior

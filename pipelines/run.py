@@ -21,13 +21,12 @@ from pipelines.redo import Redo
 from pipelines.stages.encode import encode
 from pipelines.stages.export import export, files_read, is_exported, plan_export
 from pipelines.stages.pack import pack, settle_source
-from pipelines.stages.sample import model_fingerprints, sample
+from pipelines.stages.sample import sample
 from pipelines.stages.verify import verify_codes, verify_images, verify_priors, verify_samples, verify_tokens
-from pipelines.storage.fingerprint import hashed, manifest_digest, tokenizer_fingerprint
+from pipelines.storage.fingerprint import hashed, manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import all_receipts, read_manifest, shards_hold
-from pipelines.storage.paths import make_folder
-from pipelines.storage.shards import write_json
+from pipelines.storage.paths import make_folder, write_json
 from pipelines.training.sections import at_level, prior_at_level
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE

@@ -12,7 +12,8 @@ from pipelines.errors import StageError
 from pipelines.run import Run
 from pipelines.storage.cache import Cache
 from pipelines.storage.manifest import write_manifest
-from pipelines.storage.shards import array_bytes, write_shard
+from pipelines.storage.receipts import write_shard
+from pipelines.storage.shards import array_bytes
 
 LEVELS = [{"grid": [2, 2], "codebook_size": 300}]
 

@@ -19,7 +19,8 @@ from pipelines.data.images import (
 )
 from pipelines.errors import StageError
 from pipelines.storage.cache import Cache
-from pipelines.storage.shards import index_shard, write_shard
+from pipelines.storage.receipts import write_shard
+from pipelines.storage.shards import index_shard
 
 
 def test_images_are_found_by_index_across_shards(tiny_run: Path, cache: Cache) -> None:

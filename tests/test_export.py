@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import pipelines.stages.export
-import pipelines.storage.shards
+import pipelines.storage.receipts
 from pipelines.compute.devices import ComputeConfig
 from pipelines.data.codes import code_sample
 from pipelines.errors import ConfigError, StageError
 from pipelines.stages.export import ExportConfig, export
 from pipelines.storage.manifest import read_manifest
-from pipelines.storage.shards import index_shard, write_shard
+from pipelines.storage.receipts import write_shard
+from pipelines.storage.shards import index_shard
 from pipelines.tokens.dataset import TokenDataset
 from pipelines.tokens.laying import chosen
 from pipelines.tokens.layout import TokenLayout
@@ -95,7 +96,7 @@ def test_workers_of_any_number_and_order_write_the_same_bytes(
 @pytest.mark.parametrize("writes", [1, 4, 6, 7, 8])
 def test_killed_and_resumed_equals_uninterrupted(writes: int, codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = files_of(exported(codes, "uninterrupted", format=EVERY))
-    honest, calls = pipelines.storage.shards.write_json, []
+    honest, calls = pipelines.storage.receipts.write_json, []
 
     def killed(path: Path, contents: object) -> None:
         calls.append(path)

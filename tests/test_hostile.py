@@ -28,7 +28,9 @@ from pipelines.data.pictures import BadImageError, fit, pixels_of
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.cache import Cache
 from pipelines.storage.manifest import read_manifest
-from pipelines.storage.shards import MAX_MEMBER_BYTES, index_shard, read_receipt, write_json
+from pipelines.storage.paths import write_json
+from pipelines.storage.receipts import read_receipt
+from pipelines.storage.shards import MAX_MEMBER_BYTES, index_shard
 from pipelines.training.callbacks import WholeCheckpoints
 from prior import LevelPrior
 from tests.test_pictures import data_of, noise

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.errors import StageError
 from pipelines.storage.manifest import read_manifest, write_manifest
-from pipelines.storage.shards import write_shard
+from pipelines.storage.receipts import write_shard
 
 CODES: dict[str, Any] = {
     "kind": "codes",

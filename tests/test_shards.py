@@ -9,19 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.errors import StageError
+from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.cache import Cache
-from pipelines.storage.shards import (
-    ShardJob,
-    all_done,
-    array_bytes,
-    code_dtype,
-    index_shard,
-    read_member,
-    receipt_fits,
-    receipt_path,
-    this_workers,
-    write_shard,
-)
+from pipelines.storage.receipts import receipt_fits, receipt_path, write_shard
+from pipelines.storage.shards import array_bytes, code_dtype, index_shard, read_member
 
 PROVENANCE = {"made_from": None, "fingerprints": {}, "settings": "abc"}
 SAMPLES = [(f"{n:03d}", {"level0.npy": array_bytes(np.full((2, 2), n, np.uint8)), "cls": b"1"}) for n in range(5)]
@@ -119,7 +110,7 @@ def test_an_old_receipt_never_vouches_for_a_new_shard(
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.storage.shards.write_json", killed)
+    monkeypatch.setattr("pipelines.storage.receipts.write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         write_shard(path, SAMPLES[::-1], PROVENANCE | {"settings": "new"})
     assert not receipt_fits(path, PROVENANCE, cache)
@@ -133,7 +124,7 @@ def test_a_shard_that_lost_its_receipt_to_a_kill_is_made_again_and_a_foreign_fil
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.storage.shards.write_json", killed)
+    monkeypatch.setattr("pipelines.storage.receipts.write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         write_shard(jobs[0].path, SAMPLES, PROVENANCE)
     assert this_workers(jobs, tmp_path, cache).todo == [0, 1]

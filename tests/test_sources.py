@@ -9,8 +9,9 @@ from PIL import Image
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.errors import ConfigError, StageError
-from pipelines.sources.source import described, described_beside, open_source
-from pipelines.storage.shards import write_shard
+from pipelines.sources.open import open_source
+from pipelines.sources.source import described, described_beside
+from pipelines.storage.receipts import write_shard
 from tests.test_pictures import data_of, noise
 
 CACHE = ComputeConfig().cache

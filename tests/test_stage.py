@@ -15,7 +15,7 @@ from pipelines.storage.folders import (
     open_stage,
     publish_model,
 )
-from pipelines.storage.shards import write_shard
+from pipelines.storage.receipts import write_shard
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipelines.training.fit import sum_over_ranks
+from pipelines.compute.ranks import sum_over_ranks
 from tokenizer import Autoencoded, HierarchicalVQVAE
 
 

@@ -18,19 +18,11 @@ from pipelines.compute.devices import ComputeConfig, inference_device, num_proce
 from pipelines.data.images import sample_pixels, shift_pixels, to_unit_range
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
+from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest, manifest_digest, tokenizer_fingerprint
 from pipelines.storage.manifest import all_receipts, read_manifest, receipts_of, write_manifest
-from pipelines.storage.shards import (
-    CARRIED,
-    ShardJob,
-    all_done,
-    array_bytes,
-    code_dtype,
-    index_shard,
-    read_member,
-    this_workers,
-    write_shard,
-)
+from pipelines.storage.receipts import write_shard
+from pipelines.storage.shards import CARRIED, array_bytes, code_dtype, index_shard, read_member
 from tokenizer import HierarchicalVQVAE
 
 VIEWS = ("image", "flip", "crop", "crop-flip")

@@ -20,7 +20,7 @@ from pipelines.errors import StageError
 from pipelines.metrics.bound import FITTED_IMAGES, bound_figures, distortion_nats, fitted_scales
 from pipelines.metrics.quality import TokenizerQuality, entropy
 from pipelines.progress import progress_bar
-from pipelines.stages.sample import check_belong_together
+from pipelines.storage.fingerprint import check_belong_together
 from pipelines.storage.manifest import read_manifest
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE

@@ -9,34 +9,23 @@ from typing import NamedTuple
 from pipelines.compute.devices import ComputeConfig, this_worker
 from pipelines.errors import ConfigError, StageError
 from pipelines.progress import progress_bar
+from pipelines.stages.shard_job import ShardJob, all_done, check_free, outstanding, this_workers
 from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.folders import check_set_name
 from pipelines.storage.manifest import all_receipts, read_manifest
 from pipelines.storage.paths import read_bytes
-from pipelines.storage.shards import (
-    ShardJob,
-    all_done,
-    check_free,
-    index_shard,
-    outstanding,
-    read_receipt,
-    receipt_fits,
-    remove_shards,
-    this_workers,
-    write_files,
-)
+from pipelines.storage.receipts import read_receipt, receipt_fits, remove_shards, write_files
+from pipelines.storage.shards import index_shard
 from pipelines.tokens.laying import VIEWS, chosen, lay, read_codes, shuffled
 from pipelines.tokens.layout import TokenLayout
 from pipelines.tokens.records import MAX_CHUNK_BYTES, MAX_LIST
 from pipelines.tokens.scan import ORDERS
-from pipelines.tokens.shards import FORMATS, files_of_all, files_of_shard, write_files_of_all, write_files_of_shard
+from pipelines.tokens.shards import ALL, FORMATS, files_of_all, files_of_shard, write_files_of_all, write_files_of_shard
 from pipelines.tokens.template import RecordConfig
 
 logger = logging.getLogger(__name__)
 
-# The receipt of what goes with all shards, written by whoever finds them all.
-ALL = "all"
 # Workers that a reader usually has; with fewer shards some of them have nothing to do.
 USUAL_WORKERS = 8
 
@@ -197,7 +186,12 @@ def _write_shard(plan: Plan, number: int, cache: Cache) -> None:
     rows = chosen(read.codes, views, config.views)
     rows = shuffled(rows, plan.seed, name) if config.shuffle else rows
     records = lay(read, rows, views, plan.manifest, plan.layout, shard)
-    write_files(job, lambda: write_files_of_shard(plan.folder, config.format, split, name, records, plan.layout))
+    write_files(
+        job.path,
+        job.files,
+        job.provenance,
+        lambda: write_files_of_shard(plan.folder, config.format, split, name, records, plan.layout),
+    )
 
 
 def _job_of_all(plan: Plan, receipts: dict[str, list[dict]]) -> ShardJob:
@@ -214,7 +208,12 @@ def _finish(plan: Plan, cache: Cache) -> None:
     job = _job_of_all(plan, receipts)
     remove_shards(plan.folder, keep={ALL, *(job.path.name for job in plan.jobs)})
     if not receipt_fits(job.path, job.provenance, cache):
-        write_files(job, lambda: (write_files_of_all(plan.folder, config.format, receipts, config.single, layout), {}))
+        write_files(
+            job.path,
+            job.files,
+            job.provenance,
+            lambda: (write_files_of_all(plan.folder, config.format, receipts, config.single, layout), {}),
+        )
     layout.save(plan.folder, _listed(receipts))
     _warn(receipts.get("train", []), plan.manifest["class_names"])
 

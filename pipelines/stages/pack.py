@@ -20,19 +20,14 @@ from pipelines.compute.signals import PARENT, end_with_parent
 from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import ConfigError, StageError
 from pipelines.progress import progress_bar
-from pipelines.sources.source import Source, described, described_beside, open_source
+from pipelines.sources.open import open_source
+from pipelines.sources.source import Source, described, described_beside
+from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.manifest import write_manifest
 from pipelines.storage.paths import lies_in, matches, place, read_bytes, write_text
-from pipelines.storage.shards import (
-    CARRIED,
-    ShardJob,
-    all_done,
-    read_receipt,
-    remove_shards,
-    this_workers,
-    write_shard,
-)
+from pipelines.storage.receipts import read_receipt, remove_shards, write_shard
+from pipelines.storage.shards import CARRIED
 from pipelines.storage.yaml import read_yaml
 
 logger = logging.getLogger(__name__)

@@ -15,21 +15,14 @@ from pipelines.data.images import to_uint8
 from pipelines.data.pictures import encode_image, picture_grid, pixels_of, to_picture
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
+from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.cache import Cache
-from pipelines.storage.fingerprint import digest, hashed, prior_fingerprint, tokenizer_fingerprint
+from pipelines.storage.fingerprint import check_belong_together, digest, hashed, model_fingerprints
 from pipelines.storage.folders import check_set_name
 from pipelines.storage.manifest import write_manifest
 from pipelines.storage.paths import whole
-from pipelines.storage.shards import (
-    ShardJob,
-    all_done,
-    array_bytes,
-    code_dtype,
-    index_shard,
-    read_member,
-    this_workers,
-    write_shard,
-)
+from pipelines.storage.receipts import write_shard
+from pipelines.storage.shards import array_bytes, code_dtype, index_shard, read_member
 from prior import HierarchicalPrior
 from prior.decoding import Decoders
 from prior.sampling import check_sampling
@@ -186,22 +179,6 @@ def drawn_batches(
             codes = prior.sample(labels, seed, *settings, indices, decoders)
             images = tokenizer.decode(codes).float()
         yield Drawn(images, codes)
-
-
-def model_fingerprints(tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:
-    """Return what receipts and manifest of samples name their models by: "tokenizer", "prior0", "prior1", …"""
-    levels = {f"prior{number}": prior_fingerprint(level) for number, level in enumerate(prior.levels)}
-    return {"tokenizer": tokenizer_fingerprint(tokenizer), **levels}
-
-
-def check_belong_together(prior: HierarchicalPrior, tokenizer_fingerprint: str) -> None:
-    """Raise StageError, naming both, unless the prior learned codes of this tokenizer."""
-    learned = prior.levels[0].config.tokenizer
-    if learned != tokenizer_fingerprint:
-        raise StageError(
-            f"the prior learned codes of tokenizer {learned[:12]} but this tokenizer is {tokenizer_fingerprint[:12]}: "
-            "its images would be plausible noise; run `smalti encode` and `smalti train-prior` with this tokenizer"
-        )
 
 
 def _check_settings(config: SampleConfig, prior: HierarchicalPrior) -> None:

@@ -14,17 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.compute.devices import ComputeConfig
+from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.codes import Codes, TrainingCodes, ValidationCodes, as_it_is
 from pipelines.storage.manifest import read_manifest
-from pipelines.training.fit import (
-    StepData,
-    export,
-    fit,
-    keep_metrics,
-    make_optimizer,
-    seed_step,
-    sum_over_ranks,
-)
+from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.sections import PriorConfig
 from prior import LevelConfig, LevelPrior
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.compute.devices import ComputeConfig, num_processes
+from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.images import (
     ImageShards,
     TrainingImages,
@@ -24,15 +25,7 @@ from pipelines.data.images import (
 from pipelines.data.pictures import picture_grid
 from pipelines.metrics.quality import TokenizerQuality
 from pipelines.storage.paths import whole
-from pipelines.training.fit import (
-    StepData,
-    export,
-    fit,
-    keep_metrics,
-    make_optimizer,
-    seed_step,
-    sum_over_ranks,
-)
+from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.loggers import log_picture
 from pipelines.training.sections import TokenizerSection, TrainingConfig
 from tokenizer import CodebookEMA, HierarchicalVQVAE, TokenizerLoss

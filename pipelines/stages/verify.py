@@ -9,14 +9,19 @@ from pipelines.data.codes import code_sample
 from pipelines.data.images import checked_pixels
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
-from pipelines.stages.export import ALL
-from pipelines.stages.sample import check_belong_together, model_fingerprints
 from pipelines.storage.cache import Cache
-from pipelines.storage.fingerprint import manifest_digest, tokenizer_fingerprint
+from pipelines.storage.fingerprint import (
+    check_belong_together,
+    manifest_digest,
+    model_fingerprints,
+    tokenizer_fingerprint,
+)
 from pipelines.storage.manifest import all_receipts, read_manifest
 from pipelines.storage.paths import retried
-from pipelines.storage.shards import SampleIndex, index_shard, read_receipt
+from pipelines.storage.receipts import read_receipt
+from pipelines.storage.shards import SampleIndex, index_shard
 from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.shards import ALL
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from prior import LevelPrior
+from pipelines.errors import StageError
+from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 
 
@@ -68,3 +69,19 @@ def manifest_digest(manifest: dict) -> str:
         for split, receipts in manifest["splits"].items()
     }
     return digest(manifest | {"splits": splits})
+
+
+def model_fingerprints(tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:
+    """Return what receipts and manifest of samples name their models by: "tokenizer", "prior0", "prior1", …"""
+    levels = {f"prior{number}": prior_fingerprint(level) for number, level in enumerate(prior.levels)}
+    return {"tokenizer": tokenizer_fingerprint(tokenizer), **levels}
+
+
+def check_belong_together(prior: HierarchicalPrior, tokenizer: str) -> None:
+    """Raise StageError, naming both, unless the prior learned codes with this fingerprint."""
+    learned = prior.levels[0].config.tokenizer
+    if learned != tokenizer:
+        raise StageError(
+            f"the prior learned codes of tokenizer {learned[:12]} but this tokenizer is {tokenizer[:12]}: "
+            "its images would be plausible noise; run `smalti encode` and `smalti train-prior` with this tokenizer"
+        )

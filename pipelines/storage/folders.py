@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.fingerprint import hashed
 from pipelines.storage.paths import exists, is_local, lies_in, make_folder, place, read_bytes, sweep, whole, write_text
-from pipelines.storage.shards import remove_shards
+from pipelines.storage.receipts import remove_shards
 from pipelines.storage.yaml import read_yaml
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE

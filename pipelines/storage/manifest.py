@@ -10,8 +10,8 @@ from typing import Any
 
 from pipelines.errors import StageError
 from pipelines.storage.cache import Cache
-from pipelines.storage.paths import read_bytes
-from pipelines.storage.shards import SHARD_NAME, read_receipt, remove_shards, write_json
+from pipelines.storage.paths import read_bytes, write_json
+from pipelines.storage.receipts import SHARD_NAME, read_receipt, remove_shards
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Places: local folders and object stores behind one pathlib-like path, where a file is either whole or not there."""
 
 import errno
+import json
 import os
 import re
 import socket
@@ -191,3 +192,8 @@ def matches(pattern: str) -> list[Path]:
     scheme = pattern.partition("://")[0]
     names = retried(lambda: cast(Any, root).fs.glob(cast(Any, root).path), f"list {pattern}")
     return [place(f"{scheme}://{name.removeprefix(f'{scheme}://')}") for name in sorted(names)]
+
+
+def write_json(path: Path, contents: Any) -> None:
+    """Write JSON so that the file is either the old or the new one."""
+    write_text(path, json.dumps(contents, indent=1, sort_keys=True) + "\n")

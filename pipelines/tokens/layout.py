@@ -15,8 +15,7 @@ from torch import Tensor
 
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.fingerprint import tokenizer_fingerprint
-from pipelines.storage.paths import place
-from pipelines.storage.shards import write_json
+from pipelines.storage.paths import place, write_json
 from pipelines.tokens.captions import insert_captions, remove_captions
 from pipelines.tokens.layout_file import Stated, described, read_layout, state, write_vocabulary
 from pipelines.tokens.scan import ORDERS, permutation, scan

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.errors import ConfigError, StageError
-from pipelines.storage.paths import is_local, whole
-from pipelines.storage.shards import array_bytes, write_json, write_tar
+from pipelines.storage.paths import is_local, whole, write_json
+from pipelines.storage.shards import array_bytes, write_tar
 
 # Of the files that hold where things lie: litdata and mds in uint32 bytes, parquet in int32 tokens.
 MAX_CHUNK_BYTES, MAX_LIST = 2**32, 2**31

@@ -23,6 +23,8 @@ from pipelines.tokens.records import (
     write_webdataset,
 )
 
+# The receipt of what goes with all shards, written by whoever finds them all.
+ALL = "all"
 FORMATS = {
     "bin": ("{name}.bin", "{name}.idx", "{name}.ds.index", "{name}.ds.metadata", "{name}.keys", "{name}.captions"),
     "parquet": ("{name}.parquet",),

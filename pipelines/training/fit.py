@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
@@ -26,8 +26,7 @@ from pipelines.compute.launching import GO_ON, Together
 from pipelines.data.batches import TrainingBatches, ValidationBatches
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.folders import publish_model
-from pipelines.storage.paths import exists
-from pipelines.storage.shards import write_json
+from pipelines.storage.paths import exists, write_json
 from pipelines.training.callbacks import (
     AverageWeights,
     KeepBest,
@@ -168,13 +167,6 @@ class ClipGradients(Callback):
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     """Seed torch as a function of the place in training, so that a resumed run draws what an uninterrupted one does."""
     torch.manual_seed((((seed * 1_000_003 + step) * 1009 + micro) * 10007 + rank) % 2**63)
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Add a tensor up over all processes, in place; nothing to do when there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-    return tensor
 
 
 def fit(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.training.fit import sum_over_ranks
+from pipelines.compute.ranks import sum_over_ranks
 from tests.test_hierarchy import tiny
 from tokenizer import CodebookConfig, CodebookEMA
 from tokenizer.ema import Statistics, assignment_statistics

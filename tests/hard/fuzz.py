@@ -50,7 +50,8 @@ from pipelines.data.codes import Codes
 from pipelines.data.images import ImageShards
 from pipelines.run import Run
 from pipelines.storage.cache import Cache
-from pipelines.storage.shards import index_shard, read_receipt
+from pipelines.storage.receipts import read_receipt
+from pipelines.storage.shards import index_shard
 from pipelines.training.callbacks import WholeCheckpoints
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE

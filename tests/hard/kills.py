@@ -40,7 +40,7 @@ import pipelines.run
 import pipelines.stages.train_prior
 import pipelines.stages.train_tokenizer  # noqa: F401
 from pipelines.cli import main as smalti
-from pipelines.storage.shards import read_receipt
+from pipelines.storage.receipts import read_receipt
 
 PATIENCE_S, STEPS, CHECKPOINT_EVERY = 10.0, 200, 5
 TRAINING = {"steps": STEPS, "batch_size": 32, "micro_batches": 2, "learning_rate": 1e-3, "weight_ema": 0.9} | {

@@ -1,0 +1,54 @@
+"""A source by its name: one kind of source per file of this room."""
+
+from pipelines.errors import ConfigError, StageError
+from pipelines.sources.digits import open_digits
+from pipelines.sources.folder import open_folder
+from pipelines.sources.shards import open_shards
+from pipelines.sources.source import Source
+from pipelines.storage.cache import Cache
+
+
+def open_source(
+    source: str,
+    cache: Cache,
+    classes: bool = True,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    caption_column: str | None = None,
+) -> Source:
+    """Open a source by its name.
+
+    Args:
+        source: "digits", "folder:PATH", "parquet:GLOB", "hf:REPO[:SPLIT]" or "shards:URLS"; paths may be URLs.
+        cache: for remote shards.
+        classes: False leaves the classes out.
+        image_column: column of parquet and hf sources; found by its type if not given.
+        label_column: likewise; without one there are no classes.
+        caption_column: likewise, never looked for; what lies beside the image as "txt".
+
+    Raises:
+        ConfigError: no such kind of source.
+        StageError: nothing there.
+    """
+    kind, _, rest = source.partition(":")
+    if source == "digits":
+        found = open_digits()
+    elif kind == "folder" and rest:
+        found = open_folder(rest, classes)
+    elif kind in ("parquet", "hf") and rest:
+        from pipelines.sources.hub import open_dataset  # its library takes seconds to import
+
+        found = open_dataset(kind, rest, cache, classes, image_column, label_column, caption_column)
+    elif kind == "shards" and rest:
+        found = open_shards(rest, cache, classes)
+    else:
+        raise ConfigError(
+            f"images.source must be digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS, got {source!r}"
+        )
+    if not sum(len(split) for split in found.splits.values()):
+        raise StageError(f"{source} holds no images")
+    if not classes:
+        for split in found.splits.values():
+            split.labels = None
+        found = found._replace(class_names=[])
+    return found
