@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from benchmarks.measure import DEVICE, main, print_table, resident_mib
 from benchmarks.pictures import packed, pictures
-from pipelines.compute.devices import ComputeConfig, num_processes
+from pipelines.compute.devices import ComputeConfig, num_loaders
 from pipelines.compute.memory import keep_freed_memory
 from pipelines.stages.encode import EncodeConfig, encode
 from pipelines.stages.pack import ImagesConfig, pack
@@ -99,7 +99,7 @@ def measure_pack(count: int) -> dict[str, float]:
         config = ImagesConfig(source=f"folder:{folder}", size=64, shard_size=500)
         with tempfile.TemporaryDirectory() as out:
             ours = count / timed(pack, config, 0, COMPUTE, Path(out))
-        with get_context("spawn").Pool(num_processes(COMPUTE), keep_freed_memory) as pool:
+        with get_context("spawn").Pool(num_loaders(COMPUTE), keep_freed_memory) as pool:
             pool.map(decode_resize_encode, files[:64])
             pillow = count / timed(pool.map, decode_resize_encode, files, 100)
     return {"ours": ours, "bare": pillow}

@@ -12,10 +12,10 @@ weights alone.
 import torch
 
 from benchmarks.measure import DEVICE, bytes_per_s, interleaved_medians, main, print_table
-from prior.decoding import RecomputingDecoder
-from prior.incremental import IncrementalBlock, IncrementalDecoder
-from prior.packed import PackedLinear
+from prior.decoder import RecomputingDecoder
+from prior.packed_linear import PackedLinear
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from prior.pixelsnail_decoder import IncrementalBlock, PixelSNAILDecoder
 
 CODEBOOK_SIZE = 512
 # Side of the grid, and size.
@@ -26,7 +26,7 @@ LEVELS = {
 }
 
 
-def linears(decoder: IncrementalDecoder) -> list[PackedLinear]:
+def linears(decoder: PixelSNAILDecoder) -> list[PackedLinear]:
     """Return the layers that every position's features are multiplied by."""
     layers = [decoder.start.linear, decoder.head]
     for layer in decoder.layers:

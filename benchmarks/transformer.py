@@ -14,9 +14,9 @@ import torch
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
 from benchmarks.measure import DEVICE, bytes_per_s, interleaved_medians, main, print_table
-from prior.cached import CachedDecoder
-from prior.decoding import RecomputingDecoder
+from prior.decoder import RecomputingDecoder
 from prior.transformer import CodeTransformer, TransformerConfig
+from prior.transformer_decoder import TransformerDecoder
 
 GRID, CODEBOOK_SIZE = (16, 16), 512
 LENGTH = GRID[0] * GRID[1]
@@ -58,7 +58,7 @@ def likeliest(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-def linears(decoder: CachedDecoder) -> list:
+def linears(decoder: TransformerDecoder) -> list:
     """Return the layers that every position's features are multiplied by."""
     inner = [
         linear

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from prior.checks import Codes, Float32Module, Numbers, checked, integers
-from prior.decoding import Decoders
+from prior.decoder import Decoders
 from prior.level import LevelPrior
 from prior.sampling import check_sampling, filtered_probabilities, inverse_cdf, uniforms
 
 
 @dataclass(frozen=True)
 class LevelSampling:
-    """How one level is drawn; see `HierarchicalPrior.sample`. A `prior.decoding.Choose`.
+    """How one level is drawn; see `HierarchicalPrior.sample`. A `prior.decoder.Choose`.
 
     Under guidance the first half of a batch is given its class, the second half is the same samples without it: one
     batch of twice the size, and both halves get the same codes.

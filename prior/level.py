@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prior.checks import Codes, Float32Module, Numbers, checked, whole_number
 from prior.conditioning import Conditioning
-from prior.decoding import Decoder, Decoders, working_dtype
+from prior.decoder import Decoder, Decoders, working_dtype
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.sizes import MAX_CODES
 from prior.transformer import CodeTransformer, TransformerConfig

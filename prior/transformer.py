@@ -15,7 +15,7 @@ from prior.checks import Float32Module
 from prior.sizes import check_sizes
 
 if TYPE_CHECKING:
-    from prior.cached import CachedDecoder
+    from prior.transformer_decoder import TransformerDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,8 @@ class CodeTransformer(Float32Module):
         hidden = self.layers(self.dropout(tokens), rotary_pos_emb=(self.angles, 1.0))
         return self.head(hidden).unflatten(1, codes.shape[1:])
 
-    def decoder(self, condition: Tensor) -> "CachedDecoder":
+    def decoder(self, condition: Tensor) -> "TransformerDecoder":
         """Return a decoder that yields one position's logits after another, each computed once."""
-        from prior.cached import CachedDecoder
+        from prior.transformer_decoder import TransformerDecoder
 
-        return CachedDecoder(self, condition)
+        return TransformerDecoder(self, condition)

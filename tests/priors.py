@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from prior import HierarchicalPrior, LevelConfig, LevelPrior, PixelSNAILConfig, TransformerConfig
-from prior.decoding import Decoder
+from prior.decoder import Decoder
 
 SIZES = {
     "transformer": TransformerConfig(width=16, depth=2, heads=2, conditioning_blocks=1),

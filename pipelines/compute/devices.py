@@ -149,7 +149,7 @@ def started_by_a_launcher() -> bool:
     return ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or in_slurm_step()
 
 
-def num_processes(compute: ComputeConfig) -> int:
+def num_loaders(compute: ComputeConfig) -> int:
     """How many processes shall decode images beside this one."""
     if compute.num_workers >= 0:
         return compute.num_workers

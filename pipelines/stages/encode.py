@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipelines.compute.devices import ComputeConfig, inference_device, num_processes, on_gpu, this_worker
+from pipelines.compute.devices import ComputeConfig, inference_device, num_loaders, on_gpu, this_worker
 from pipelines.data.images import sample_pixels, shift_pixels, to_unit_range
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
@@ -190,7 +190,7 @@ def _encoded(
     dtypes = [code_dtype(size) for size in model.config.codebook_sizes]
     data = _Views(path, views, config.crop_shift, seed, model.image_size, model.channels)
     # Small shards are decoded sooner than processes start.
-    workers = min(8, num_processes(compute)) if len(data) * model.image_size**2 > 2**26 else 0
+    workers = min(8, num_loaders(compute)) if len(data) * model.image_size**2 > 2**26 else 0
     loader = DataLoader(data, config.batch_size, num_workers=workers, collate_fn=list)  # type: ignore[arg-type,var-annotated]
     half = config.precision == "bfloat16"
     for batch in loader:

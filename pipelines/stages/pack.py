@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.compute.devices import ComputeConfig, num_processes, this_worker
+from pipelines.compute.devices import ComputeConfig, num_loaders, this_worker
 from pipelines.compute.memory import keep_freed_memory
 from pipelines.compute.signals import PARENT, end_with_parent
 from pipelines.data.pictures import BadImageError, fit
@@ -121,7 +121,7 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
     jobs = shard_jobs(source, plans, config, folder)
     share = this_workers(jobs, folder, compute.cache)
     tasks = [(jobs[number], plans[number], config) for number in share.todo]
-    processes = min(num_processes(compute), len(tasks))
+    processes = min(num_loaders(compute), len(tasks))
     total = sum(jobs[number].samples for number in share.todo)
     with progress_bar(total, "pack", "images", disable=this_worker().rank > 0) as bar:
         if processes > 1:

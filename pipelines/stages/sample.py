@@ -24,7 +24,7 @@ from pipelines.storage.paths import whole
 from pipelines.storage.receipts import write_shard
 from pipelines.storage.shards import array_bytes, code_dtype, index_shard, read_member
 from prior import HierarchicalPrior
-from prior.decoding import Decoders
+from prior.decoder import Decoders
 from prior.sampling import check_sampling
 from tokenizer import HierarchicalVQVAE
 

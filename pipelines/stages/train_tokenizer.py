@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from pipelines.compute.devices import ComputeConfig, num_processes
+from pipelines.compute.devices import ComputeConfig, num_loaders
 from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.images import (
     ImageShards,
@@ -58,7 +58,7 @@ def train_tokenizer(
     module = TokenizerTraining(model, section, training, seed, folder)
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
     # On a CPU the loader's processes would only take cores from the training itself.
-    workers = num_processes(compute) if compute.num_workers >= 0 or torch.cuda.is_available() else 0
+    workers = num_loaders(compute) if compute.num_workers >= 0 or torch.cuda.is_available() else 0
     data = StepData(
         TrainingImages(train, section.augment, seed, section.shuffle_shards),
         ValidationImages(val),

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prior.decoding import Choose, draw_by_steps, working_dtype
-from prior.packed import PackedLinear
+from prior.decoder import Choose, draw_by_steps, working_dtype
+from prior.packed_linear import PackedLinear
 
 if TYPE_CHECKING:
     from prior.pixelsnail import CausalAttention, CausalConv2d, GatedResidualBlock, PixelSNAIL
@@ -125,8 +125,8 @@ class IncrementalAttention:
         return x + F.glu(self.gate(F.elu(merged + x)), dim=1)
 
 
-class IncrementalDecoder:
-    """Decoder of a `PixelSNAIL` that computes each position once; see `prior.decoding.Decoder`.
+class PixelSNAILDecoder:
+    """Decoder of a `PixelSNAIL` that computes each position once; see `prior.decoder.Decoder`.
 
     What depends on the condition alone is computed a row at a time: once a position would read those weights w times
     as often, the whole grid at once would keep T rows a layer.
@@ -152,7 +152,7 @@ class IncrementalDecoder:
 
     @torch.no_grad()
     def step(self, previous: Tensor | None) -> Tensor:
-        """See `prior.decoding.Decoder.step`."""
+        """See `prior.decoder.Decoder.step`."""
         place = self._place(self.position)
         if place.column == 0:
             self._start_row(place.row)
@@ -168,11 +168,11 @@ class IncrementalDecoder:
         return self.head(F.elu(x))
 
     def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
-        """See `prior.decoding.Decoder.draw`."""
+        """See `prior.decoder.Decoder.draw`."""
         return draw_by_steps(self, choose, uniforms)
 
     def restart(self, condition: Tensor) -> None:
-        """See `prior.decoding.Decoder.restart`."""
+        """See `prior.decoder.Decoder.restart`."""
         self.condition = condition
         self.position = 0
         self.start.clear()

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from prior.cached import BUCKET, CachedDecoder
-from prior.decoding import RecomputingDecoder, draw_by_steps
+from prior.decoder import RecomputingDecoder, draw_by_steps
 from prior.sampling import filtered_probabilities, inverse_cdf
 from prior.transformer import CodeTransformer, TransformerConfig
+from prior.transformer_decoder import BUCKET, TransformerDecoder
 from tests.priors import decoded, draw_codes, randomize, tiny_level, tiny_prior
 
 
@@ -74,7 +74,7 @@ def test_under_autocast_the_logits_are_those_of_the_full_forward_up_to_its_round
             half = level.logits(codes[0], [], None).flatten(1, 2).float()
             decoder = level.decoder([], None, 2)
             steps = decoded(decoder, codes[0]).float()
-    assert isinstance(decoder, CachedDecoder)
+    assert isinstance(decoder, TransformerDecoder)
     assert decoder.layers[0][0].kept.dtype == torch.bfloat16
     rounding = float((half - exact).abs().max())
     assert rounding > 0

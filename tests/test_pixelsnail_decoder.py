@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from prior.decoding import RecomputingDecoder
-from prior.incremental import IncrementalDecoder
+from prior.decoder import RecomputingDecoder
 from prior.pixelsnail import PixelSNAIL
+from prior.pixelsnail_decoder import PixelSNAILDecoder
 from tests.priors import decoded, draw_codes, tiny_level, tiny_prior
 
 
@@ -49,7 +49,7 @@ def test_the_codes_are_those_of_the_recomputing_decoder(guidance: float, monkeyp
 def test_kept_rows_do_not_grow_with_the_grid() -> None:
     level = tiny_level("pixelsnail", [(12, 3)], [7])
     decoder = level.decoder([], None, 1)
-    assert isinstance(decoder, IncrementalDecoder)
+    assert isinstance(decoder, PixelSNAILDecoder)
     assert decoder.start.rows.shape[0] == 3  # a kernel of 5 sees its own row and two above
 
 
@@ -62,7 +62,7 @@ def test_under_autocast_the_logits_are_those_of_the_full_forward_up_to_its_round
             half = level.logits(codes[0], [], None).flatten(1, 2).float()
             decoder = level.decoder([], None, 2)
             steps = decoded(decoder, codes[0]).float()
-    assert isinstance(decoder, IncrementalDecoder)
+    assert isinstance(decoder, PixelSNAILDecoder)
     assert decoder.start.rows.dtype == torch.bfloat16
     rounding = float((half - exact).abs().max())
     assert rounding > 0

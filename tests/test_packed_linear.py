@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from prior import packed
-from prior.packed import PackedLinear
+from prior.packed_linear import PackedLinear
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from x_transformers.x_transformers import GLU, Attention, AttentionLayers, FeedForward, RMSNorm
 
-from prior.decoding import Choose, working_dtype
-from prior.packed import PackedLinear
+from prior.decoder import Choose, working_dtype
+from prior.packed_linear import PackedLinear
 
 if TYPE_CHECKING:
     from prior.transformer import CodeTransformer
@@ -86,8 +86,8 @@ class GatedFeedForward:
         return x + self.last(up * F.silu(gate))
 
 
-class CachedDecoder:
-    """Decoder of a `CodeTransformer` that computes each position once; see `prior.decoding.Decoder`.
+class TransformerDecoder:
+    """Decoder of a `CodeTransformer` that computes each position once; see `prior.decoder.Decoder`.
 
     Args:
         network: in eval mode; its weights are copied, laid out anew.
@@ -127,7 +127,7 @@ class CachedDecoder:
 
     @torch.no_grad()
     def restart(self, condition: Tensor) -> None:
-        """See `prior.decoding.Decoder.restart`."""
+        """See `prior.decoder.Decoder.restart`."""
         self.condition.copy_(condition.flatten(2).permute(2, 0, 1))  # (T, B, C)
         self.code.fill_(len(self.embedding) - 1)
         self.position.zero_()
@@ -135,7 +135,7 @@ class CachedDecoder:
 
     @torch.no_grad()
     def step(self, previous: Tensor | None) -> Tensor:
-        """See `prior.decoding.Decoder.step`."""
+        """See `prior.decoder.Decoder.step`."""
         if previous is not None:
             self.code.copy_(previous)
         self.position.fill_(self.steps)
@@ -144,7 +144,7 @@ class CachedDecoder:
 
     @torch.no_grad()
     def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
-        """See `prior.decoding.Decoder.draw`."""
+        """See `prior.decoder.Decoder.draw`."""
         self.uniforms.copy_(uniforms.t())
         if choose != self.choose:
             self.choose = choose
