@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +25,7 @@ from benchmarks.lookup import drawn
 from benchmarks.measure import DEVICE, bytes_per_s, interleaved_medians, main, print_table
 from benchmarks.training import WAYS, operations_per_s, prior_step, tokenizer_step
 from prior import CodeTransformer, PixelSNAIL, PixelSNAILConfig, TransformerConfig
+from prior.level import decoder_of
 from tokenizer import HierarchicalVQVAE, TokenizerConfig, nearest_code
 
 
@@ -158,7 +159,7 @@ def encoding(sizes: Sizes) -> dict[str, Work]:
 def sampling(sizes: Sizes) -> dict[str, Work]:
     """Time a position of both decoders in bfloat16."""
     (side, codebook_size, batches), (config, snail) = sizes.sampled, sizes.networks
-    networks: dict[str, tuple[nn.Module, int, Callable[[Any], list]]] = {
+    networks: dict[str, tuple[CodeTransformer | PixelSNAIL, int, Callable[[Any], list]]] = {
         "Transformer": (
             CodeTransformer(codebook_size, (side, side), config, 0.0),
             config.width,  # type: ignore[dict-item]
@@ -173,7 +174,7 @@ def sampling(sizes: Sizes) -> dict[str, Work]:
             condition = torch.zeros(batch, width, side, side, device=DEVICE)
             uniforms = torch.zeros(batch, side**2, dtype=torch.float64, device=DEVICE)
             with torch.autocast(DEVICE.type, torch.bfloat16):
-                decoder = network.decoder(condition)  # type: ignore[operator]
+                decoder = decoder_of(network, condition)
 
                 def draw(decoder=decoder, condition=condition, uniforms=uniforms) -> None:  # type: ignore[no-untyped-def]
                     decoder.restart(condition)

@@ -41,7 +41,7 @@ def largest_difference(network: PixelSNAIL, batch: int) -> float:
     """Return how far the incremental decoder's logits lie from the full forward's, over a 6x6 grid."""
     codes = torch.randint(CODEBOOK_SIZE, (batch, 6, 6), device=DEVICE)
     condition = torch.randn(batch, network.head.in_channels, 6, 6, device=DEVICE)
-    decoder, before = network.decoder(condition), [None, *codes.flatten(1).t()]
+    decoder, before = PixelSNAILDecoder(network, condition), [None, *codes.flatten(1).t()]
     steps = torch.stack([decoder.step(previous) for previous in before[:-1]], 1)
     return float((steps - network(codes, condition).flatten(1, 2)).abs().max())
 
@@ -50,7 +50,7 @@ def measure_level(network: PixelSNAIL, side: int, batch: int, speed: float) -> d
     """Return the seconds a position takes each way, and what they were measured on."""
     condition = torch.randn(batch, network.head.in_channels, side, side, device=DEVICE)
     code = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-    fast, plain = network.decoder(condition), RecomputingDecoder(network, condition)
+    fast, plain = PixelSNAILDecoder(network, condition), RecomputingDecoder(network, condition)
     layers = linears(fast)
     rows = [torch.randn(batch, layer.inputs, device=DEVICE) for layer in layers]
     middle = side // 2 * side

@@ -73,7 +73,7 @@ def measure_batch(peer: AutoregressiveWrapper, network: CodeTransformer, batch: 
     condition = torch.zeros(batch, CONFIG.width, *GRID, device=DEVICE)
     prompt = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
     uniforms = torch.zeros(batch, LENGTH, device=DEVICE)
-    decoder = network.decoder(condition)
+    decoder = TransformerDecoder(network, condition)
     layers = linears(decoder)
     rows = [torch.randn(batch, layer.inputs, device=DEVICE) for layer in layers]
 
@@ -112,7 +112,7 @@ def measure_large(config: TransformerConfig, speed: float) -> dict[str, float]:
     condition = torch.zeros(1, config.width, *LARGE_GRID, device=DEVICE)
     uniforms = torch.zeros(1, LARGE_GRID[0] * LARGE_GRID[1], device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        decoder = network.decoder(condition)
+        decoder = TransformerDecoder(network, condition)
         size = sum(layer.bytes for layer in linears(decoder))
 
         def draw() -> None:

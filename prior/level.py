@@ -19,6 +19,7 @@ from prior.checks import Codes, Float32Module, Numbers, checked, whole_number
 from prior.conditioning import Conditioning
 from prior.decoder import Decoder, Decoders, working_dtype
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from prior.pixelsnail_decoder import PixelSNAILDecoder
 from prior.sizes import MAX_CODES
 from prior.transformer import CodeTransformer, TransformerConfig
 
@@ -152,12 +153,12 @@ class LevelPrior(Float32Module):
             raise ValueError("batch_size must be at least 1, got 0")
         condition = self.conditioning(*self._checked(coarser, classes, self.config.level, batch_size), batch_size)
         if kept is None:
-            return self.network.decoder(condition)
+            return decoder_of(self.network, condition)
         key = (self.config.level, condition.shape, working_dtype(condition))
         if key in kept:
             kept[key].restart(condition)
         else:
-            kept[key] = self.network.decoder(condition)
+            kept[key] = decoder_of(self.network, condition)
         return kept[key]
 
     def _checked(
@@ -214,6 +215,20 @@ class LevelPrior(Float32Module):
         with torch.no_grad():
             model.load_state_dict(tensors)
         return model.eval()
+
+
+def decoder_of(network: CodeTransformer | PixelSNAIL, condition: Tensor) -> Decoder:
+    """Return the decoder of a network that computes each position once.
+
+    Args:
+        network: in eval mode; its weights are copied, laid out anew.
+        condition: (B, C, h, w), from `Conditioning`.
+    """
+    if isinstance(network, PixelSNAIL):
+        return PixelSNAILDecoder(network, condition)
+    from prior.transformer_decoder import TransformerDecoder  # its library takes a second to import
+
+    return TransformerDecoder(network, condition)
 
 
 class OtherFormatError(ValueError):

@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prior.checks import Float32Module
-from prior.pixelsnail_decoder import PixelSNAILDecoder
 from prior.sizes import MAX_LAYERS, check_sizes
 
 
@@ -176,7 +175,3 @@ class PixelSNAIL(Float32Module):
             if len(self.attentions):
                 x = self.attentions[number](x, previous, condition)
         return self.head(F.elu(x)).permute(0, 2, 3, 1)
-
-    def decoder(self, condition: Tensor) -> PixelSNAILDecoder:
-        """Return a decoder that yields one position's logits after another, each computed once."""
-        return PixelSNAILDecoder(self, condition)

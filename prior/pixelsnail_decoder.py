@@ -8,7 +8,7 @@ B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head.
 Source: Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models".
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from prior.decoder import Choose, draw_by_steps, working_dtype
 from prior.packed_linear import PackedLinear
-
-if TYPE_CHECKING:
-    from prior.pixelsnail import CausalAttention, CausalConv2d, GatedResidualBlock, PixelSNAIL
+from prior.pixelsnail import CausalAttention, CausalConv2d, GatedResidualBlock, PixelSNAIL
 
 
 class Place(NamedTuple):
@@ -47,7 +45,7 @@ class IncrementalConvolution:
         columns: w.
     """
 
-    def __init__(self, layer: "CausalConv2d", dtype: torch.dtype, batch: int, columns: int) -> None:
+    def __init__(self, layer: CausalConv2d, dtype: torch.dtype, batch: int, columns: int) -> None:
         kernels = [layer.above.weight, layer.left.weight]  # (out, in, rows, columns) each
         flat = torch.cat([kernel.permute(0, 2, 3, 1).flatten(1) for kernel in kernels], 1)
         self.linear = PackedLinear(flat, layer.above.bias, dtype)
@@ -75,7 +73,7 @@ class IncrementalConvolution:
 class IncrementalBlock:
     """A `GatedResidualBlock` whose inputs arrive one by one."""
 
-    def __init__(self, block: "GatedResidualBlock", dtype: torch.dtype, batch: int, columns: int) -> None:
+    def __init__(self, block: GatedResidualBlock, dtype: torch.dtype, batch: int, columns: int) -> None:
         self.first = IncrementalConvolution(block.first, dtype, batch, columns)
         self.second = IncrementalConvolution(block.second, dtype, batch, columns)
         self.condition = pointwise(block.condition, dtype)
@@ -95,7 +93,7 @@ class IncrementalBlock:
 class IncrementalAttention:
     """A `CausalAttention` whose inputs arrive one by one; keys and values of all positions so far are kept."""
 
-    def __init__(self, layer: "CausalAttention", dtype: torch.dtype, batch: int, length: int) -> None:
+    def __init__(self, layer: CausalAttention, dtype: torch.dtype, batch: int, length: int) -> None:
         width = layer.merge.out_channels
         self.query = pointwise(layer.query, dtype, slice(width), bias=False)
         self.query_condition = pointwise(layer.query, dtype, slice(width, None))
@@ -137,7 +135,7 @@ class PixelSNAILDecoder:
     """
 
     @torch.no_grad()
-    def __init__(self, network: "PixelSNAIL", condition: Tensor) -> None:
+    def __init__(self, network: PixelSNAIL, condition: Tensor) -> None:
         b, _, h, w = condition.shape
         dtype = working_dtype(condition)
         self.embedding = network.embedding

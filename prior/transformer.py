@@ -5,7 +5,6 @@ B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head.
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prior.checks import Float32Module
 from prior.sizes import check_sizes
-
-if TYPE_CHECKING:
-    from prior.transformer_decoder import TransformerDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +117,3 @@ class CodeTransformer(Float32Module):
         tokens = torch.cat([start, embedded[:, :-1]], 1) + condition.flatten(2).transpose(1, 2)
         hidden = self.layers(self.dropout(tokens), rotary_pos_emb=(self.angles, 1.0))
         return self.head(hidden).unflatten(1, codes.shape[1:])
-
-    def decoder(self, condition: Tensor) -> "TransformerDecoder":
-        """Return a decoder that yields one position's logits after another, each computed once."""
-        from prior.transformer_decoder import TransformerDecoder
-
-        return TransformerDecoder(self, condition)

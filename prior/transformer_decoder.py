@@ -7,7 +7,7 @@ B batch, C width, h w code grid, K codebook_size, T = h*w, d width of a head, n 
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,7 @@ from x_transformers.x_transformers import GLU, Attention, AttentionLayers, FeedF
 
 from prior.decoder import Choose, working_dtype
 from prior.packed_linear import PackedLinear
-
-if TYPE_CHECKING:
-    from prior.transformer import CodeTransformer
+from prior.transformer import CodeTransformer
 
 BUCKET = 64  # attention looks at a multiple of so many positions, masked; a graph is captured for each
 
@@ -95,7 +93,7 @@ class TransformerDecoder:
     """
 
     @torch.no_grad()
-    def __init__(self, network: "CodeTransformer", condition: Tensor) -> None:
+    def __init__(self, network: CodeTransformer, condition: Tensor) -> None:
         check_layers(network.layers)
         self.batch, self.length = len(condition), condition[0, 0].numel()
         dtype, kept = working_dtype(condition), -(-self.length // BUCKET) * BUCKET

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prior import packed
+from prior import packed_linear
 from prior.packed_linear import PackedLinear
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -30,7 +30,7 @@ def test_weights_are_packed_where_onednn_is_and_kept_where_it_is_not(monkeypatch
     weight, x = torch.randn(5, 3), torch.randn(2, 3)
     there = PackedLinear(weight, None, torch.float32)
     assert there.packed == torch.backends.mkldnn.is_available()
-    monkeypatch.setattr(packed, "packs", lambda weight: False)
+    monkeypatch.setattr(packed_linear, "packs", lambda weight: False)
     plain = PackedLinear(weight, None, torch.float32)
     assert not plain.packed and torch.allclose(plain(x), there(x), atol=1e-6)
 

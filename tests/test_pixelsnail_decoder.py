@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from prior.decoder import RecomputingDecoder
-from prior.pixelsnail import PixelSNAIL
 from prior.pixelsnail_decoder import PixelSNAILDecoder
 from tests.priors import decoded, draw_codes, tiny_level, tiny_prior
 
@@ -41,7 +40,7 @@ def test_each_position_has_the_logits_of_the_full_forward_below_another_level(at
 def test_the_codes_are_those_of_the_recomputing_decoder(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = tiny_prior("pixelsnail", [(2, 2), (4, 4)], [16, 16])
     fast = prior.sample([0, 1, 2], seed=3, guidance=guidance)
-    monkeypatch.setattr(PixelSNAIL, "decoder", lambda network, condition: RecomputingDecoder(network, condition))
+    monkeypatch.setattr("prior.level.decoder_of", RecomputingDecoder)
     plain = prior.sample([0, 1, 2], seed=3, guidance=guidance)
     assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 

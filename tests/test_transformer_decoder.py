@@ -51,7 +51,7 @@ def test_the_first_position_after_a_bucket_sees_the_last_before_it() -> None:
     codes, condition = torch.randint(7, (1, 1, BUCKET + 1)), torch.randn(1, 16, 1, BUCKET + 1)
     changed = codes.clone()
     changed[..., BUCKET - 1] = (changed[..., BUCKET - 1] + 1) % 7
-    before, after = (decoded(network.decoder(condition), given)[0] for given in (codes, changed))
+    before, after = (decoded(TransformerDecoder(network, condition), given)[0] for given in (codes, changed))
     assert torch.equal(before[:BUCKET], after[:BUCKET])
     assert not torch.allclose(before[BUCKET], after[BUCKET])
 
@@ -60,7 +60,7 @@ def test_the_first_position_after_a_bucket_sees_the_last_before_it() -> None:
 def test_the_codes_are_those_of_the_recomputing_decoder(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = tiny_prior("transformer", [(2, 2), (4, 4)], [16, 16])
     fast = prior.sample([0, 1, 2], seed=3, guidance=guidance)
-    monkeypatch.setattr(CodeTransformer, "decoder", lambda network, condition: RecomputingDecoder(network, condition))
+    monkeypatch.setattr("prior.level.decoder_of", RecomputingDecoder)
     plain = prior.sample([0, 1, 2], seed=3, guidance=guidance)
     assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
@@ -94,12 +94,12 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def assert_draws_are_those_by_steps(device: str) -> None:
     """Twice with one decoder: what the first draw captured serves the second."""
     network = long_network().to(device)
-    decoder = network.decoder(torch.zeros(3, 16, 9, 8, device=device))
+    decoder = TransformerDecoder(network, torch.zeros(3, 16, 9, 8, device=device))
     for _ in range(2):
         condition = torch.randn(3, 16, 9, 8, device=device)
         uniforms = torch.rand(3, 72, dtype=torch.float64, device=device)
         decoder.restart(condition)
-        by_steps = draw_by_steps(network.decoder(condition), choose, uniforms)
+        by_steps = draw_by_steps(TransformerDecoder(network, condition), choose, uniforms)
         assert torch.equal(decoder.draw(choose, uniforms), by_steps)
 
 
@@ -116,4 +116,4 @@ def test_layers_that_the_decoder_does_not_know_are_refused() -> None:
     network = CodeTransformer(7, (2, 2), TransformerConfig(width=16, depth=1, heads=2), 0.0)
     network.layers.layers[0][1].k_rmsnorm = torch.nn.RMSNorm(8)
     with pytest.raises(AssertionError, match="attention must hold"):
-        network.decoder(torch.zeros(1, 16, 2, 2))
+        TransformerDecoder(network, torch.zeros(1, 16, 2, 2))
