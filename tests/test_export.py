@@ -105,7 +105,7 @@ def test_killed_and_resumed_equals_uninterrupted(writes: int, codes: Path, monke
         honest(path, contents)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.storage.shards, "write_json", killed)
+        patch.setattr(pipelines.storage.receipts, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             exported(codes, "killed", format=EVERY)
     assert not (codes.parent / "killed" / "layout.json").exists()
