@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import interleaved_medians, main, print_table
 from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
-from tokenizer.ema import Statistics, assignment_statistics, candidate_positions, take_owned
+from tokenizer.bottlenecks.ema import Statistics, assignment_statistics, candidate_positions, take_owned
 
 SIZE, PART = 32, 32
 # Stages that each worker has a share of, and which last half a minute: their start tells little then.

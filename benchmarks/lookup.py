@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.measure import DEVICE, interleaved_medians, main, print_table, resident_mib
 from tokenizer import Codebook, CodebookConfig, CodebookEMA, Quantized, nearest_code
-from tokenizer.ema import assignment_statistics
+from tokenizer.bottlenecks.ema import assignment_statistics
 
 try:
     from vector_quantize_pytorch import VectorQuantize

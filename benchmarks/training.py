@@ -25,7 +25,7 @@ from pipelines.data.images import AugmentConfig, ImageShards, TrainingImages
 from prior.level import LevelConfig, LevelPrior
 from prior.transformer import TransformerConfig
 from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, Quantized, TokenizerConfig, TokenizerLoss
-from tokenizer.ema import assignment_statistics, candidate_positions, take_owned
+from tokenizer.bottlenecks.ema import assignment_statistics, candidate_positions, take_owned
 
 try:
     from vector_quantize_pytorch import VectorQuantize

@@ -6,8 +6,8 @@ from torch._subclasses import FakeTensorMode
 
 from tests.memory import peak_bytes
 from tokenizer import Codebook, CodebookConfig, CodebookEMA
-from tokenizer.codebook import Quantized
-from tokenizer.ema import (
+from tokenizer.bottlenecks.codebook import Quantized
+from tokenizer.bottlenecks.ema import (
     MAX_REVIVED,
     Statistics,
     assignment_statistics,

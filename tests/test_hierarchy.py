@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
-from tokenizer.ema import assignment_statistics
+from tokenizer.bottlenecks.ema import assignment_statistics
 
 
 def tiny(strides: list[int], channels: int = 3, **changes: object) -> HierarchicalVQVAE:

@@ -1,7 +1,7 @@
 """Pixels to codes and back."""
 
-from tokenizer.codebook import Codebook, Quantized
-from tokenizer.ema import CodebookConfig, CodebookEMA
+from tokenizer.bottlenecks.codebook import Codebook, Quantized
+from tokenizer.bottlenecks.ema import CodebookConfig, CodebookEMA
 from tokenizer.hierarchy import Autoencoded, HierarchicalVQVAE, TokenizerConfig
 from tokenizer.loss import TokenizerLoss
 from tokenizer.nearest import nearest_code

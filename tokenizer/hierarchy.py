@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokenizer.bottlenecks.codebook import Codebook, Quantized
 from tokenizer.checks import Float32Module, check_pixels, code_grids, float_tensor
-from tokenizer.codebook import Codebook, Quantized
 from tokenizer.hub import model_folder
 from tokenizer.networks import decoder, encoder
 

@@ -29,7 +29,7 @@ from pipelines.training.fit import StepData, export, fit, keep_metrics, make_opt
 from pipelines.training.loggers import log_picture
 from pipelines.training.sections import TokenizerSection, TrainingConfig
 from tokenizer import CodebookEMA, HierarchicalVQVAE, TokenizerLoss
-from tokenizer.ema import Statistics, assignment_statistics, candidate_positions, take_owned
+from tokenizer.bottlenecks.ema import Statistics, assignment_statistics, candidate_positions, take_owned
 
 logger = logging.getLogger(__name__)
 

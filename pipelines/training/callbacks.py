@@ -18,7 +18,7 @@ from pipelines.compute.signals import Interrupted, requeue, signals_handled_by
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
 from pipelines.storage.paths import exists, is_local, make_folder, place, retried, whole
-from tokenizer.ema import young_decay
+from tokenizer.bottlenecks.ema import young_decay
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.compute.ranks import sum_over_ranks
 from tests.test_hierarchy import tiny
 from tokenizer import CodebookConfig, CodebookEMA
-from tokenizer.ema import Statistics, assignment_statistics
+from tokenizer.bottlenecks.ema import Statistics, assignment_statistics
 
 
 def steps_of(part: slice, device: torch.device) -> dict[str, Tensor]:

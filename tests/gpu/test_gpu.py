@@ -23,7 +23,7 @@ from tests.priors import NETWORKS, decoded, draw_codes, tiny_level, tiny_prior
 from tests.test_hierarchy import tiny
 from tests.test_nearest import assert_nearest, drawn
 from tokenizer import Codebook, CodebookConfig, CodebookEMA, nearest_code
-from tokenizer.ema import assignment_statistics
+from tokenizer.bottlenecks.ema import assignment_statistics
 
 # Warnings of libraries on a GPU that nobody has seen yet are shown, and fail nothing.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.codebook import Codebook, Quantized
+from tokenizer.bottlenecks.codebook import Codebook, Quantized
 from tokenizer.nearest import nearest_code
 
 # At most this many codes are revived in one step; the rest wait for the next.
