@@ -25,8 +25,8 @@ SETTINGS = [f"--tokenizer.training.{name}={STEPS}" for name in ("steps", "val_ev
 
 def figures(images: Path, seed: int, start: int) -> dict[str, float]:
     """Train with codebooks that start from so many images; return the validation figures."""
-    honest = TokenizerTraining._start_codebooks
-    TokenizerTraining._start_codebooks = lambda self, draws: honest(self, range(start))  # type: ignore[method-assign]
+    honest = TokenizerTraining._start_learners
+    TokenizerTraining._start_learners = lambda self, draws: honest(self, range(start))  # type: ignore[method-assign]
     try:
         with TemporaryDirectory() as name:
             config = load_config("configs/cifar10.yaml", [f"--run_dir={name}", f"--seed={seed}", *SETTINGS])
@@ -34,7 +34,7 @@ def figures(images: Path, seed: int, start: int) -> dict[str, float]:
             train_tokenizer(config.tokenizer, training, seed, config.compute, images, Path(name))
             return json.loads((Path(name) / "metrics.json").read_text())
     finally:
-        TokenizerTraining._start_codebooks = honest  # type: ignore[method-assign]
+        TokenizerTraining._start_learners = honest  # type: ignore[method-assign]
 
 
 def measure(run: Path, seeds: list[int]) -> None:

@@ -24,7 +24,7 @@ import yaml
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import interleaved_medians, main, print_table
-from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
+from tokenizer import EMAConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
 from tokenizer.bottlenecks.ema import Statistics, assignment_statistics, candidate_positions, take_owned
 
 SIZE, PART = 32, 32
@@ -47,24 +47,24 @@ LARGE_IMAGES = RUN["images"] | {"size": 512, "shard_size": 50}
 def step_of(model: torch.nn.Module, inner: HierarchicalVQVAE) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return a training step, and its all-reduce of the codebooks' statistics alone."""
     images = torch.rand(PART, 3, SIZE, SIZE) * 2 - 1
-    loss, optimizer = TokenizerLoss("mse", 0.25), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    emas = [CodebookEMA(book, CodebookConfig()) for book in inner.codebooks]
+    loss, optimizer = TokenizerLoss("mse", {"commitment": 0.125}), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    emas = [CodebookEMA(book, EMAConfig()) for book in inner.bottlenecks]
 
     def step() -> None:
         output = model(images)
         optimizer.zero_grad()
-        loss(output.reconstruction, images, [level.commitment for level in output.levels]).backward()
+        loss(output.reconstruction, images, [level.losses for level in output.levels]).backward()
         optimizer.step()
         parts = []
         for level in output.levels:
-            positions = candidate_positions(2 * len(level.latents), 512, 0)
-            parts += assignment_statistics(level, 512, take_owned(level.latents, positions, 0))
+            positions = candidate_positions(2 * len(level.observed), 512, 0)
+            parts += assignment_statistics(level, 512, take_owned(level.observed, positions, 0))
         flat = torch.cat([part.flatten() for part in parts])
         if dist.is_initialized():
             dist.all_reduce(flat)
         summed = [c.view_as(p) for c, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
         for number, ema in enumerate(emas):
-            ema.update(inner.codebooks[number], Statistics(*summed[3 * number : 3 * number + 3]), 10**6)
+            ema.update(inner.bottlenecks[number], Statistics(*summed[3 * number : 3 * number + 3]), 10**6)
 
     statistics = torch.zeros(2 * (512 + 512 * 64 + 256 * 64))
     return step, lambda: dist.all_reduce(statistics)

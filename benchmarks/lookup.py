@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import DEVICE, interleaved_medians, main, print_table, resident_mib
-from tokenizer import Codebook, CodebookConfig, CodebookEMA, Quantized, nearest_code
+from tokenizer import Codebook, EMAConfig, CodebookEMA, Bottled, nearest_code
 from tokenizer.bottlenecks.ema import assignment_statistics
 
 try:
@@ -34,11 +34,11 @@ DECAY = 0.99
 
 def ema_step(codebook: Codebook, vectors: Tensor) -> Callable[[], None]:
     """Return our whole step of training a codebook: look up, sum, update; `vectors` float32 (N, D)."""
-    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0)).to(DEVICE)
+    ema = CodebookEMA(codebook, EMAConfig(decay=DECAY, revival_threshold=0.0)).to(DEVICE)
 
     def step() -> None:
         output = codebook(vectors.T[None, :, :, None])
-        ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.latents[:256]), 10**6)
+        ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.observed[:256]), 10**6)
 
     return step
 
@@ -125,9 +125,9 @@ def extra_mib(work: str) -> float:
         work: "lookup", from vectors to codes, or "EMA", from codes to the moved codebook.
     """
     vectors, codebook = drawn(*MEMORY_SHAPE)
-    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=DECAY, revival_threshold=0.0)).to(DEVICE)
+    ema = CodebookEMA(codebook, EMAConfig(decay=DECAY, revival_threshold=0.0)).to(DEVICE)
     size, dim = codebook.vectors.shape
-    output = Quantized(vectors, torch.randint(size, (len(vectors),), device=DEVICE), vectors.new_zeros(()), vectors)
+    output = Bottled(vectors, torch.randint(size, (len(vectors),), device=DEVICE), vectors.new_zeros(()), vectors)
     small, few = drawn(64, 64, dim)
     ema_step(few, small)()  # libraries load their code and start their threads
     if DEVICE.type == "cuda":
@@ -159,7 +159,7 @@ def measure() -> dict:
     """Measure everything."""
     if VectorQuantize is None:
         print("vector-quantize-pytorch is missing, its columns too: pip install '.[bench]'")
-    settings = {"ema_decay": DECAY, "repeats": REPEATS, "memory_shape": MEMORY_SHAPE}
+    settings = {"decay": DECAY, "repeats": REPEATS, "memory_shape": MEMORY_SHAPE}
     return {"settings": settings, "shapes": compare_shapes(), "growth": growth(), "extra_mib": memory()}
 
 

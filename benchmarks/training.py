@@ -24,7 +24,7 @@ from pipelines.compute.devices import ComputeConfig
 from pipelines.data.images import AugmentConfig, ImageShards, TrainingImages
 from prior.level import LevelConfig, LevelPrior
 from prior.transformer import TransformerConfig
-from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, Quantized, TokenizerConfig, TokenizerLoss
+from tokenizer import EMAConfig, CodebookEMA, HierarchicalVQVAE, Bottled, TokenizerConfig, TokenizerLoss
 from tokenizer.bottlenecks.ema import assignment_statistics, candidate_positions, take_owned
 
 try:
@@ -66,21 +66,21 @@ def tokenizer_step(
         )
     if compiled:
         model.compile(fullgraph=True)
-    emas = [CodebookEMA(book, CodebookConfig()).to(DEVICE) for book in model.codebooks]
-    loss = TokenizerLoss("mse", 0.25)
+    emas = [CodebookEMA(book, EMAConfig()).to(DEVICE) for book in model.bottlenecks]
+    loss = TokenizerLoss("mse", {"commitment": 0.125})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=channels_last)
 
     def step() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
             output = model(images)
-            total = loss(output.reconstruction.float(), images, [level.commitment for level in output.levels])
+            total = loss(output.reconstruction.float(), images, [level.losses for level in output.levels])
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         for number, (ema, level) in enumerate(zip(emas, output.levels, strict=True)):
-            positions = candidate_positions(len(level.latents), codebook_size, number)
-            candidates = take_owned(level.latents, positions, 0)
-            ema.update(model.codebooks[number], assignment_statistics(level, codebook_size, candidates), 10**6)
+            positions = candidate_positions(len(level.observed), codebook_size, number)
+            candidates = take_owned(level.observed, positions, 0)
+            ema.update(model.bottlenecks[number], assignment_statistics(level, codebook_size, candidates), 10**6)
 
     return step
 
@@ -94,10 +94,10 @@ class UsualCodebook(nn.Module):
             dim=code_dim, codebook_size=codebook_size, decay=0.99, rotation_trick=False, accept_image_fmap=True
         )
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Tensor) -> Bottled:
         """Look up, and take an EMA step."""
         quantized, codes, commitment = self.layer(latents)
-        return Quantized(quantized, codes, commitment.squeeze(), latents)
+        return Bottled(quantized, codes, commitment.squeeze(), latents)
 
 
 def usual_tokenizer_step() -> Callable[[], None]:
@@ -105,14 +105,14 @@ def usual_tokenizer_step() -> Callable[[], None]:
     torch.manual_seed(0)
     config = TokenizerConfig()
     model = HierarchicalVQVAE(config, SIZE, 3).to(DEVICE)
-    model.codebooks = nn.ModuleList(UsualCodebook(k, config.code_dim).to(DEVICE) for k in config.codebook_sizes)
+    model.bottlenecks = nn.ModuleList(UsualCodebook(k, config.code_dim).to(DEVICE) for k in config.codebook_sizes)
     images = torch.rand(BATCH, 3, SIZE, SIZE, device=DEVICE) * 2 - 1
-    loss, optimizer = TokenizerLoss("mse", 0.25), torch.optim.AdamW(model.parameters(), lr=3e-4)
+    loss, optimizer = TokenizerLoss("mse", {"commitment": 0.125}), torch.optim.AdamW(model.parameters(), lr=3e-4)
 
     def step() -> None:
         output = model(images)
         optimizer.zero_grad()
-        loss(output.reconstruction, images, [level.commitment for level in output.levels]).backward()
+        loss(output.reconstruction, images, [level.losses for level in output.levels]).backward()
         optimizer.step()
 
     return step

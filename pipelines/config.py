@@ -16,6 +16,7 @@ from pipelines.stages.export import ExportConfig
 from pipelines.stages.pack import ImagesConfig
 from pipelines.stages.sample import SampleConfig
 from pipelines.storage.fingerprint import hashed
+from pipelines.storage.renamed import renamed, renamed_option
 from pipelines.storage.yaml import read_yaml
 from pipelines.training.sections import PriorConfig, TokenizerSection, at_level, prior_at_level
 
@@ -108,7 +109,8 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
         raise ConfigError(f"cannot use the config {path}: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
-    settings = _rename(settings, "from", "from_")
+    settings = renamed(_rename(settings, "from", "from_"))
+    overrides = [renamed_option(argument) for argument in overrides]
     _check_sections(settings, Config)
     _check_options(overrides)
     parser = make_parser()
@@ -116,7 +118,9 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
         namespace = parser.parse_object(settings)
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
         _check_sections(arguments.as_dict(), Config)
-        return Config(**vars(parser.instantiate(arguments)))
+        config = Config(**vars(parser.instantiate(arguments)))
+        _check_used(overrides, config)
+        return config
     except ConfigError:
         raise
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -156,6 +160,19 @@ def _check_options(overrides: Sequence[str]) -> None:
             raise ConfigError(f"--{option} is not allowed: a config is plain data and cannot name code to run")
         if option.rstrip("+") in _sections(Config):
             raise ConfigError(f"--{option} is a section; override its settings one by one, as --{option}.name value")
+
+
+def _check_used(overrides: Sequence[str], config: Config) -> None:
+    """Refuse, on the command line, settings of a kind that is not the one chosen; a file may hold several kinds."""
+    chosen = {
+        "tokenizer": ("bottleneck", config.tokenizer.bottleneck, config.tokenizer.unused),
+        "prior": ("network", config.prior.network, config.prior.unused),
+    }
+    for option in (argument.split("=")[0].removeprefix("--") for argument in overrides if argument.startswith("--")):
+        section, _, rest = option.partition(".")
+        if section in chosen and rest.partition(".")[0] in chosen[section][2]:
+            setting, kind, _ = chosen[section]
+            raise ConfigError(f"--{option} would change nothing: {section}.{setting} is {kind}; choose that kind too")
 
 
 def _sections(section: type, path: str = "") -> set[str]:

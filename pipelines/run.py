@@ -23,11 +23,11 @@ from pipelines.stages.export import export, files_read, is_exported, plan_export
 from pipelines.stages.pack import pack, settle_source
 from pipelines.stages.sample import sample
 from pipelines.stages.verify import verify_codes, verify_images, verify_priors, verify_samples, verify_tokens
-from pipelines.storage.fingerprint import hashed, manifest_digest, model_fingerprints, tokenizer_fingerprint
+from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import all_receipts, read_manifest, shards_hold
 from pipelines.storage.paths import make_folder, write_json
-from pipelines.training.sections import at_level, prior_at_level
+from pipelines.training.sections import at_level, prior_at_level, used
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -109,7 +109,7 @@ class Run:
         if config.compute.strategy == "fsdp":
             raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
         made_from = {"images": manifest_digest(read_manifest(self.finished.images, "images", "pack"))}
-        settings = {"seed": config.seed, "tokenizer": config.tokenizer, "made_from": made_from}
+        settings = {"seed": config.seed, "tokenizer": used(config.tokenizer), "made_from": made_from}
         with self._alone(self.root / "tokenizer"):
             folder = self._open("train-tokenizer", self.root / "tokenizer", settings)
             if is_complete(folder):
@@ -168,9 +168,7 @@ class Run:
     def _train_level(self, level: int, manifest: dict) -> bool:
         config, stage = self.config, "train-prior"
         section = prior_at_level(config.prior, level, len(manifest["levels"]))
-        prior = hashed(section)
-        del prior["pixelsnail" if section.network == "transformer" else "transformer"]  # the size that is not used
-        settings = {"seed": config.seed, "prior": prior, "made_from": {"codes": manifest_digest(manifest)}}
+        settings = {"seed": config.seed, "prior": used(section), "made_from": {"codes": manifest_digest(manifest)}}
         folder = self.finished.level(level)
         with self._alone(folder):
             self._open(stage, folder, settings)

@@ -46,7 +46,7 @@ BY_DESIGN = {
     "_DeviceDtypeModuleMixin.to": "the model goes to the device",
     "Trainer._teardown": "and back",
     "CodebookEMA.start": "where k-means begins is drawn on the host",
-    "TokenizerTraining._start_codebooks": "images of the start come from the host, once",
+    "TokenizerTraining._start_learners": "images of the start come from the host, once",
     "_CheckpointConnector.restore_training_state": "what was saved goes to the device",
     "_CheckpointConnector._restore_modules_and_callbacks": "likewise",
     # at a row of metrics.csv, a checkpoint or a validation

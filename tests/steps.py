@@ -25,7 +25,7 @@ COMPARABLE = {
     "seed": 8,
     "tokenizer": {
         "model": {"strides": [16, 8], "codebook_size": [4, 8]},
-        "codebook": {"revival_threshold": 0.3, "ema_decay": 0.8},
+        "codebook": {"revival_threshold": 0.3, "decay": 0.8},
         "training": {"weight_ema": 0.9, "batch_size": 8, "val_every": 6},
     },
 }
@@ -46,20 +46,20 @@ class Recorded(TokenizerTraining):
             file.write(f"{line}\n")
 
     def _margins(self, model: HierarchicalVQVAE, images: tuple[Tensor], output: Autoencoded) -> None:
-        for book, level in zip(model.codebooks, output.levels, strict=True):
-            latents = level.latents.double()
+        for book, level in zip(model.bottlenecks, output.levels, strict=True):
+            latents = level.observed.double()
             nearest = torch.cdist(latents, book.table.double()).square().topk(2, largest=False).values  # (N, 2)
             margin = (nearest[:, 1] - nearest[:, 0]).min() / latents.square().sum(1).mean()
             self._note("training" if model.training else "validation", f"{margin:.3e}")
 
     def _bits(self, step: str) -> None:
-        pairs = zip(self.emas, self.model.codebooks, strict=True)
+        pairs = zip(self.learners, self.model.bottlenecks, strict=True)
         tensors = [tensor for ema, book in pairs for tensor in (ema.counts, ema.sums, book.vectors)]
         sha = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
         self._note("codebooks", f"{step} {sha}")
 
-    def _start_codebooks(self, draws: range) -> None:
-        super()._start_codebooks(draws)
+    def _start_learners(self, draws: range) -> None:
+        super()._start_learners(draws)
         self._bits("start")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -48,6 +48,6 @@ def test_every_shipped_config_builds_its_models(path: Path) -> None:
 
 def test_the_published_settings_are_kept() -> None:
     config = load_config(CONFIGS[[path.stem for path in CONFIGS].index("imagenet256")])
-    model, codebook = config.tokenizer.model, config.tokenizer.codebook
+    model, codebook = config.tokenizer.model, config.tokenizer.ema
     assert (model.codebook_sizes, model.code_dims, model.width) == ([512, 512], [64, 64], 128)
-    assert (codebook.ema_decay, codebook.commitment_weight, config.tokenizer.training.batch_size) == (0.99, 0.25, 128)
+    assert (codebook.decay, codebook.commitment_weight, config.tokenizer.training.batch_size) == (0.99, 0.25, 128)

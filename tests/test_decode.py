@@ -151,7 +151,7 @@ def test_objects_are_not_unpickled(tmp_path: Path) -> None:
 
 def test_another_tokenizer_is_refused(tokens: Path, tmp_path: Path, smalti: Smalti) -> None:
     other = HierarchicalVQVAE.from_pretrained(FORMAT1 / "tokenizer")
-    other.codebooks[0].vectors[0, 0] += 1
+    other.bottlenecks[0].vectors[0, 0] += 1
     other.save_pretrained(tmp_path / "other")
     command = ["decode", tokens / "train-000000.bin", "--layout", tokens, "--out", tmp_path / "out"]
     code, said = smalti(*command, "--tokenizer", tmp_path / "other")

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from tests.memory import peak_bytes
-from tokenizer import Codebook, CodebookConfig, CodebookEMA
-from tokenizer.bottlenecks.codebook import Quantized
+from tokenizer import Codebook, EMAConfig, CodebookEMA
+from tokenizer.bottlenecks.bottleneck import Bottled
 from tokenizer.bottlenecks.ema import (
     MAX_REVIVED,
     Statistics,
@@ -17,12 +17,12 @@ from tokenizer.bottlenecks.ema import (
 )
 
 GROWN = 10**6  # steps after which an average forgets as slowly as it ever will
-NO_REVIVAL = CodebookConfig(ema_decay=0.9, revival_threshold=0.0)
+NO_REVIVAL = EMAConfig(decay=0.9, revival_threshold=0.0)
 
 
 def step(codebook: Codebook, ema: CodebookEMA, latents: torch.Tensor) -> torch.Tensor:
     output = codebook(latents)
-    return ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.latents[:8]), GROWN)
+    return ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.observed[:8]), GROWN)["revived"]
 
 
 def test_a_young_codebook_follows_latents_that_grow() -> None:
@@ -47,7 +47,7 @@ def test_ema_equals_a_plain_loop_over_codes_and_steps() -> None:
     counts, sums = torch.ones(6, dtype=torch.float64), vectors.clone()
     for _ in range(5):
         latents = torch.randn(4, 3, 2, 2)
-        codes = codebook(latents).codes.flatten()
+        codes = codebook(latents).stored[0].flatten()
         step(codebook, ema, latents)
         flat = latents.permute(0, 2, 3, 1).reshape(-1, 3).double()
         for code in range(6):
@@ -59,9 +59,9 @@ def test_ema_equals_a_plain_loop_over_codes_and_steps() -> None:
     assert torch.allclose(codebook.vectors.double(), vectors, atol=1e-6)
 
 
-def assigned(latents: torch.Tensor, codes: torch.Tensor) -> Quantized:
+def assigned(latents: torch.Tensor, codes: torch.Tensor) -> Bottled:
     """Return an output whose latents (N, D) got these codes (N,)."""
-    return Quantized(latents, codes, latents.new_zeros(()), latents)
+    return Bottled(latents, (codes,), {}, latents)
 
 
 @given(n=st.integers(0, 60), k=st.integers(1, 40), d=st.integers(1, 5), seed=st.integers(0, 2**31))
@@ -76,15 +76,15 @@ def test_statistics_are_those_of_a_one_hot_product(n: int, k: int, d: int, seed:
 
 def test_statistics_hold_no_one_hot_matrix() -> None:
     output = assigned(torch.randn(8192, 2), torch.randint(8192, (8192,)))
-    peak = peak_bytes(lambda: assignment_statistics(output, 8192, output.latents))
+    peak = peak_bytes(lambda: assignment_statistics(output, 8192, output.observed))
     assert peak < 2**21, f"a one-hot matrix is {4 * 8192 * 8192} bytes, got {peak}"
 
 
 def test_statistics_are_the_same_bits_every_time() -> None:
     output = assigned(torch.randn(50_000, 8), torch.randint(300, (50_000,)))
-    first = assignment_statistics(output, 300, output.latents)
+    first = assignment_statistics(output, 300, output.observed)
     for _ in range(5):
-        again = assignment_statistics(output, 300, output.latents)
+        again = assignment_statistics(output, 300, output.observed)
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
@@ -92,10 +92,10 @@ def test_statistics_are_the_same_bits_every_time() -> None:
 def test_a_step_reads_no_value_back_from_the_device(normalize: bool) -> None:
     with FakeTensorMode():  # tensors without values: reading one, or a size that depends on one, is an error
         codebook = Codebook(16, 4, normalize)
-        ema = CodebookEMA(codebook, CodebookConfig())
+        ema = CodebookEMA(codebook, EMAConfig())
         output = codebook(torch.empty(2, 4, 3, 3))
-        candidates = take_owned(output.latents, torch.zeros(5, dtype=torch.int64), 0)
-        revived = ema.update(codebook, assignment_statistics(output, 16, candidates), GROWN)
+        candidates = take_owned(output.observed, torch.zeros(5, dtype=torch.int64), 0)
+        revived = ema.update(codebook, assignment_statistics(output, 16, candidates), GROWN)["revived"]
     assert revived.shape == ()
 
 
@@ -113,7 +113,7 @@ def test_unused_codes_stay_put() -> None:
 def test_revival_puts_current_latents_in_dead_codes_and_resets_counts_and_sums() -> None:
     codebook = Codebook(16, 3)
     codebook.vectors[10:] += 100
-    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=0.5, revival_threshold=0.2))
+    ema = CodebookEMA(codebook, EMAConfig(decay=0.5, revival_threshold=0.2))
     revived = 0
     for _ in range(8):
         latents = torch.randn(8, 3, 2, 2)
@@ -126,7 +126,7 @@ def test_revival_puts_current_latents_in_dead_codes_and_resets_counts_and_sums()
 def test_a_revived_code_is_not_undone_by_the_next_step() -> None:
     codebook = Codebook(4, 2)
     codebook.vectors.copy_(torch.tensor([[0.0, 0], [1, 0], [0, 1], [50, 50]]))
-    ema = CodebookEMA(codebook, CodebookConfig(ema_decay=0.5, revival_threshold=0.4))
+    ema = CodebookEMA(codebook, EMAConfig(decay=0.5, revival_threshold=0.4))
     ema.counts[3] = 0.0
     candidates = torch.tensor([[5.0, 5.0]])
     counts = torch.tensor([4.0, 4, 4, 0])
@@ -138,10 +138,10 @@ def test_a_revived_code_is_not_undone_by_the_next_step() -> None:
 
 def test_no_more_codes_are_revived_than_there_are_candidates() -> None:
     codebook = Codebook(32, 2)
-    ema = CodebookEMA(codebook, CodebookConfig(revival_threshold=0.5))
+    ema = CodebookEMA(codebook, EMAConfig(revival_threshold=0.5))
     ema.counts[1:] = 1e-9
     statistics = Statistics(torch.zeros(32), torch.zeros(32, 2), torch.randn(8, 2))
-    assert int(ema.update(codebook, statistics, GROWN)) == 8
+    assert int(ema.update(codebook, statistics, GROWN)["revived"]) == 8
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
@@ -151,7 +151,7 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
 
     def statistics(part: torch.Tensor, offset: int) -> Statistics:
         output = codebook(part)
-        return assignment_statistics(output, 16, take_owned(output.latents, positions, offset))
+        return assignment_statistics(output, 16, take_owned(output.observed, positions, offset))
 
     whole = statistics(latents, 0)
     parts = [statistics(latents[start : start + 2], 4 * start) for start in (0, 2, 4, 6)]
@@ -198,12 +198,12 @@ def test_statistics_stay_in_float32_under_autocast() -> None:
     codebook = Codebook(16, 4)
     with torch.autocast("cpu", torch.bfloat16):
         output = codebook(torch.randn(2, 4, 2, 2).bfloat16())
-        statistics = assignment_statistics(output, 16, output.latents[:4])
+        statistics = assignment_statistics(output, 16, output.observed[:4])
     assert {part.dtype for part in statistics} == {torch.float32}
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\), got 1"):
-        CodebookConfig(ema_decay=1.0)
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
+        EMAConfig(decay=1.0)
     with pytest.raises(ValueError, match="revival_threshold must lie in"):
-        CodebookConfig(revival_threshold=-0.1)
+        EMAConfig(revival_threshold=-0.1)

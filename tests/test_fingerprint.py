@@ -6,13 +6,12 @@ from tests.test_hierarchy import tiny
 
 def test_a_fingerprint_changes_with_tensors_and_settings_and_nothing_else() -> None:
     model = tiny([8, 4])
-    mark = fingerprint(model, model.settings)
-    assert mark == fingerprint(
-        model.eval().to(memory_format=torch.channels_last), dict(reversed(model.settings.items()))
-    )
-    assert mark != fingerprint(model, model.settings | {"width": 9})
-    model.codebooks[0].vectors[0, 0] += 1e-6
-    assert mark != fingerprint(model, model.settings)
+    mark = fingerprint(model.tensors(), model.settings)
+    other = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert mark == fingerprint(other.tensors(), dict(reversed(model.settings.items())))
+    assert mark != fingerprint(model.tensors(), model.settings | {"width": 9})
+    model.bottlenecks[0].vectors[0, 0] += 1e-6
+    assert mark != fingerprint(model.tensors(), model.settings)
 
 
 def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tokenizer import CodebookConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
+from tokenizer import EMAConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
 from tokenizer.bottlenecks.ema import assignment_statistics
 
 
@@ -42,24 +42,24 @@ def test_quantisation_runs_coarse_to_fine() -> None:
     """Another coarse codebook changes the finer latents; another fine one leaves the coarse codes alone."""
     model, images = tiny([8, 4]).eval(), torch.rand(2, 3, 16, 16)
     before = model(images).levels
-    model.codebooks[1].vectors.mul_(-1)
-    assert torch.equal(model(images).levels[0].latents, before[0].latents)
-    model.codebooks[0].vectors.mul_(-1)
-    assert not torch.equal(model(images).levels[1].latents, before[1].latents)
+    model.bottlenecks[1].vectors.mul_(-1)
+    assert torch.equal(model(images).levels[0].observed, before[0].observed)
+    model.bottlenecks[0].vectors.mul_(-1)
+    assert not torch.equal(model(images).levels[1].observed, before[1].observed)
 
 
 def test_every_level_and_parameter_shapes_the_loss() -> None:
     model = tiny([16, 8, 4])
     images = torch.rand(4, 3, 16, 16)
     output = model(images)
-    TokenizerLoss("mse", 0.25)(output.reconstruction, images, [level.commitment for level in output.levels]).backward()
+    TokenizerLoss("mse", {"commitment": 0.125})(output.reconstruction, images, [level.losses for level in output.levels]).backward()
     unmoved = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not unmoved
 
 
 def test_the_commitment_gradient_reaches_no_decoder() -> None:
     model = tiny([8, 4])
-    sum(level.commitment for level in model(torch.rand(4, 3, 16, 16)).levels).backward()
+    sum(level.losses["commitment"].mean() for level in model(torch.rand(4, 3, 16, 16)).levels).backward()
     assert all(parameter.grad is None for parameter in model.decoder.parameters())
     assert all(parameter.grad is None for parameter in model.upsamplers.parameters())
     assert all(parameter.grad is not None for parameter in model.encoders.parameters())
@@ -69,26 +69,26 @@ def test_commitment_weighs_the_same_at_any_batch_size() -> None:
     model = tiny([8, 4]).eval()
     images = torch.rand(1, 3, 16, 16)
     one, four = model(images), model(images.expand(4, -1, -1, -1))
-    assert torch.allclose(one.levels[0].commitment, four.levels[0].commitment)
+    assert torch.allclose(one.levels[0].losses["commitment"].mean(), four.levels[0].losses["commitment"].mean())
 
 
 def test_a_tiny_tokenizer_overfits_eight_images_tenfold() -> None:
     model = tiny([8, 4], width=32, residual_width=16, codebook_size=64, code_dim=16)
-    emas = [CodebookEMA(book, CodebookConfig(ema_decay=0.9, revival_threshold=0.2)) for book in model.codebooks]
+    emas = [CodebookEMA(book, EMAConfig(decay=0.9, revival_threshold=0.2)) for book in model.bottlenecks]
     images = torch.nn.functional.interpolate(torch.rand(8, 3, 4, 4) * 2 - 1, size=16, mode="bilinear")
-    loss_of, optimizer = TokenizerLoss("mse", 0.25), torch.optim.Adam(model.parameters(), 3e-3)
+    loss_of, optimizer = TokenizerLoss("mse", {"commitment": 0.125}), torch.optim.Adam(model.parameters(), 3e-3)
     errors = []
     for number in range(250):
         output = model(images)
-        loss = loss_of(output.reconstruction, images, [level.commitment for level in output.levels])
+        loss = loss_of(output.reconstruction, images, [level.losses for level in output.levels])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        for book, ema, level in zip(model.codebooks, emas, output.levels, strict=True):
+        for book, ema, level in zip(model.bottlenecks, emas, output.levels, strict=True):
             if number == 0:
-                ema.start(book, level.latents, 0)
+                ema.start(book, level.observed, 0)
             ema.update(
-                book, assignment_statistics(level, 64, level.latents[torch.randperm(len(level.latents))[:16]]), 10**6
+                book, assignment_statistics(level, 64, level.observed[torch.randperm(len(level.observed))[:16]]), 10**6
             )
         errors.append(float((output.reconstruction - images).detach().square().mean()))
     assert errors[-1] < errors[0] / 10

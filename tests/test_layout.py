@@ -139,7 +139,7 @@ def test_only_what_is_allowed_next_is_a_record(order: str) -> None:
 
 def test_images_are_decoded_by_no_other_tokenizer() -> None:
     model, other = tiny([8, 4]), tiny([8, 4])
-    other.codebooks[0].vectors[0, 0] += 1
+    other.bottlenecks[0].vectors[0, 0] += 1
     levels = [
         {"grid": list(grid), "codebook_size": size}
         for grid, size in zip(model.grids, model.config.codebook_sizes, strict=True)

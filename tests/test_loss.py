@@ -7,5 +7,5 @@ from tokenizer import TokenizerLoss
 @pytest.mark.parametrize(("kind", "expected"), [("mse", 4.0), ("l1", 2.0)])
 def test_the_loss_is_reconstruction_and_weighted_mean_commitment(kind: str, expected: float) -> None:
     images = torch.zeros(2, 1, 4, 4)
-    commitments = [torch.tensor(1.0), torch.tensor(3.0)]
-    assert TokenizerLoss(kind, 0.25)(images + 2, images, commitments).item() == expected + 0.25 * 2  # type: ignore[arg-type]
+    losses = [{"commitment": torch.tensor([0.0, 2.0])}, {"commitment": torch.tensor([3.0, 3.0])}]
+    assert TokenizerLoss(kind, {"commitment": 0.125})(images + 2, images, losses).item() == expected + 0.25 * 2  # type: ignore[arg-type]

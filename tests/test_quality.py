@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from pipelines.metrics.quality import TokenizerQuality, entropy
+from pipelines.metrics.quality import TokenizerQuality
 from tests.test_hierarchy import tiny
+from tokenizer.bottlenecks.usage import entropy
 
 
 def test_figures_are_those_of_the_whole_split_whatever_the_batches_and_filling() -> None:
@@ -21,8 +22,8 @@ def test_figures_are_those_of_the_whole_split_whatever_the_batches_and_filling()
     assert parts.figures() == pytest.approx(expected, rel=1e-6)
     assert expected["mse"] == pytest.approx(float((output.reconstruction - images).square().mean()), rel=1e-6)
     assert expected["psnr"] == pytest.approx(10 * math.log10(4 / expected["mse"]))
-    assert expected["level1_usage"] == len(output.levels[1].codes.unique()) / 16
-    assert expected["level0_commitment"] == pytest.approx(float(output.levels[0].commitment), rel=1e-5)
+    assert expected["level1_usage"] == len(output.levels[1].stored[0].unique()) / 16
+    assert expected["level0_commitment"] == pytest.approx(float(output.levels[0].losses["commitment"].mean()), rel=1e-5)
 
 
 def test_the_entropy_of_equal_counts_is_log_k() -> None:

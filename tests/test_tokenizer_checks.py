@@ -96,9 +96,9 @@ def test_a_codebook_judges_what_it_is_given() -> None:
     with pytest.raises(ValueError, match=r"latents must be \(B, D, h, w\), got \(4, 2, 2\)"):
         codebook(torch.zeros(4, 2, 2))
     with pytest.raises(ValueError, match=r"codes must be \(B, h, w\), got \(2, 2\)"):
-        codebook.lookup(torch.zeros(2, 2, dtype=torch.int64))
-    assert codebook.lookup(np.zeros((1, 2, 3), np.uint8)).shape == (1, 4, 2, 3)
-    assert codebook(torch.zeros(0, 4, 2, 3)).quantized.shape == (0, 4, 2, 3)
+        codebook.lookup([torch.zeros(2, 2, dtype=torch.int64)])
+    assert codebook.lookup([np.zeros((1, 2, 3), np.uint8)]).shape == (1, 4, 2, 3)
+    assert codebook(torch.zeros(0, 4, 2, 3)).seen.shape == (0, 4, 2, 3)
 
 
 @pytest.mark.parametrize("change", ["half", "bfloat16", "double"])

@@ -65,7 +65,7 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     if kind == "prior":
         changes |= {"codes": {"from": str(run / "codes")}}
     else:
-        changes["tokenizer"]["codebook"] = {"ema_decay": 0.5, "revival_threshold": 0.5}
+        changes["tokenizer"]["codebook"] = {"decay": 0.5, "revival_threshold": 0.5}
     found = []
     for name in ("whole", "killed"):
         config = load_config(write_config(tmp_path / name, changes))
@@ -189,7 +189,7 @@ def test_codebooks_start_from_the_whole_batch_however_it_is_cut(
     found: list[list[torch.Tensor]] = []
 
     def started(self: TokenizerTraining, *arguments: object) -> None:
-        found.append([book.vectors for book in self.model.codebooks] + [ema.counts for ema in self.emas])
+        found.append([book.vectors for book in self.model.bottlenecks] + [ema.counts for ema in self.learners])
         raise Killed
 
     monkeypatch.setattr(TokenizerTraining, "training_step", started)
@@ -228,7 +228,7 @@ def test_eval_changes_no_buffer_and_the_codebook_moves_in_training(tiny_run: Pat
     checkpoint = torch.load(tiny_run.parent / "run/tokenizer/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["state_dict"]["emas.0.counts"].dtype == torch.float32
     model = HierarchicalVQVAE.from_pretrained(tiny_run.parent / "run" / "tokenizer")
-    assert not torch.equal(model.codebooks[0].vectors, HierarchicalVQVAE(model.config, 16, 1).codebooks[0].vectors)
+    assert not torch.equal(model.bottlenecks[0].vectors, HierarchicalVQVAE(model.config, 16, 1).bottlenecks[0].vectors)
     assert not [name for name in model.state_dict() if "counts" in name or "sums" in name]
 
 

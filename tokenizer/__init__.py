@@ -1,18 +1,20 @@
 """Pixels to codes and back."""
 
-from tokenizer.bottlenecks.codebook import Codebook, Quantized
-from tokenizer.bottlenecks.ema import CodebookConfig, CodebookEMA
-from tokenizer.hierarchy import Autoencoded, HierarchicalVQVAE, TokenizerConfig
+from tokenizer.bottlenecks.bottleneck import Bottled
+from tokenizer.bottlenecks.codebook import Codebook
+from tokenizer.bottlenecks.ema import CodebookEMA, EMAConfig
+from tokenizer.config import TokenizerConfig
+from tokenizer.hierarchy import Autoencoded, HierarchicalVQVAE
 from tokenizer.loss import TokenizerLoss
 from tokenizer.nearest import nearest_code
 
 __all__ = [
     "Autoencoded",
+    "Bottled",
     "Codebook",
-    "CodebookConfig",
     "CodebookEMA",
+    "EMAConfig",
     "HierarchicalVQVAE",
-    "Quantized",
     "TokenizerConfig",
     "TokenizerLoss",
     "nearest_code",

@@ -1,13 +1,15 @@
 """The hierarchical VQ-VAE: an image becomes one grid of codes per level, numbered coarse to fine.
 
-B batch, C channels, H W pixels, D code_dim, K codebook_size, h w code grid.
+What a level is made of and how it learns is its bottleneck's own; here only the protocol is known.
+
+B batch, C channels, H W pixels, D channels that a bottleneck gives, K codebook_size, h w grid.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,14 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokenizer.bottlenecks.codebook import Codebook, Quantized
+from tokenizer.bottlenecks import KINDS, kind_of
+from tokenizer.bottlenecks.bottleneck import Bottled, Bottleneck, Settings, StoredGrid, VectorSizes
+from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.checks import Float32Module, check_pixels, code_grids, float_tensor
+from tokenizer.config import TokenizerConfig
 from tokenizer.hub import model_folder
 from tokenizer.networks import decoder, encoder
-
-# Beyond these a setting is damage or malice, not a model.
-MAX_WIDTH, MAX_BLOCKS, MAX_LEVELS, MAX_CODES = 2**16, 50, 8, 2**31
-
 
 # Of config.json. A field that came later has metadata={"introduced": value}: what it is where a file lacks it.
 FORMAT = 1
@@ -31,90 +32,15 @@ FORMAT = 1
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """What a tokenizer is, whatever the images. Defaults: VQ-VAE-2 at 256 pixels.
-
-    Attributes:
-        strides: image pixels per code along each side, one per level, coarse to fine; powers of two.
-        codebook_size: K, one for all levels or a list of one each.
-        code_dim: D, one for all levels or a list of one each.
-        width: channels of encoders and decoders.
-        residual_width: channels inside a residual block.
-        residual_blocks: residual blocks in each encoder and decoder.
-        normalize: l2-normalise latents and codes.
-    """
-
-    strides: list[int] = field(default_factory=lambda: [8, 4])
-    codebook_size: int | list[int] = 512
-    code_dim: int | list[int] = 64
-    width: int = 128
-    residual_width: int = 32
-    residual_blocks: int = 2
-    normalize: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= len(self.strides) <= MAX_LEVELS:
-            raise ValueError(f"strides must name at least one level and at most {MAX_LEVELS}, got {len(self.strides)}")
-        for stride in self.strides:
-            if stride < 2 or stride & (stride - 1):
-                raise ValueError(f"strides must be powers of two from 2 on, got {stride}")
-        if any(coarse <= fine for coarse, fine in zip(self.strides, self.strides[1:], strict=False)):
-            raise ValueError(f"strides must fall from coarse to fine, got {self.strides}")
-        for name in ("codebook_size", "code_dim"):
-            values = getattr(self, name)
-            if isinstance(values, list) and len(values) != len(self.strides):
-                raise ValueError(f"{name} must have one value per level ({len(self.strides)}), got {values}")
-        for name, most in (("width", MAX_WIDTH), ("residual_width", MAX_WIDTH), ("residual_blocks", MAX_BLOCKS)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be at least 1 and at most {most}, got {getattr(self, name)}")
-        if self.strides[0] > MAX_WIDTH or max(self.codebook_sizes) > MAX_CODES or max(self.code_dims) > MAX_WIDTH:
-            raise ValueError("strides, codebook_size or code_dim are beyond all bounds")
-        if min(self.codebook_sizes) < 2 or min(self.code_dims) < 1:
-            raise ValueError(
-                "a codebook needs at least 2 codes of at least 1 dimension, "
-                f"got {self.codebook_size} of {self.code_dim}"
-            )
-
-    @property
-    def num_levels(self) -> int:
-        """N, the number of levels."""
-        return len(self.strides)
-
-    @property
-    def codebook_sizes(self) -> list[int]:
-        """K of each level, coarse to fine."""
-        return self.codebook_size if isinstance(self.codebook_size, list) else [self.codebook_size] * self.num_levels
-
-    @property
-    def code_dims(self) -> list[int]:
-        """D of each level, coarse to fine."""
-        return self.code_dim if isinstance(self.code_dim, list) else [self.code_dim] * self.num_levels
-
-    def grids(self, image_size: int) -> list[tuple[int, int]]:
-        """Return (h, w) of each level, coarse to fine.
-
-        Raises:
-            ValueError: a stride does not divide the image size.
-        """
-        for stride in self.strides:
-            if image_size < stride or image_size % stride:
-                raise ValueError(
-                    f"strides must divide the image size, but {stride} does not divide {image_size}; "
-                    "change tokenizer.model.strides or images.size"
-                )
-        return [(image_size // stride, image_size // stride) for stride in self.strides]
-
-
 class Autoencoded(NamedTuple):
-    """A reconstruction (B, C, H, W) and what each codebook made of its latents, coarse to fine."""
+    """A reconstruction (B, C, H, W) and what each bottleneck made of its features, coarse to fine."""
 
     reconstruction: Tensor
-    levels: list[Quantized]
+    levels: list[Bottled]
 
 
 class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalti"):
-    """N encoders, N codebooks, one decoder: VQ-VAE for N = 1, VQ-VAE-2 for N = 2 or 3.
+    """N encoders, N bottlenecks, one decoder: with codebooks VQ-VAE for N = 1, VQ-VAE-2 for N = 2 or 3.
 
     Encoders chain fine to coarse, each on the features of the one below. Quantisation runs coarse to fine: the
     latents of a level are projected from its features beside what all coarser levels decode to, so that a finer
@@ -126,32 +52,44 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         config: levels and widths.
         image_size: height and width of the images in pixels.
         channels: 1 for grey, 3 for RGB.
+        bottleneck: settings of the family that all levels are of.
+
+    Attributes:
+        levels: the grids that stand for an image, coarse to fine: one per level, or several of one stride.
 
     Raises:
         ValueError: a stride does not divide the image size.
     """
 
-    codebooks: Sequence[Codebook]
+    bottlenecks: Sequence[Bottleneck]
 
-    def __init__(self, config: TokenizerConfig, image_size: int, channels: int) -> None:
+    def __init__(
+        self, config: TokenizerConfig, image_size: int, channels: int, bottleneck: Settings | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.image_size = image_size
         self.channels = channels
-        self.grids = config.grids(image_size)  # (h, w) per level, coarse to fine
+        self.bottleneck: Settings = bottleneck or EMAConfig()
         blocks = (config.width, config.residual_width, config.residual_blocks)
-        dims, levels = config.code_dims, config.num_levels
+        levels = config.num_levels
         # Index l everywhere is the level, 0 the coarsest; a finer neighbour's stride is the next in the list.
         factors = [coarse // fine for coarse, fine in zip(config.strides, config.strides[1:], strict=False)]
-        seen = [sum(dims[: level + 1]) for level in range(levels)]  # code channels of the levels up to this one
         self.encoders = nn.ModuleList(encoder(config.width, *blocks, factor) for factor in factors)
         self.encoders.append(encoder(channels, *blocks, config.strides[-1]))
-        self.codebooks = nn.ModuleList(  # type: ignore[assignment]  # a ModuleList of codebooks
-            Codebook(size, dim, config.normalize) for size, dim in zip(config.codebook_sizes, dims, strict=True)
-        )
+        self.bottlenecks = self._built()
+        dims = [part.channels for part in self.bottlenecks]
+        self.level_grids = config.grids(image_size)  # (h, w) of each bottleneck
+        self.levels = [
+            StoredGrid(grid, size, 1 if size else part.channels)
+            for part, grid in zip(self.bottlenecks, self.level_grids, strict=True)
+            for size in part.sizes
+        ]
+        seen = [sum(dims[: level + 1]) for level in range(levels)]  # channels of the levels up to this one
         contexts = [0] + [config.width] * (levels - 1)
         self.projections = nn.ModuleList(
-            nn.Conv2d(config.width + context, dim, 1) for context, dim in zip(contexts, dims, strict=True)
+            nn.Conv2d(config.width + context, part.features, 1)
+            for context, part in zip(contexts, self.bottlenecks, strict=True)
         )
         self.context_decoders = nn.ModuleList(
             decoder(seen[level], config.width, *blocks, factor) for level, factor in enumerate(factors)
@@ -159,100 +97,152 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         self.upsamplers = nn.ModuleList(upsampling(seen[level], factor) for level, factor in enumerate(factors))
         self.decoder = decoder(seen[-1], channels, *blocks, config.strides[-1])
 
-    def forward(self, images: Tensor) -> Autoencoded:
-        """Encode, quantise and decode. Pure: no buffer changes.
+    def _built(self) -> Sequence[Bottleneck]:
+        """Return new bottlenecks, coarse to fine."""
+        sizes = zip(self.config.codebook_sizes, self.config.code_dims, strict=True)
+        return nn.ModuleList(  # type: ignore[return-value]  # a ModuleList of bottlenecks
+            self.bottleneck.build(VectorSizes(codebook_size=size, code_dim=dim, normalize=self.config.normalize))
+            for size, dim in sizes
+        )
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(h, w) of each stored grid, coarse to fine."""
+        return [level.grid for level in self.levels]
+
+    @property
+    def codebook_sizes(self) -> list[int | None]:
+        """K of each stored grid, coarse to fine; None where it is continuous."""
+        return [level.codebook_size for level in self.levels]
+
+    def forward(self, images: Tensor, noise: Sequence[Tensor | None] | None = None) -> Autoencoded:
+        """Encode, pass all bottlenecks and decode. Pure: no buffer changes.
 
         Args:
             images: float of any precision, (B, C, H, W) in [-1, 1]; training goes through here, so that values are
                 not read back to be judged.
+            noise: for each bottleneck what it is given, see `Bottleneck`; None for none.
 
         Returns:
-            The reconstruction, in eval mode clamped to [-1, 1] as `decode` does, and each level's `Quantized`.
+            The reconstruction, in eval mode clamped to [-1, 1] as `decode` does, and each level's `Bottled`.
 
         Raises:
             ValueError: images are no floats, or channels or size are not the configured ones.
         """
-        levels = self._quantize(self._checked(images))
-        reconstruction = self._reconstruct([level.quantized for level in levels])
+        levels = self._bottled(self._checked(images), noise)
+        reconstruction = self._reconstruct([level.seen for level in levels])
         return Autoencoded(reconstruction if self.training else reconstruction.clamp(-1, 1), levels)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> list[Tensor]:
-        """Turn images (B, C, H, W) in [-1, 1] into codes: int64 (B, h, w) per level, coarse to fine.
+    def encode(self, images: Tensor, noise: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Turn images into what stands for them.
+
+        Args:
+            images: float, (B, C, H, W) in [-1, 1].
+            noise: as of `forward`.
+
+        Returns:
+            What is stored of each level, coarse to fine: codes, int64 (B, h, w), or numbers, float32 (B, d, h, w).
 
         Raises:
             ValueError: images are no floats or leave [-1, 1], or channels or size are not the configured ones.
         """
         images = self._checked(images)
         check_pixels(images)
-        return [level.codes for level in self._quantize(images)]
+        return [grid for level in self._bottled(images, noise) for grid in level.stored]
 
     @torch.no_grad()
     def decode(self, codes: Sequence[Tensor | np.ndarray]) -> Tensor:
-        """Turn codes into images (B, C, H, W) in [-1, 1].
+        """Turn what is stored back into images (B, C, H, W) in [-1, 1].
 
         Args:
-            codes: (B, h, w) per level, coarse to fine, of any integer type, tensors or arrays. Finer levels may be left
-                out: the mean code vector then stands for them, which shows what the coarser levels hold.
+            codes: as `encode` returns them, coarse to fine; codes of any integer type, tensors or arrays. Finer levels
+                may be left out: what their bottleneck calls blank then stands for them, the mean code vector of a
+                codebook, which shows what the coarser levels hold.
 
         Raises:
             ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, or a code
                 is out of range.
         """
-        if not 1 <= len(codes) <= self.config.num_levels:
-            raise ValueError(f"codes must have 1 to {self.config.num_levels} levels, got {len(codes)}")
-        device = self.codebooks[0].vectors.device
-        codes = [code_grids(f"level {n} codes", c, device, self.grids[n]) for n, c in enumerate(codes)]
-        if len({len(code) for code in codes}) > 1:
-            raise ValueError(f"all levels must hold equally many grids, got {[len(code) for code in codes]}")
-        quantized = [book.lookup(code) for book, code in zip(self.codebooks, codes, strict=False)]
-        for book, grid in list(zip(self.codebooks, self.grids, strict=True))[len(codes) :]:
-            quantized.append(book.table.mean(0)[None, :, None, None].expand(len(codes[0]), -1, *grid))
-        return self._reconstruct(quantized).clamp(-1, 1)
+        if not 1 <= len(codes) <= len(self.levels):
+            raise ValueError(f"codes must have 1 to {len(self.levels)} levels, got {len(codes)}")
+        device = next(self.parameters()).device
+        found = [self._stored(n, one, device) for n, one in enumerate(codes)]
+        if len({len(one) for one in found}) > 1:
+            raise ValueError(f"all levels must hold equally many grids, got {[len(one) for one in found]}")
+        seen, number = [], len(found[0])
+        for part, grid in zip(self.bottlenecks, self.level_grids, strict=True):
+            own, found = found[: len(part.sizes)], found[len(part.sizes) :]
+            seen.append(
+                part.lookup(own)
+                if len(own) == len(part.sizes)
+                else part.blank()[None, :, None, None].expand(number, -1, *grid)
+            )
+        return self._reconstruct(seen).clamp(-1, 1)
+
+    def _stored(self, number: int, given: Tensor | np.ndarray, device: torch.device) -> Tensor:
+        """Return a stored grid on a device, if kind and shape are what this tokenizer reads."""
+        level = self.levels[number]
+        if level.codebook_size:
+            return code_grids(f"level {number} codes", given, device, level.grid)
+        values = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+        return float_tensor(f"level {number} values", values, ("B", level.channels, *level.grid)).to(device)
 
     def _checked(self, images: Tensor) -> Tensor:
         """Return images as float32, if kind and shape are what this tokenizer reads."""
         return float_tensor("images", images, ("B", self.channels, self.image_size, self.image_size))
 
-    def _quantize(self, images: Tensor) -> list[Quantized]:
+    def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None) -> list[Bottled]:
         features = [images]
         for encode in reversed(self.encoders):
             features.insert(0, encode(features[0]))
-        levels: list[Quantized] = []
-        seen = None  # (B, sum of D, h, w) codes of all coarser levels on the grid of the last one
-        for level, codebook in enumerate(self.codebooks):
+        levels: list[Bottled] = []
+        seen = None  # (B, sum of D, h, w) of all coarser levels on the grid of the last one
+        for level, bottleneck in enumerate(self.bottlenecks):
             known = features[level]
             if seen is not None:
                 known = torch.cat([self.context_decoders[level - 1](seen), known], 1)
-            output = codebook(self.projections[level](known))
+            output = bottleneck(self.projections[level](known), noise[level] if noise else None)
             levels.append(output)
-            seen = self._stack(seen, output.quantized, level)
+            seen = self._stack(seen, output.seen, level)
         return levels
 
-    def _reconstruct(self, quantized: list[Tensor]) -> Tensor:
+    def _reconstruct(self, levels: list[Tensor]) -> Tensor:
         seen = None
-        for level, vectors in enumerate(quantized):
+        for level, vectors in enumerate(levels):
             seen = self._stack(seen, vectors, level)
         return self.decoder(seen)
 
     def _stack(self, seen: Tensor | None, vectors: Tensor, level: int) -> Tensor:
-        """Lay a level's code vectors (B, D, h, w) on the coarser ones, upsampled to its grid."""
+        """Lay what is seen of a level (B, D, h, w) on that of the coarser ones, upsampled to its grid."""
         return vectors if seen is None else torch.cat([self.upsamplers[level - 1](seen), vectors], 1)
 
     @property
     def settings(self) -> dict:
         """All that inference needs to know besides the tensors, as `config.json` holds it."""
-        return {"image_size": self.image_size, "channels": self.channels, **asdict(self.config)}
+        return {"image_size": self.image_size, "channels": self.channels, **asdict(self.config), **self.family}
+
+    @property
+    def family(self) -> dict[str, Any]:
+        """What says of which family the bottlenecks are; nothing of EMA codebooks, the only one when files began."""
+        kind, of_model = kind_of(self.bottleneck), self.bottleneck.of_model
+        if kind == "ema":
+            return {}
+        return {"bottleneck": {"kind": kind, **{name: getattr(self.bottleneck, name) for name in of_model}}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by the names that files have: there bottlenecks are called codebooks, as all were once."""
+        return {name.replace("bottlenecks.", "codebooks.", 1): value for name, value in self.state_dict().items()}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write `model.safetensors` and `config.json`; called by `save_pretrained` and `push_to_hub`."""
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, save_directory / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in self.tensors().items()}, save_directory / "model.safetensors")
         (save_directory / "config.json").write_text(json.dumps({"format": FORMAT, **self.settings}, indent=2) + "\n")
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
         """Return the card that `save_pretrained` puts beside the model: what it reads and gives, how to load it."""
         levels = ", ".join(
-            f"{h}x{w} codes of {size}" for (h, w), size in zip(self.grids, self.config.codebook_sizes, strict=True)
+            f"{h}x{w} " + (f"codes of {size}" if size else f"vectors of {dim}") for (h, w), size, dim in self.levels
         )
         return ModelCard(
             "---\nlibrary_name: smalti\ntags: [image-tokenizer, vq-vae]\n---\n\n# A smalti tokenizer\n\n"
@@ -283,16 +273,17 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             raise ValueError(f"{folder}/config.json is of format {settings['format']}, not {FORMAT}; update smalti")
         known = {"image_size", "channels", *(field.name for field in fields(TokenizerConfig))}
         later = {f.name: f.metadata["introduced"] for f in fields(TokenizerConfig) if "introduced" in f.metadata}
-        if not isinstance(settings, dict) or set(later | settings) - {"format"} != known:
+        if not isinstance(settings, dict) or set(later | settings) - {"format", "bottleneck"} != known:
             raise ValueError(f"{folder}/config.json must hold exactly the settings {sorted(known)}")
         settings = {name: value for name, value in (later | settings).items() if name != "format"}
         image_size, channels = settings.pop("image_size"), settings.pop("channels")
         try:
+            family = _family(settings.pop("bottleneck", {"kind": "ema"}))
             with torch.device("meta"):  # sizes are believed when the tensors are there, not before memory is taken
-                model = cls(TokenizerConfig(**settings), image_size, channels)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                model = cls(TokenizerConfig(**settings), image_size, channels, family)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{folder}/config.json holds settings that cannot be: {error}") from error
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        expected = {name: tensor.shape for name, tensor in model.tensors().items()}
         wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
         if wrong:
             raise ValueError(
@@ -304,8 +295,20 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
                 raise ValueError(
                     f"{folder}/model.safetensors must hold finite numbers, but {key} does not; copy or train it again"
                 )
-        model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
+        model.bottlenecks = model._built()  # with what is in no file
+        named = {
+            name: tensors[stored].float() for name, stored in zip(model.state_dict(), model.tensors(), strict=True)
+        }
+        model.load_state_dict(named, assign=True)
         return model.requires_grad_(True).eval()
+
+
+def _family(settings: dict[str, Any]) -> Settings:
+    """Return the settings of a family from config.json."""
+    family = KINDS[settings["kind"]]
+    if set(settings) != {"kind", *family.of_model}:
+        raise ValueError(f"bottleneck must hold kind and {list(family.of_model)}, got {sorted(settings)}")
+    return family(**{name: settings[name] for name in family.of_model})
 
 
 def upsampling(channels: int, factor: int) -> nn.Sequential:

@@ -1,5 +1,6 @@
-"""What stage one minimises: reconstruction and commitment."""
+"""What stage one minimises: reconstruction, and what the bottleneck asks for."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -7,22 +8,25 @@ from torch import Tensor, nn
 
 
 class TokenizerLoss(nn.Module):
-    """reconstruction + commitment_weight * the mean commitment of the levels.
-
-    A module, because a perceptual or adversarial loss would own parameters; this one has none.
+    """reconstruction + the weighted losses of all bottlenecks.
 
     Args:
         reconstruction: "mse" or "l1", averaged over every element, so neither term grows with the batch.
-        commitment_weight: beta of van den Oord et al. 2017, equation 3. There is no codebook term: EMA has its place.
+        weights: of the bottleneck's losses, by name; each level's mean over images counts.
     """
 
-    def __init__(self, reconstruction: Literal["mse", "l1"], commitment_weight: float) -> None:
+    def __init__(self, reconstruction: Literal["mse", "l1"], weights: Mapping[str, float]) -> None:
         super().__init__()
-        self.reconstruction = reconstruction
-        self.commitment_weight = commitment_weight
+        self.reconstruction, self.weights = reconstruction, dict(weights)
 
-    def forward(self, reconstruction: Tensor, images: Tensor, commitments: list[Tensor]) -> Tensor:
-        """Return the scalar loss of reconstructions (B, C, H, W) against images, with one commitment per level."""
+    def forward(self, reconstruction: Tensor, images: Tensor, losses: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Return the scalar loss of reconstructions (B, C, H, W) against images.
+
+        Args:
+            reconstruction: (B, C, H, W).
+            images: (B, C, H, W).
+            losses: of each level by name, (B,) each.
+        """
         distance = F.mse_loss if self.reconstruction == "mse" else F.l1_loss
-        commitment = sum(commitments, start=images.new_zeros(())) / len(commitments)
-        return distance(reconstruction.float(), images) + self.commitment_weight * commitment
+        asked = [self.weights[name] * values.mean() for level in losses for name, values in level.items()]
+        return distance(reconstruction.float(), images) + sum(asked, start=images.new_zeros(()))

@@ -18,18 +18,21 @@ from pipelines.data.codes import Codes
 from pipelines.data.images import ImageShards, ValidationImages, to_unit_range
 from pipelines.errors import StageError
 from pipelines.metrics.bound import FITTED_IMAGES, bound_figures, distortion_nats, fitted_scales
-from pipelines.metrics.quality import TokenizerQuality, entropy
+from pipelines.metrics.quality import TokenizerQuality
 from pipelines.progress import progress_bar
 from pipelines.storage.fingerprint import check_belong_together
 from pipelines.storage.manifest import read_manifest
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
+from tokenizer.bottlenecks.usage import entropy
 
 # Images at once; nothing but rounding depends on it.
 BATCH_SIZE = 64
 SSIM_WINDOW = 11
 # A histogram of less, in bits, leaves nothing to save.
 LEAST_BITS = 1e-4
+# Figures of levels that are shares.
+SHARES = ("usage", "active")
 GIVEN = {"given_class": "given the class", "without_class": "without class"}
 
 
@@ -81,7 +84,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: HierarchicalVQVAE, images: Path, compute: ComputeConfig) -> dict[str, Any]:
-    """Return MSE, PSNR, SSIM, and each level's perplexity and usage over the val split, in true float32.
+    """Return MSE, PSNR, SSIM, and what each level tells of itself over the val split, in true float32.
 
     SSIM is that of Wang et al. 2004 with its 11x11 Gaussian window, the mean over images; None for smaller ones.
     """
@@ -177,11 +180,13 @@ def _tokenizer_table(figures: dict[str, Any]) -> list[str]:
     lines = [
         _title("tokenizer", figures),
         f"  MSE {figures['mse']:.5f} of values in [-1, 1]   PSNR {figures['psnr']:.2f} dB{ssim}",
-        f"  level {'perplexity':>12} {'usage':>8} {'commitment':>12}",
     ]
-    for level in range(sum(name.endswith("_usage") for name in figures)):
-        values = [figures[f"level{level}_{name}"] for name in ("perplexity", "usage", "commitment")]
-        lines.append(f"  {level:>5} {values[0]:>12.1f} {values[1]:>8.1%} {values[2]:>12.5f}")
+    names = [name.removeprefix("level0_") for name in figures if name.startswith("level0_")]
+    lines.append("  level" + "".join(f" {name:>12}" for name in names))
+    for level in range(sum(name.endswith(f"_{names[0]}") for name in figures)):
+        values = [(name, figures[f"level{level}_{name}"]) for name in names]
+        shown = [f"{value:>12.1%}" if name in SHARES else f"{value:>12.5g}" for name, value in values]
+        lines.append(f"  {level:>5} " + " ".join(shown))
     return lines
 
 

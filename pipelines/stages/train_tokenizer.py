@@ -1,6 +1,6 @@
 """Stage train-tokenizer: image shards become a tokenizer.
 
-B batch, C channels, H W pixels, D code_dim, K codebook_size.
+B batch, C channels, H W pixels.
 """
 
 import logging
@@ -22,21 +22,24 @@ from pipelines.data.images import (
     to_uint8,
     to_unit_range,
 )
+from pipelines.data.noise import normals
 from pipelines.data.pictures import picture_grid
 from pipelines.metrics.quality import TokenizerQuality
 from pipelines.storage.paths import whole
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.loggers import log_picture
 from pipelines.training.sections import TokenizerSection, TrainingConfig
-from tokenizer import CodebookEMA, HierarchicalVQVAE, TokenizerLoss
-from tokenizer.bottlenecks.ema import Statistics, assignment_statistics, candidate_positions, take_owned
+from tokenizer import Bottled, HierarchicalVQVAE, TokenizerLoss
+from tokenizer.bottlenecks.bottleneck import Learner, Place
 
 logger = logging.getLogger(__name__)
 
 # Images shown in reconstructions.png.
 NUM_SHOWN = 10
-# Images that are encoded at once for the start of the codebooks.
+# Images that are encoded at once for the start of learners.
 START_IMAGES = 8
+# A level that uses less of its codes, or of its units, is warned of.
+LEAST_USAGE = 0.1
 
 
 def train_tokenizer(
@@ -54,7 +57,7 @@ def train_tokenizer(
     """
     train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
-    model = HierarchicalVQVAE(section.model, train.size, train.channels)
+    model = HierarchicalVQVAE(section.model, train.size, train.channels, section.family)
     module = TokenizerTraining(model, section, training, seed, folder)
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
     # On a CPU the loader's processes would only take cores from the training itself.
@@ -75,17 +78,17 @@ def train_tokenizer(
 
 
 class TokenizerTraining(pl.LightningModule):
-    """Loss, codebook steps and validation figures of stage one.
+    """Loss, steps of what gradients do not move, and validation figures of stage one.
 
     Args:
         model: trained in place.
-        section: loss and codebook settings.
+        section: loss and settings of the bottleneck.
         training: optimizer and schedule.
-        seed: of k-means and revival.
+        seed: of learners and noise.
         folder: where reconstructions.png goes.
     """
 
-    emas: Sequence[CodebookEMA]
+    learners: Sequence[Learner]
 
     def __init__(
         self,
@@ -97,13 +100,14 @@ class TokenizerTraining(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.loss = TokenizerLoss(section.loss, section.codebook.commitment_weight)
-        emas = (CodebookEMA(book, section.codebook) for book in model.codebooks)
-        self.emas = nn.ModuleList(emas)  # type: ignore[assignment]  # a ModuleList of these
+        num_values = model.channels * model.image_size**2
+        self.loss = TokenizerLoss(section.loss, section.family.weights(model.config.num_levels, num_values))
+        learners = [section.family.learner(bottleneck) for bottleneck in model.bottlenecks]
+        self.learners = nn.ModuleList(one for one in learners if one is not None)  # type: ignore[assignment]
         self.training_config, self.seed, self.folder = training, seed, folder
-        self.statistics: list[Statistics] | None = None  # of the micro-batches since the last optimizer step
+        self.statistics: list[Tensor] | None = None  # of the micro-batches since the last optimizer step
         self.micro = 0
-        self.revived = torch.zeros(len(self.emas), dtype=torch.int64)
+        self.counted: dict[str, Tensor] = {}  # what learners have counted, (levels,) each
         self.shown: tuple[Tensor, Tensor, Tensor] | None = None
 
     def configure_optimizers(self) -> Any:
@@ -111,90 +115,103 @@ class TokenizerTraining(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_metrics(self, checkpoint)
-        checkpoint["revived"] = self.revived
+        checkpoint["counted"] = self.counted
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.revived = checkpoint["revived"]
+        self.counted = checkpoint["counted"]
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         seed_step(self.seed, self.global_step, self.micro, self.global_rank)
-        if self.global_step == 0 and self.micro == 0:
+        if self.global_step == 0 and self.micro == 0 and len(self.learners):
             assert isinstance(self.training_config.batch_size, int)
-            self._start_codebooks(range(self.training_config.batch_size))
+            self._start_learners(range(self.training_config.batch_size))
 
     @torch.no_grad()
-    def _start_codebooks(self, draws: range) -> None:
-        """Set each codebook to k-means centres of the images of these draws, coarse to fine, the same on every rank.
+    def _start_learners(self, draws: range) -> None:
+        """Start each learner from the images of these draws, coarse to fine, the same on every rank.
 
         START_IMAGES are encoded at once, whatever the micro-batches and processes: another number changes the last bits
-        of latents, and those of an untrained encoder lie so close together that such bits tip some to another centre.
+        of features, and those of an untrained encoder lie so close together that such bits tip some to another code.
         """
         train = self.trainer.datamodule.train  # type: ignore[attr-defined]
         mine = range(self.global_rank * START_IMAGES, len(draws), self.trainer.world_size * START_IMAGES)
         parts = {first: torch.stack([train[draw] for draw in draws[first : first + START_IMAGES]]) for first in mine}
-        for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True)):
-            per_image, dim = math.prod(self.model.grids[level]), codebook.vectors.shape[1]
-            latents = codebook.vectors.new_zeros(len(draws), per_image, dim)  # zero where another rank encodes
+        pairs = zip(self.model.bottlenecks, self.learners, self.model.level_grids, strict=True)
+        for level, (bottleneck, learner, grid) in enumerate(pairs):
+            cells = math.prod(grid)
+            observed = torch.zeros(len(draws), cells, bottleneck.features, device=self.device)  # zero of other ranks
             for first, pixels in parts.items():
                 images = to_unit_range(pixels.to(self.device))
                 output = self.model.forward(images)  # what is compiled is compiled for the size of a micro-batch
-                latents[first : first + len(pixels)] = output.levels[level].latents.view(-1, per_image, dim)
-            ema.start(codebook, sum_over_ranks(latents).flatten(0, 1), self.seed + level)
+                observed[first : first + len(pixels)] = output.levels[level].observed.view(len(pixels), cells, -1)
+            learner.start(bottleneck, sum_over_ranks(observed).flatten(0, 1), self.seed + level)
             if self.trainer.world_size > 1:
-                for tensor in (codebook.vectors, ema.sums):
+                modules: list[Any] = [bottleneck, learner]
+                for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
                     torch.distributed.broadcast(tensor, src=0)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         images = to_unit_range(batch).contiguous(memory_format=torch.channels_last)
-        output = self.model(images)
-        loss = self.loss(output.reconstruction, images, [level.commitment for level in output.levels])
-        self._collect(output.levels, len(images))
+        first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
+        output = self.model(images, self._noise(range(first, first + len(images))))
+        loss = self.loss(output.reconstruction, images, [level.losses for level in output.levels])
+        self._collect(output.levels, first, len(images))
         mse = (output.reconstruction.detach().float() - images).square().mean()
         self.log_dict({"train_loss": loss.detach(), "train_mse": mse})
         return loss
 
+    def _noise(self, places: range) -> list[Tensor | None] | None:
+        """Return what each bottleneck is given for the images of these places in the global batch."""
+        if not any(bottleneck.noise_channels for bottleneck in self.model.bottlenecks):
+            return None
+        noise = []
+        for level, (bottleneck, grid) in enumerate(zip(self.model.bottlenecks, self.model.level_grids, strict=True)):
+            seed = self.seed * 101 + level + 1
+            drawn = normals(seed, self.global_step, places, (bottleneck.noise_channels, *grid))
+            noise.append(drawn.to(self.device, non_blocking=True) if bottleneck.noise_channels else None)
+        return noise
+
     @torch.no_grad()
-    def _collect(self, levels: list, batch_size: int) -> None:
-        """Add a micro-batch's statistics to those of the step."""
-        config = self.training_config
-        found = []
-        for number, output in enumerate(levels):
-            size = len(self.model.codebooks[number].vectors)
-            latents_per_image = len(output.latents) // batch_size
-            total = batch_size * config.micro_batches * self.trainer.world_size * latents_per_image
-            place = (self.micro * self.trainer.world_size + self.global_rank) * batch_size
-            step_seed = (self.seed * 1_000_003 + self.global_step) * 101 + number
-            candidates = take_owned(
-                output.latents, candidate_positions(total, size, step_seed), place * latents_per_image
-            )
-            found.append(assignment_statistics(output, size, candidates))
+    def _collect(self, levels: list[Bottled], first: int, number: int) -> None:
+        """Add a micro-batch's statistics to those of the step.
+
+        Args:
+            levels: what bottlenecks made of it.
+            first: place of its first image in the global batch.
+            number: of its images.
+        """
+        total = number * self.training_config.micro_batches * self.trainer.world_size
+        found: list[Tensor] = []
+        for level, (learner, output) in enumerate(zip(self.learners, levels, strict=False)):
+            seed = (self.seed * 1_000_003 + self.global_step) * 101 + level
+            found += learner.statistics(output, Place(first, total, seed))
         if self.statistics is not None:
-            found = [
-                Statistics(*(a + b for a, b in zip(old, new, strict=True)))
-                for old, new in zip(self.statistics, found, strict=True)
-            ]
+            found = [old + new for old, new in zip(self.statistics, found, strict=True)]
         self.statistics = found
         self.micro += 1
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self._update_codebooks()
+        self._update_learners()
 
     @torch.no_grad()
-    def _update_codebooks(self) -> None:
-        """One EMA step of all codebooks, from the statistics of all micro-batches and ranks: one all-reduce."""
-        assert self.statistics is not None
-        parts = [part for statistics in self.statistics for part in statistics]
+    def _update_learners(self) -> None:
+        """One step of all learners, from the statistics of all micro-batches and ranks: one all-reduce."""
+        parts, self.statistics, self.micro = self.statistics, None, 0
+        if not parts:
+            return
         flat = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
         summed = [
             chunk.view_as(part) for chunk, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
         ]
-        revived = [
-            ema.update(codebook, Statistics(*summed[3 * level : 3 * level + 3]), self.global_step - 1)
-            for level, (codebook, ema) in enumerate(zip(self.model.codebooks, self.emas, strict=True))
+        each = len(summed) // len(self.learners)
+        counted = [
+            learner.update(bottleneck, summed[each * level : each * (level + 1)], self.global_step - 1)
+            for level, (bottleneck, learner) in enumerate(zip(self.model.bottlenecks, self.learners, strict=True))
         ]
-        self.revived = self.revived.to(flat.device, non_blocking=True) + torch.stack(revived)
-        self.statistics, self.micro = None, 0
+        for name in counted[0]:
+            new = torch.stack([one[name] for one in counted])
+            self.counted[name] = self.counted.get(name, torch.zeros_like(new)).to(new.device, non_blocking=True) + new
 
     def on_validation_epoch_start(self) -> None:
         self.quality = TokenizerQuality(self.model)
@@ -206,24 +223,35 @@ class TokenizerTraining(pl.LightningModule):
         self.quality.add(images, output, mask)
         if batch_idx == 0:
             shown = slice(0, min(NUM_SHOWN, len(images)))
-            top = self.model.decode([output.levels[0].codes[shown]])
+            top = self.model.decode([stored[shown] for stored in output.levels[0].stored])
             self.shown = (images[shown], output.reconstruction[shown], top)
 
     def on_validation_epoch_end(self) -> None:
         figures = self.quality.figures()
         reconstruction = figures["mse"] if self.loss.reconstruction == "mse" else figures["l1"]
-        levels = range(self.model.config.num_levels)
-        commitment = sum(figures[f"level{level}_commitment"] for level in levels) / len(levels)
-        figures["loss"] = reconstruction + self.loss.commitment_weight * commitment
+        levels = range(len(self.model.levels))
+        weighted = (
+            weight * figures.get(f"level{level}_{name}", 0.0)
+            for level in levels
+            for name, weight in self.loss.weights.items()
+        )
+        figures["loss"] = reconstruction + sum(weighted)
         self.log_dict({f"val_{name}": value for name, value in figures.items()}, rank_zero_only=False)
-        self.log_dict({f"level{level}_revived": float(self.revived[level]) for level in levels})
+        for name, counts in self.counted.items():
+            self.log_dict({f"level{level}_{name}": float(count) for level, count in enumerate(counts)})
         for level in levels:
-            if figures[f"level{level}_usage"] < 0.1:
+            if (usage := figures.get(f"level{level}_usage", 1.0)) < LEAST_USAGE:
                 logger.warning(
                     "level %d uses %.1f%% of its codes: it has collapsed, and samples will be noise; "
                     "lower the learning rate, raise revival_threshold or use fewer codes",
                     level,
-                    100 * figures[f"level{level}_usage"],
+                    100 * usage,
+                )
+            if (active := figures.get(f"level{level}_active", 1.0)) < LEAST_USAGE:
+                logger.warning(
+                    "level %d: %.1f%% of its units say anything of the image: the posterior has collapsed; lower beta",
+                    level,
+                    100 * active,
                 )
         if self.global_rank == 0 and self.shown is not None:
             picture = picture_grid([list(to_uint8(row)) for row in self.shown])

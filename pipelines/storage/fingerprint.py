@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from pipelines.errors import StageError
 from prior import HierarchicalPrior, LevelPrior
@@ -37,15 +37,15 @@ def hashed(settings: Any) -> Any:
     return [hashed(value) for value in settings] if isinstance(settings, list | tuple) else settings
 
 
-def fingerprint(model: nn.Module, settings: dict) -> str:
+def fingerprint(tensors: Mapping[str, Tensor], settings: dict) -> str:
     """Return the sha256 over a model's tensors in the order of their names, and its inference settings.
 
     Args:
-        model: a tokenizer or a prior; all tensors of its state dict serve inference.
+        tensors: of a tokenizer or a prior, all that serve inference, by the names that files have.
         settings: what inference needs besides them.
     """
     sha = hashlib.sha256(digest(settings).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
@@ -54,12 +54,12 @@ def fingerprint(model: nn.Module, settings: dict) -> str:
 def tokenizer_fingerprint(tokenizer: HierarchicalVQVAE) -> str:
     """Return the fingerprint of a tokenizer."""
     images = {"image_size": tokenizer.image_size, "channels": tokenizer.channels}
-    return fingerprint(tokenizer, images | hashed(tokenizer.config))
+    return fingerprint(tokenizer.tensors(), images | hashed(tokenizer.config) | tokenizer.family)
 
 
 def prior_fingerprint(level: LevelPrior) -> str:
     """Return the fingerprint of one level's prior."""
-    return fingerprint(level, hashed(level.config))
+    return fingerprint(level.state_dict(), hashed(level.config))
 
 
 def manifest_digest(manifest: dict) -> str:

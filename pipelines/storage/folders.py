@@ -16,6 +16,7 @@ from pipelines.errors import ConfigError, StageError
 from pipelines.storage.fingerprint import hashed
 from pipelines.storage.paths import exists, is_local, lies_in, make_folder, place, read_bytes, sweep, whole, write_text
 from pipelines.storage.receipts import remove_shards
+from pipelines.storage.renamed import renamed
 from pipelines.storage.yaml import read_yaml
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
@@ -174,7 +175,7 @@ def check_outside(folder: Path, stage: str, inputs: Mapping[str, str]) -> None:
 
 def _kept_settings(path: Path, stage: str) -> Any:
     try:
-        return read_yaml(read_bytes(path))
+        return renamed(read_yaml(read_bytes(path)))
     except ValueError as error:
         mend = f"add --redo {stage} to make it again"
         raise StageError(f"{path} is not what smalti wrote there: {error}; {mend}") from error

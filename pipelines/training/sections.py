@@ -6,8 +6,13 @@ from typing import Any, Literal, TypeVar
 
 from pipelines.data.images import AugmentConfig
 from pipelines.errors import ConfigError
+from pipelines.storage.fingerprint import hashed
 from prior import PixelSNAILConfig, TransformerConfig
-from tokenizer import CodebookConfig, TokenizerConfig
+from tokenizer import EMAConfig, TokenizerConfig
+from tokenizer.bottlenecks import KINDS, FSQConfig, GaussianConfig, GradientConfig, Settings
+
+# What `prior.network` may name; each has its settings under its name.
+NETWORKS = ("transformer", "pixelsnail")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +88,14 @@ class TokenizerSection:
 
     Attributes:
         from_: a tokenizer folder or hub id to use instead of training one.
-        model: its levels and widths.
-        codebook: how codebooks learn.
+        bottleneck: what its levels are made of: "ema" (codebooks that are moving averages), "gradient" (codebooks
+            moved by gradients), "fsq" (rounded channels) or "gaussian" (a VAE).
+        model: its levels and widths; codebook_size, code_dim and normalize are those of codebooks, code_dim also that
+            of "gaussian".
+        ema: settings of that bottleneck.
+        gradient: settings of that bottleneck.
+        fsq: settings of that bottleneck.
+        gaussian: settings of that bottleneck.
         shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
             disk that it is fetched to; 0 mixes all.
         loss: reconstruction loss.
@@ -93,8 +104,12 @@ class TokenizerSection:
     """
 
     from_: str = ""
+    bottleneck: Literal["ema", "gradient", "fsq", "gaussian"] = field(default="ema", metadata={"introduced": "ema"})
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    fsq: FSQConfig = field(default_factory=FSQConfig)
+    gaussian: GaussianConfig = field(default_factory=GaussianConfig)
     loss: Literal["mse", "l1"] = "mse"
     shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -103,6 +118,16 @@ class TokenizerSection:
     def __post_init__(self) -> None:
         if self.shuffle_shards < 0:
             raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
+
+    @property
+    def family(self) -> Settings:
+        """The settings of the bottleneck that is used."""
+        return getattr(self, self.bottleneck)
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the settings of the bottlenecks that are not used."""
+        return [kind for kind in KINDS if kind != self.bottleneck]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +152,25 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         for network in self.network if isinstance(self.network, list) else [self.network]:
-            if network not in ("transformer", "pixelsnail"):
+            if network not in NETWORKS:
                 raise ValueError(f"prior.network must be transformer or pixelsnail, got {network}")
         for dropout in self.dropout if isinstance(self.dropout, list) else [self.dropout]:
             if not 0 <= dropout < 1:
                 raise ValueError(f"prior.dropout must lie in [0, 1), got {dropout}")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"prior.class_dropout must lie in [0, 1), got {self.class_dropout}")
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the settings of networks that no level has."""
+        return [
+            name for name in NETWORKS if name not in ([self.network] if isinstance(self.network, str) else self.network)
+        ]
+
+
+def used(section: TokenizerSection | PriorConfig) -> dict[str, Any]:
+    """Return a section as plain data, without the settings of kinds that are not used."""
+    return {name: value for name, value in hashed(section).items() if name not in section.unused}
 
 
 T = TypeVar("T")

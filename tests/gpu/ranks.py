@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.compute.ranks import sum_over_ranks
 from tests.test_hierarchy import tiny
-from tokenizer import CodebookConfig, CodebookEMA
+from tokenizer import EMAConfig, CodebookEMA
 from tokenizer.bottlenecks.ema import Statistics, assignment_statistics
 
 
@@ -17,7 +17,7 @@ def steps_of(part: slice, device: torch.device) -> dict[str, Tensor]:
     torch.manual_seed(0)
     images = (torch.rand(8, 3, 16, 16) * 2 - 1)[part].to(device)
     model = tiny([8, 4]).to(device)
-    emas = [CodebookEMA(book, CodebookConfig(revival_threshold=0.0)).to(device) for book in model.codebooks]
+    emas = [CodebookEMA(book, EMAConfig(revival_threshold=0.0)).to(device) for book in model.bottlenecks]
     several = torch.distributed.is_initialized()
     forward = DistributedDataParallel(model, broadcast_buffers=False) if several else model
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -26,8 +26,8 @@ def steps_of(part: slice, device: torch.device) -> dict[str, Tensor]:
         optimizer.zero_grad()
         (output.reconstruction - images).square().mean().backward()
         optimizer.step()
-        for book, ema, level in zip(model.codebooks, emas, output.levels, strict=True):
-            statistics = assignment_statistics(level, len(book.vectors), level.latents[:1])
+        for book, ema, level in zip(model.bottlenecks, emas, output.levels, strict=True):
+            statistics = assignment_statistics(level, len(book.vectors), level.observed[:1])
             ema.update(book, Statistics(*(sum_over_ranks(part) for part in statistics)))
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 

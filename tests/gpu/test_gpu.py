@@ -22,7 +22,7 @@ from tests.gpu import ranks
 from tests.priors import NETWORKS, decoded, draw_codes, tiny_level, tiny_prior
 from tests.test_hierarchy import tiny
 from tests.test_nearest import assert_nearest, drawn
-from tokenizer import Codebook, CodebookConfig, CodebookEMA, nearest_code
+from tokenizer import Codebook, EMAConfig, CodebookEMA, nearest_code
 from tokenizer.bottlenecks.ema import assignment_statistics
 
 # Warnings of libraries on a GPU that nobody has seen yet are shown, and fail nothing.
@@ -64,7 +64,7 @@ def test_a_codebook_learns_as_on_a_cpu() -> None:
     for device in ("cpu", DEVICE):
         torch.manual_seed(0)
         latents, codebook = torch.randn(500, 8).to(device), Codebook(32, 8)
-        ema = CodebookEMA(codebook, CodebookConfig(revival_threshold=0.3)).to(device)
+        ema = CodebookEMA(codebook, EMAConfig(revival_threshold=0.3)).to(device)
         codebook.to(device)
         for _ in range(3):
             output = codebook(latents.T[None, :, :, None])
@@ -109,7 +109,7 @@ def test_a_compiled_tokenizer_is_the_plain_one() -> None:
         if compiled:
             model.compile(fullgraph=True)
         output = model(images)
-        loss = output.reconstruction.square().mean() + output.levels[0].commitment
+        loss = output.reconstruction.square().mean() + output.levels[0].losses["commitment"].mean()
         found.append([output.reconstruction, *gradients(model, loss)])
     torch.testing.assert_close(*found, **CLOSE)
 
@@ -132,7 +132,7 @@ def test_bfloat16_is_near_float32() -> None:
     found = []
     for half in (False, True):
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=half):
-            found.append((model(images).levels[0].latents, prior.nll(codes, [0, 1])))
+            found.append((model(images).levels[0].observed, prior.nll(codes, [0, 1])))
     (latents, nats), (half_latents, half_nats) = found
     assert 0 < float((half_latents - latents).abs().max()) < 0.05 * float(latents.abs().max())
     torch.testing.assert_close(half_nats, nats, rtol=0.05, atol=0.0)

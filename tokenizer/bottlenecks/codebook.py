@@ -1,71 +1,69 @@
-"""The codebook: latents in, nearest code vectors out. It never moves by itself; `CodebookEMA` moves it.
+"""A codebook: latents in, nearest code vectors out.
 
 B batch, D code_dim, K codebook_size, h w code grid.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenizer.bottlenecks.bottleneck import Bottled, per_image
+from tokenizer.bottlenecks.usage import CodeUsage
 from tokenizer.checks import Float32Module, check_codes, code_grids, float_tensor
 from tokenizer.nearest import nearest_code
 
 
-class Quantized(NamedTuple):
-    """What one codebook makes of a batch of latents.
-
-    Attributes:
-        quantized: (B, D, h, w) code vectors; their gradient goes straight through to the latents.
-        codes: int64 (B, h, w) in [0, K).
-        commitment: scalar, mean squared distance of latents to their codes, unweighted; moves the encoder only.
-        latents: float32 (B*h*w, D), detached, in the order of the flattened codes: what the EMA learns from.
-    """
-
-    quantized: Tensor
-    codes: Tensor
-    commitment: Tensor
-    latents: Tensor
-
-
 class Codebook(Float32Module):
     """A (K, D) table of code vectors, looked up by nearest neighbour, always in float32.
+
+    A `Bottleneck` that stores one grid of codes. Its table never moves by itself: a learner moves it, or gradients.
 
     Args:
         codebook_size: K, number of code vectors.
         code_dim: D, their length.
         normalize: l2-normalise latents and codes, so that the nearest code is the one at the smallest angle
             (Yu et al. 2022, section 3.2).
+        learned: whether code vectors are a parameter, moved by the loss "codebook"; else they are a buffer.
     """
 
     vectors: Tensor
+    noise_channels = 0
 
-    def __init__(self, codebook_size: int, code_dim: int, normalize: bool = False) -> None:
+    def __init__(self, codebook_size: int, code_dim: int, normalize: bool = False, learned: bool = False) -> None:
         super().__init__()
-        self.normalize = normalize
+        self.normalize, self.learned = normalize, learned
+        self.features = self.channels = code_dim
+        self.sizes = (codebook_size,)
         vectors = torch.randn(codebook_size, code_dim)
-        self.register_buffer("vectors", F.normalize(vectors, dim=1) if normalize else vectors)
+        vectors = F.normalize(vectors, dim=1) if normalize else vectors
+        if learned:
+            self.vectors = nn.Parameter(vectors)
+        else:
+            self.register_buffer("vectors", vectors)
 
     @property
     def table(self) -> Tensor:
         """The code vectors (K, D); of unit length when normalised, which averaging weights would undo."""
         return F.normalize(self.vectors, dim=1) if self.normalize else self.vectors
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Tensor, noise: Tensor | None = None) -> Bottled:
         """Replace each latent vector by its nearest code.
 
-        Pure: no buffer changes, in training as in eval.
+        Pure: no buffer changes, in training as in eval. The loss "commitment" is the mean squared distance of latents
+        to their codes and moves the encoder alone; "codebook", of a learned table, is the same and moves the table.
 
         Args:
             latents: float of any precision, (B, D, h, w).
+            noise: none is used.
 
         Raises:
             ValueError: they are no floats, or have another number of channels.
 
-        Source: van den Oord et al. 2017, section 3.2.
+        Source: van den Oord et al. 2017, section 3.2, equation 3.
         """
         latents = float_tensor("latents", latents, ("B", "D", "h", "w"))
         if latents.shape[1] != self.vectors.shape[1]:
@@ -82,21 +80,23 @@ class Codebook(Float32Module):
             table = self.table
             codes = nearest_code(flat.detach(), table)
             nearest = table[codes]
-            commitment = F.mse_loss(flat, nearest)
+            losses = {"commitment": (flat - nearest.detach()).square()}
+            if self.learned:
+                losses["codebook"] = (flat.detach() - nearest).square()
             # The value is exactly the code vector (x - x is 0), the gradient is that of the latent.
-            straight_through = nearest + (flat - flat.detach())
-        return Quantized(
-            quantized=rearrange(straight_through, "(b h w) d -> b d h w", b=b, h=h, w=w),
-            codes=codes.view(b, h, w),
-            commitment=commitment,
-            latents=flat.detach(),
+            straight_through = nearest.detach() + (flat - flat.detach())
+        return Bottled(
+            seen=rearrange(straight_through, "(b h w) d -> b d h w", b=b, h=h, w=w),
+            stored=(codes.view(b, h, w),),
+            losses={name: per_image(loss.view(b, h * w, self.features)) for name, loss in losses.items()},
+            observed=flat.detach(),
         )
 
-    def lookup(self, codes: Tensor | np.ndarray) -> Tensor:
+    def lookup(self, stored: Sequence[Tensor | np.ndarray]) -> Tensor:
         """Return the code vectors of a grid of codes.
 
         Args:
-            codes: (B, h, w) in [0, K), of any integer type, a tensor or an array.
+            stored: that grid: (B, h, w) in [0, K), of any integer type, a tensor or an array.
 
         Returns:
             float32, (B, D, h, w).
@@ -104,6 +104,15 @@ class Codebook(Float32Module):
         Raises:
             ValueError: they are no integers, have another shape, or one is out of range.
         """
+        (codes,) = stored
         codes = code_grids("codes", codes, self.vectors.device)
         check_codes(codes, len(self.vectors))
         return rearrange(self.table[codes], "b h w d -> b d h w")
+
+    def blank(self) -> Tensor:
+        """Return the mean code vector (D,)."""
+        return self.table.mean(0)
+
+    def figures(self) -> CodeUsage:
+        """Return perplexity and usage, which have seen nothing yet."""
+        return CodeUsage(self.sizes, self.vectors.device)

@@ -1,28 +1,30 @@
-"""How a codebook learns: an exponential moving average of the latents assigned to each code.
+"""The EMA codebook: its vectors are exponential moving averages of the latents assigned to each.
 
 K codebook_size, D code_dim, N latents of one rank's micro-batch, R revival candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.bottlenecks.codebook import Codebook, Quantized
-from tokenizer.nearest import nearest_code
+from tokenizer.bottlenecks.bottleneck import Bottled, Place, VectorSizes
+from tokenizer.bottlenecks.codebook import Codebook
+from tokenizer.bottlenecks.kmeans import counts_and_sums, kmeans
 
 # At most this many codes are revived in one step; the rest wait for the next.
 MAX_REVIVED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodebookConfig:
-    """How codebooks learn.
+class EMAConfig:
+    """How EMA codebooks learn.
 
     Attributes:
-        ema_decay: share of the running counts and sums kept at each optimizer step, once they are grown; see
+        decay: share of the running counts and sums kept at each optimizer step, once they are grown; see
             `young_decay`.
         commitment_weight: weight of the commitment loss beside the reconstruction loss.
         kmeans_iterations: Lloyd iterations of the start from the first batch; 0 starts from latents drawn from it.
@@ -30,20 +32,34 @@ class CodebookConfig:
             latent of the current batch; 0 turns revival off.
     """
 
-    ema_decay: float = 0.99
+    of_model: ClassVar[tuple[str, ...]] = ()
+
+    decay: float = 0.99
     commitment_weight: float = 0.25
     kmeans_iterations: int = 10
     revival_threshold: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
         if self.commitment_weight < 0:
             raise ValueError(f"commitment_weight must not be negative, got {self.commitment_weight}")
         if self.kmeans_iterations < 0:
             raise ValueError(f"kmeans_iterations must not be negative, got {self.kmeans_iterations}")
         if not 0 <= self.revival_threshold < 1:
             raise ValueError(f"revival_threshold must lie in [0, 1), got {self.revival_threshold}")
+
+    def build(self, sizes: VectorSizes) -> Codebook:
+        """Return a codebook for one level."""
+        return Codebook(sizes.codebook_size, sizes.code_dim, sizes.normalize)
+
+    def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
+        """Return the weight of the commitment: beta of equation 3, of the mean over levels."""
+        return {"commitment": self.commitment_weight / num_levels}
+
+    def learner(self, bottleneck: Codebook) -> "CodebookEMA":
+        """Return the running counts and sums of a codebook."""
+        return CodebookEMA(bottleneck, self)
 
 
 def young_decay(decay: float, step: int) -> float:
@@ -97,7 +113,7 @@ def take_owned(latents: Tensor, positions: Tensor, offset: int) -> Tensor:
     return torch.where(owned[:, None], latents[local.clamp(0, len(latents) - 1)], 0.0)
 
 
-def assignment_statistics(output: Quantized, codebook_size: int, candidates: Tensor) -> Statistics:
+def assignment_statistics(output: Bottled, codebook_size: int, candidates: Tensor) -> Statistics:
     """Sum the latents of each code, without a one-hot matrix.
 
     Args:
@@ -105,18 +121,7 @@ def assignment_statistics(output: Quantized, codebook_size: int, candidates: Ten
         codebook_size: K.
         candidates: float32 (R, D), from `take_owned`.
     """
-    return Statistics(*_counts_and_sums(output.latents, output.codes.flatten(), codebook_size), candidates)
-
-
-def _counts_and_sums(latents: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """Return the float32 counts (K,) and sums (K, D) of the latents (N, D) of each code.
-
-    Counted in integers, which float32 would stop doing at 2**24, and by index_add: on a GPU bincount reads the
-    largest code back, at every step.
-    """
-    counts = codes.new_zeros(codebook_size).index_add_(0, codes, torch.ones_like(codes))
-    sums = latents.new_zeros(codebook_size, latents.shape[1]).index_add_(0, codes, latents)
-    return counts.float(), sums
+    return Statistics(*counts_and_sums(output.observed, output.stored[0].flatten(), codebook_size), candidates)
 
 
 class CodebookEMA(nn.Module):
@@ -133,7 +138,7 @@ class CodebookEMA(nn.Module):
     counts: Tensor
     sums: Tensor
 
-    def __init__(self, codebook: Codebook, config: CodebookConfig) -> None:
+    def __init__(self, codebook: Codebook, config: EMAConfig) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("counts", torch.ones(len(codebook.vectors)))
@@ -149,35 +154,42 @@ class CodebookEMA(nn.Module):
             seed: draws the first centres.
         """
         size = len(codebook.vectors)
-        centres = latents[_spread(len(latents), size, seed).to(latents.device)]
-        for _ in range(self.config.kmeans_iterations):
-            counts, sums = _counts_and_sums(latents, nearest_code(latents, centres), size)
-            means = sums / counts.clamp(min=1)[:, None]
-            centres = torch.where(counts[:, None] > 0, means, centres)
-            if codebook.normalize:
-                centres = F.normalize(centres, dim=1)
+        centres = kmeans(latents, size, self.config.kmeans_iterations, codebook.normalize, seed)
         codebook.vectors.copy_(centres)
         self.counts.fill_(len(latents) / size)
         self.sums.copy_(centres * self.counts[:, None])
 
     @torch.no_grad()
-    def update(self, codebook: Codebook, statistics: Statistics, step: int) -> Tensor:
+    def statistics(self, output: Bottled, place: Place) -> Statistics:
+        """Return the sums over a micro-batch's latents.
+
+        Args:
+            output: what the codebook made of the micro-batch.
+            place: of the micro-batch in its step.
+        """
+        size, per_image = len(self.counts), output.stored[0][0].numel()
+        positions = candidate_positions(place.of * per_image, size, place.seed)
+        return assignment_statistics(output, size, take_owned(output.observed, positions, place.first * per_image))
+
+    @torch.no_grad()
+    def update(self, codebook: Codebook, statistics: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Take one EMA step, then revive dead codes; once per optimizer step.
 
         Args:
             codebook: the one to move.
-            statistics: those of all micro-batches of all ranks, summed.
+            statistics: `Statistics` of all micro-batches of all ranks, summed.
             step: optimizer steps before this one; a young average moves faster.
 
         Returns:
-            int64 scalar tensor: how many codes were revived. No value is read back from the device.
+            "revived": int64 scalar tensor, how many codes were. No value is read back from the device.
         """
-        decay = young_decay(self.config.ema_decay, step)
-        self.counts.lerp_(statistics.counts, 1 - decay)
-        self.sums.lerp_(statistics.sums, 1 - decay)
-        used = (statistics.counts > 0)[:, None]
+        counts, sums, candidates = statistics
+        decay = young_decay(self.config.decay, step)
+        self.counts.lerp_(counts, 1 - decay)
+        self.sums.lerp_(sums, 1 - decay)
+        used = (counts > 0)[:, None]
         codebook.vectors.copy_(torch.where(used, self._means(codebook.normalize), codebook.vectors))
-        return self._revive(codebook, statistics.candidates)
+        return {"revived": self._revive(codebook, candidates)}
 
     def _means(self, normalize: bool) -> Tensor:
         """Return the mean latent of each code (K, D), or its direction."""
@@ -198,9 +210,3 @@ class CodebookEMA(nn.Module):
         self.counts.copy_(torch.where(revived, mean_count, self.counts))
         self.sums.copy_(torch.where(revived[:, None], replacement.mul_(mean_count), self.sums))
         return revived.sum()
-
-
-def _spread(num_latents: int, num_centres: int, seed: int) -> Tensor:
-    """Draw centres among latents: all different while there are enough, then again from the start."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_latents, generator=generator)[torch.arange(num_centres) % num_latents]

@@ -1,0 +1,146 @@
+"""What a bottleneck is: the hierarchy, its training and its figures know no more of one than this.
+
+A family is one file of this room: its settings, the module, and its learner if it has one.
+
+B batch, C features, D channels that the decoder sees, d channels of a continuous grid, h w grid, K values of a grid.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class StoredGrid(NamedTuple):
+    """One grid that stands for an image in shards: a level, for the priors.
+
+    Attributes:
+        grid: (h, w).
+        codebook_size: K, how many values a cell can take; None where it holds real numbers.
+        channels: d, numbers of a cell; 1 where K is given.
+    """
+
+    grid: tuple[int, int]
+    codebook_size: int | None
+    channels: int = 1
+
+
+class Bottled(NamedTuple):
+    """What a bottleneck makes of a batch of features.
+
+    Attributes:
+        seen: (B, D, h, w), what the decoder sees; gradients go through it to the features.
+        stored: what shards hold of it: int64 (B, h, w) grids, or one float32 (B, d, h, w).
+        losses: by name, float (B,) each, to be weighted by the settings' `weights`.
+        observed: float32 (B*h*w, channels), detached: what a learner and figures look at; empty where they do not.
+    """
+
+    seen: Tensor
+    stored: tuple[Tensor, ...]
+    losses: dict[str, Tensor]
+    observed: Tensor
+
+
+class Figures(Protocol):
+    """Figures of a bottleneck over a split: sums that add up over batches and ranks, then numbers by name."""
+
+    sums: Sequence[Tensor]
+
+    def update(self, output: Bottled, mask: Tensor) -> None:
+        """Add a batch; mask (B,) is 1 for images that count, 0 for filling."""
+
+    def compute(self) -> list[dict[str, float]]:
+        """Return the figures of what has been added, of each stored grid."""
+
+
+class Bottleneck(Protocol):
+    """A module between encoder features and decoder input.
+
+    Attributes:
+        features: C, channels that it reads.
+        channels: D, channels that it gives.
+        sizes: K of each stored grid; None where it is continuous.
+        noise_channels: channels of the standard normal noise that it is given in training; 0 for none.
+    """
+
+    features: int
+    channels: int
+    sizes: tuple[int | None, ...]
+    noise_channels: int
+
+    def __call__(self, features: Tensor, noise: Tensor | None = None) -> Bottled:
+        """Features (B, C, h, w) of any precision through the bottleneck. Pure: no buffer changes.
+
+        Args:
+            features: (B, C, h, w).
+            noise: float32 (B, noise_channels, h, w); None for none.
+        """
+
+    def lookup(self, stored: Sequence[Tensor]) -> Tensor:
+        """Return what the decoder sees (B, D, h, w) for what is stored."""
+
+    def blank(self) -> Tensor:
+        """Return what stands for a level that is absent, (D,)."""
+
+    def figures(self) -> Figures:
+        """Return figures of validation that have seen nothing yet."""
+
+
+class Place(NamedTuple):
+    """Where a micro-batch lies in its step: it holds images first, first + 1, … of so many, drawn with a seed."""
+
+    first: int
+    of: int
+    seed: int
+
+
+class Learner(Protocol):
+    """What moves a bottleneck where gradients do not, once per optimizer step. Its tensors are training's alone."""
+
+    def start(self, bottleneck: Any, observed: Tensor, seed: int) -> None:
+        """Begin from what the bottleneck observes (N, C) of the first batch, the same on every rank."""
+
+    def statistics(self, output: Bottled, place: Place) -> Sequence[Tensor]:
+        """Return float tensors that add up over micro-batches and ranks."""
+
+    def update(self, bottleneck: Any, statistics: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """Take one step with sums of all micro-batches and ranks; return what is counted of it, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSizes:
+    """What all vector quantisers are told of a level: K, D, and whether vectors are of unit length."""
+
+    codebook_size: int
+    code_dim: int
+    normalize: bool
+
+
+class Settings(Protocol):
+    """Settings of a family; `of_model` names those that are part of the model, the rest is training's.
+
+    A family has `build`, the weights of its losses, and its learner, which is None where gradients move everything.
+    """
+
+    of_model: ClassVar[tuple[str, ...]]
+
+    def build(self, sizes: VectorSizes) -> Any:
+        """Return a bottleneck for one level."""
+
+    def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
+        """Return the weight of each of its losses, for N levels and images of so many values."""
+
+    def learner(self, bottleneck: Any) -> Any:
+        """Return what moves the bottleneck besides gradients."""
+
+
+def per_image(values: Tensor) -> Tensor:
+    """Return the mean of each image's values: (B, …) to (B,)."""
+    return values.flatten(1).mean(1)
+
+
+def no_observation(features: Tensor) -> Tensor:
+    """Return what a bottleneck without learner observes: nothing."""
+    return torch.empty(0, features.shape[1], device=features.device)

@@ -1,0 +1,121 @@
+"""The bottleneck of a variational autoencoder: each cell a diagonal Gaussian, of which the decoder sees a sample.
+
+B batch, D code_dim, h w grid.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenizer.bottlenecks.bottleneck import Bottled, VectorSizes
+from tokenizer.checks import Float32Module, float_tensor
+
+# Natural logarithms of variances beyond these would leave float32.
+LOG_VARIANCES = (-30.0, 20.0)
+# A unit whose mean varies less over images says nothing of them (Burda et al. 2016, section 5.2).
+ACTIVE_VARIANCE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianConfig:
+    """How a Gaussian bottleneck is trained.
+
+    Attributes:
+        beta: weight of the KL divergence to N(0, I), in nats per value of an image, beside the reconstruction loss.
+            With "mse", 2 s^2 makes the sum the negative ELBO of a Gaussian likelihood of variance s^2, times 2 s^2.
+
+    Source: Kingma and Welling 2014, appendix B; Higgins et al. 2017, equation 4 (beta).
+    """
+
+    of_model: ClassVar[tuple[str, ...]] = ()
+
+    beta: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}")
+
+    def build(self, sizes: VectorSizes) -> "Gaussian":
+        """Return the bottleneck of one level, of code_dim numbers per cell."""
+        return Gaussian(sizes.code_dim)
+
+    def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
+        """Return the weight of the KL divergence of an image, of its sum over levels."""
+        return {"kl": self.beta / num_values}
+
+    def learner(self, bottleneck: "Gaussian") -> None:
+        """Gradients move everything."""
+
+
+class Gaussian(Float32Module):
+    """Features are means and log-variances; what is seen and stored is mean + noise * standard deviation.
+
+    Without noise that is the mean. The loss "kl" is KL(q || N(0, I)) of an image in nats, summed over the grid.
+
+    Args:
+        code_dim: D.
+    """
+
+    zero: Tensor
+
+    def __init__(self, code_dim: int) -> None:
+        super().__init__()
+        self.features, self.channels, self.noise_channels = 2 * code_dim, code_dim, code_dim
+        self.sizes = (None,)
+        # Where tensors without parameters go is where this is.
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self, features: Tensor, noise: Tensor | None = None) -> Bottled:
+        """Draw from the Gaussians of features (B, 2 D, h, w), with noise (B, D, h, w) of N(0, I).
+
+        Raises:
+            ValueError: features are no floats, or have another number of channels.
+        """
+        features = float_tensor("features", features, ("B", self.features, "h", "w"))
+        with torch.autocast(features.device.type, enabled=False):
+            mean, log_variance = features.chunk(2, 1)
+            log_variance = log_variance.clamp(*LOG_VARIANCES)
+            sample = mean if noise is None else mean + noise * (0.5 * log_variance).exp()
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        observed = mean.detach().movedim(1, -1).flatten(0, 2)
+        return Bottled(seen=sample, stored=(sample,), losses={"kl": kl.flatten(1).sum(1)}, observed=observed)
+
+    def lookup(self, stored: Sequence[Tensor]) -> Tensor:
+        """Return the numbers (B, D, h, w) as they are."""
+        (values,) = stored
+        return float_tensor("values", values, ("B", self.channels, "h", "w"))
+
+    def blank(self) -> Tensor:
+        """Return the mean of N(0, I), (D,)."""
+        return self.zero.expand(self.channels)
+
+    def figures(self) -> "ActiveUnits":
+        """Return the share of active units, of nothing yet."""
+        return ActiveUnits(self.channels, self.zero.device)
+
+
+class ActiveUnits:
+    """The share of channels whose mean varies over images and cells by more than ACTIVE_VARIANCE.
+
+    Args:
+        channels: D.
+        device: where means are.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.sums = [torch.zeros(2, channels, dtype=torch.float64, device=device), torch.zeros((), device=device)]
+
+    def update(self, output: Bottled, mask: Tensor) -> None:
+        """Add the means of the images that count."""
+        means = output.observed.double().view(len(mask), -1, output.observed.shape[1])  # (B, h*w, D)
+        weights = mask.double()[:, None, None]
+        self.sums[0] += torch.stack([(means * weights).sum((0, 1)), (means.square() * weights).sum((0, 1))])
+        self.sums[1] += mask.sum() * means.shape[1]
+
+    def compute(self) -> list[dict[str, float]]:
+        """Return "active"."""
+        first, second = self.sums[0] / self.sums[1]
+        return [{"active": float((second - first.square() > ACTIVE_VARIANCE).double().mean())}]
