@@ -24,7 +24,7 @@ import yaml
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import interleaved_medians, main, print_table
-from tokenizer import EMAConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
+from tokenizer import CodebookEMA, EMAConfig, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
 from tokenizer.bottlenecks.ema import Statistics, assignment_statistics, candidate_positions, take_owned
 
 SIZE, PART = 32, 32
@@ -47,7 +47,8 @@ LARGE_IMAGES = RUN["images"] | {"size": 512, "shard_size": 50}
 def step_of(model: torch.nn.Module, inner: HierarchicalVQVAE) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return a training step, and its all-reduce of the codebooks' statistics alone."""
     images = torch.rand(PART, 3, SIZE, SIZE) * 2 - 1
-    loss, optimizer = TokenizerLoss("mse", {"commitment": 0.125}), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    loss = TokenizerLoss("mse", {"commitment": 0.125})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     emas = [CodebookEMA(book, EMAConfig()) for book in inner.bottlenecks]
 
     def step() -> None:

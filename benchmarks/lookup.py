@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import DEVICE, interleaved_medians, main, print_table, resident_mib
-from tokenizer import Codebook, EMAConfig, CodebookEMA, Bottled, nearest_code
+from tokenizer import Bottled, Codebook, CodebookEMA, EMAConfig, nearest_code
 from tokenizer.bottlenecks.ema import assignment_statistics
 
 try:

@@ -24,7 +24,7 @@ from pipelines.compute.devices import ComputeConfig
 from pipelines.data.images import AugmentConfig, ImageShards, TrainingImages
 from prior.level import LevelConfig, LevelPrior
 from prior.transformer import TransformerConfig
-from tokenizer import EMAConfig, CodebookEMA, HierarchicalVQVAE, Bottled, TokenizerConfig, TokenizerLoss
+from tokenizer import Bottled, CodebookEMA, EMAConfig, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
 from tokenizer.bottlenecks.ema import assignment_statistics, candidate_positions, take_owned
 
 try:

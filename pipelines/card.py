@@ -73,8 +73,11 @@ def model_card(
     """
     size, channels, names = tokenizer.image_size, tokenizer.channels, prior.class_names
     shown = ", ".join(f"`{' '.join(name.split())}`" for name in names[:SHOWN_CLASSES])
-    grids = zip(tokenizer.grids, tokenizer.config.codebook_sizes, prior.levels, strict=True)
-    levels = [(number, f"{h}x{w}", k, one.config.network) for number, ((h, w), k, one) in enumerate(grids)]
+    pairs = zip(tokenizer.levels, prior.levels, strict=True)
+    levels = [
+        (number, f"{level.grid[0]}x{level.grid[1]}", level.codebook_size or "continuous", one.config.network)
+        for number, (level, one) in enumerate(pairs)
+    ]
     rows = _figures(about, len(levels))
     figures = _table(["", "figure", "all", *(f"level {number}" for number, *_ in levels)], rows)
     sections = {

@@ -14,7 +14,7 @@ from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 
 # Of a model's validation figures, those that one line has room for.
-SHOWN = ("_mse", "_psnr", "_perplexity", "_nats_per_code")
+SHOWN = ("_mse", "_psnr", "_perplexity", "_kl", "_nats_per_code", "_nats_per_value")
 
 
 class Finished:

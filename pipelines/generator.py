@@ -52,11 +52,11 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         check_belong_together(prior, tokenizer_fingerprint(tokenizer))
-        known, learned = (tokenizer.grids, tokenizer.config.codebook_sizes), prior.levels[-1].config
-        if known != (learned.grids, learned.codebook_sizes):
+        known, learned = [tuple(level) for level in tokenizer.levels], prior.levels[-1].config.levels
+        if known != learned:
             raise StageError(
-                f"the tokenizer has levels of {known[0]} codes of {known[1]} but the priors draw {learned.grids} of "
-                f"{learned.codebook_sizes}; run `smalti train-prior`"
+                f"the tokenizer has levels of {tokenizer.grids} codes of {tokenizer.codebook_sizes} but the priors draw "
+                f"{prior.levels[-1].config.grids} of {prior.levels[-1].config.codebook_sizes}; run `smalti train-prior`"
             )
         self.tokenizer, self.prior = tokenizer, prior
         self.about = dict(about or {})

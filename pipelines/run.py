@@ -27,7 +27,7 @@ from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, t
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import all_receipts, read_manifest, shards_hold
 from pipelines.storage.paths import make_folder, write_json
-from pipelines.training.sections import at_level, prior_at_level, used
+from pipelines.training.sections import at_level, prior_for, used
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -167,7 +167,7 @@ class Run:
 
     def _train_level(self, level: int, manifest: dict) -> bool:
         config, stage = self.config, "train-prior"
-        section = prior_at_level(config.prior, level, len(manifest["levels"]))
+        section = prior_for(config.prior, level, manifest["levels"])
         settings = {"seed": config.seed, "prior": used(section), "made_from": {"codes": manifest_digest(manifest)}}
         folder = self.finished.level(level)
         with self._alone(folder):

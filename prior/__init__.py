@@ -2,6 +2,7 @@
 
 from prior.hierarchy import HierarchicalPrior
 from prior.level import LevelConfig, LevelPrior
+from prior.normal import NormalConfig
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.sampling import filtered_probabilities, inverse_cdf, uniforms
 from prior.transformer import CodeTransformer, TransformerConfig
@@ -11,6 +12,7 @@ __all__ = [
     "HierarchicalPrior",
     "LevelConfig",
     "LevelPrior",
+    "NormalConfig",
     "PixelSNAIL",
     "PixelSNAILConfig",
     "TransformerConfig",

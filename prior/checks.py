@@ -42,8 +42,7 @@ class Float32Module(nn.Module):
 def checked(
     codes: Sequence[Codes],
     classes: Numbers | None,
-    grids: Sequence[tuple[int, int]],
-    codebook_sizes: Sequence[int],
+    levels: Sequence[tuple[tuple[int, int], int | None, int]],
     num_classes: int,
     device: torch.device,
     batch_size: int | None = None,
@@ -51,10 +50,10 @@ def checked(
     """Return codes and classes as int64 on a device, once they are what a prior can use.
 
     Args:
-        codes: (B, h, w) per level, coarse to fine, of any integer type, tensors or arrays.
+        codes: (B, h, w) per level, coarse to fine, of any integer type, tensors or arrays; of continuous levels float
+            (B, d, h, w).
         classes: B whole numbers, a list, a tensor or an array; None where no class is given.
-        grids: (h, w) of each level.
-        codebook_sizes: K of each level.
+        levels: (h, w), K and channels of each; K None where it is continuous.
         num_classes: classes lie below it.
         device: where they go.
         batch_size: B; that of the codes if None.
@@ -62,17 +61,22 @@ def checked(
     Raises:
         ValueError: the first thing that is not so.
     """
-    if len(codes) != len(grids):
-        raise ValueError(f"codes must have {len(grids)} levels, coarse to fine, got {len(codes)}")
-    found = [integers(f"level {number} codes", one, 3, device) for number, one in enumerate(codes)]
-    for number, (one, grid) in enumerate(zip(found, grids, strict=True)):
-        if tuple(one.shape[1:]) != tuple(grid):
-            raise ValueError(f"level {number} codes must be (B, {grid[0]}, {grid[1]}), got {tuple(one.shape)}")
+    if len(codes) != len(levels):
+        raise ValueError(f"codes must have {len(levels)} levels, coarse to fine, got {len(codes)}")
+    found = []
+    for number, (one, (grid, size, channels)) in enumerate(zip(codes, levels, strict=True)):
+        name, shape = f"level {number} {'codes' if size else 'values'}", grid if size else (channels, *grid)
+        found.append(integers(name, one, 3, device) if size else numbers(name, one, 4, device))
+        if tuple(found[-1].shape[1:]) != tuple(shape):
+            wanted = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must be (B, {wanted}), got {tuple(found[-1].shape)}")
     batch_size = len(found[0]) if batch_size is None else batch_size
     if any(len(one) != batch_size for one in found):
         raise ValueError(f"all levels must hold {batch_size} grids, got {[len(one) for one in found]}")
     ranges = [
-        (f"level {number} codes", one, k) for number, (one, k) in enumerate(zip(found, codebook_sizes, strict=True))
+        (f"level {number} codes", one, size)
+        for number, (one, (_, size, _)) in enumerate(zip(found, levels, strict=True))
+        if size
     ]
     labels = None if classes is None else integers("classes", classes, 1, device)
     if labels is not None:
@@ -105,6 +109,24 @@ def integers(name: str, values: Codes | Numbers, ndim: int, device: torch.device
     if values.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, got shape {tuple(values.shape)}")
     return values.to(device, torch.int64)
+
+
+def numbers(name: str, values: Tensor | np.ndarray, ndim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return finite floats of any precision as float32 on a device.
+
+    Args:
+        name: of the values, for the message.
+        values: a tensor or an array.
+        ndim: how many dimensions they must have.
+        device: where they go.
+
+    Raises:
+        ValueError: they are no floats, are not finite, or have another number of dimensions.
+    """
+    found = torch.as_tensor(values)
+    if not found.is_floating_point() or found.ndim != ndim or not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{name} must be finite floats of {ndim} dimensions, got {found.dtype} {tuple(found.shape)}")
+    return found.to(device, torch.float32)
 
 
 def _check_ranges(ranges: Sequence[tuple[str, Tensor, int]]) -> None:

@@ -4,7 +4,6 @@ B batch, h w code grid, K codebook_size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,34 +14,7 @@ from torch import Tensor, nn
 from prior.checks import Codes, Float32Module, Numbers, checked, integers
 from prior.decoder import Decoders
 from prior.level import LevelPrior
-from prior.sampling import check_sampling, filtered_probabilities, inverse_cdf, uniforms
-
-
-@dataclass(frozen=True)
-class LevelSampling:
-    """How one level is drawn; see `HierarchicalPrior.sample`. A `prior.decoder.Choose`.
-
-    Under guidance the first half of a batch is given its class, the second half is the same samples without it: one
-    batch of twice the size, and both halves get the same codes.
-    """
-
-    temperature: float
-    top_k: int
-    top_p: float
-    guidance: float
-
-    def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance)
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Return the codes int64 (B,) of a position, from logits (B, K) and uniforms (B,)."""
-        logits = logits.float()
-        if self.guidance != 1:
-            given, not_given = logits.chunk(2)
-            logits = not_given + self.guidance * (given - not_given)
-        probabilities = filtered_probabilities(logits, self.temperature, self.top_k, self.top_p)
-        codes = inverse_cdf(probabilities, uniforms[: len(logits)])
-        return codes if self.guidance == 1 else torch.cat([codes, codes])
+from prior.sampling import LevelSampling, uniforms
 
 
 class HierarchicalPrior(Float32Module):
@@ -78,8 +50,7 @@ class HierarchicalPrior(Float32Module):
                     f"all levels must come from one tokenizer, but level {number} learned codes of {config.tokenizer} "
                     f"and level {last.level} codes of {last.tokenizer}; train them again on one set of codes"
                 )
-            same = (config.grids, config.codebook_sizes, config.class_names)
-            if same != (last.grids[: number + 1], last.codebook_sizes[: number + 1], last.class_names):
+            if (config.levels, config.class_names) != (last.levels[: number + 1], last.class_names):
                 raise ValueError(f"levels {number} and {last.level} disagree on grids, codebook sizes or classes")
         self.levels = nn.ModuleList(levels)  # type: ignore[assignment]  # a ModuleList of priors
 
@@ -100,8 +71,7 @@ class HierarchicalPrior(Float32Module):
         """
         last = self.levels[-1].config
         self._check_classes(classes)
-        sizes = last.grids, last.codebook_sizes, len(self.class_names)
-        found, labels = checked(codes, classes, *sizes, self._device)
+        found, labels = checked(codes, classes, last.levels, len(self.class_names), self._device)
         return torch.stack([p.nll_unchecked(found[n], found[:n], labels) for n, p in enumerate(self.levels)]).sum(0)
 
     @torch.no_grad()
@@ -134,7 +104,7 @@ class HierarchicalPrior(Float32Module):
                 behind when weights change. They hold copies of the weights, and the keys and values of a batch.
 
         Returns:
-            int64 (B, h, w) per level, coarse to fine.
+            int64 (B, h, w) per level, coarse to fine; float32 (B, d, h, w) of a continuous one.
 
         Raises:
             ValueError: a setting, a class, the seed or an index is of another kind or out of range, the prior needs
@@ -150,16 +120,15 @@ class HierarchicalPrior(Float32Module):
         places = integers("indices", range(number) if indices is None else indices, 1).tolist()
         if classes is not None and len(places) != number:
             raise ValueError(f"indices and classes must be equally many, got {len(places)} and {number}")
-        _, labels = checked([], classes, [], [], len(self.class_names), self._device, len(places))
-        grids = self.levels[-1].config.grids
+        _, labels = checked([], classes, [], len(self.class_names), self._device, len(places))
         if not places:
-            return [torch.empty(0, h, w, dtype=torch.int64, device=self._device) for h, w in grids]
-        sizes = [h * w for h, w in grids]
+            return [_nothing(*level).to(self._device) for level in self.levels[-1].config.levels]
+        sizes = [level.num_uniforms for level in self.levels]
         drawn = np.stack([uniforms(seed, index, sum(sizes)) for index in places])
         streams = torch.from_numpy(drawn).to(self._device).split(sizes, 1)
         codes: list[Tensor] = []
         for level, stream, one in zip(self.levels, streams, settings, strict=True):
-            codes.append(_sample_level(level, codes, labels, stream, one, decoders))
+            codes.append(level.draw(codes, labels, stream, one, decoders))
         return codes
 
     def _settings(self, *given: Any) -> list[LevelSampling]:
@@ -183,7 +152,7 @@ class HierarchicalPrior(Float32Module):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self.levels[0].device
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write one folder per level: level0, level1, …"""
@@ -215,20 +184,6 @@ class HierarchicalPrior(Float32Module):
         return cls([LevelPrior.from_pretrained(Path(folder) / name) for name in names]).eval()
 
 
-def _sample_level(
-    level: LevelPrior,
-    coarser: list[Tensor],
-    classes: Tensor | None,
-    stream: Tensor,
-    settings: LevelSampling,
-    decoders: Decoders | None,
-) -> Tensor:
-    """Draw one level's codes (B, h, w) from its uniforms (B, h*w)."""
-    batch = len(stream)
-    if settings.guidance != 1:
-        assert classes is not None
-        classes = torch.cat([classes, torch.full_like(classes, len(level.config.class_names))])
-        coarser = [torch.cat([codes, codes]) for codes in coarser]
-        stream = torch.cat([stream, stream])
-    drawn = level.decoder(coarser, classes, len(stream), decoders).draw(settings, stream)
-    return drawn[:batch].reshape(batch, *level.config.grids[-1])
+def _nothing(grid: tuple[int, int], codebook_size: int | None, channels: int) -> Tensor:
+    """Return a level of no samples."""
+    return torch.empty(0, *grid, dtype=torch.int64) if codebook_size else torch.empty(0, channels, *grid)

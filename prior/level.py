@@ -6,6 +6,7 @@ B batch, h w code grid, K codebook_size.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -18,8 +19,10 @@ from torch import Tensor
 from prior.checks import Codes, Float32Module, Numbers, checked, whole_number
 from prior.conditioning import Conditioning
 from prior.decoder import Decoder, Decoders, working_dtype
+from prior.normal import Normal, NormalConfig
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.pixelsnail_decoder import PixelSNAILDecoder
+from prior.sampling import LevelSampling
 from prior.sizes import MAX_CODES
 from prior.transformer import CodeTransformer, TransformerConfig
 
@@ -30,7 +33,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Codes in one grid; more is damage or malice.
 MAX_POSITIONS = 2**22
 # What config.json calls the network that a size is of.
-NETWORKS = {"transformer": TransformerConfig, "pixelsnail": PixelSNAILConfig}
+NETWORKS = {"transformer": TransformerConfig, "pixelsnail": PixelSNAILConfig, "normal": NormalConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,38 +43,54 @@ class LevelConfig:
     Attributes:
         level: 0 for the coarsest.
         grids: (h, w) of this and all coarser levels, coarse to fine.
-        codebook_sizes: K of the same levels.
+        codebook_sizes: K of the same levels; None where they are continuous.
         class_names: empty when the data has no classes.
-        network: "transformer" or "pixelsnail", as the size says; in files since format 1.
-        size: that of a Transformer or of a PixelSNAIL, no lists.
+        network: "transformer", "pixelsnail" or "normal", as the size says; in files since format 1.
+        size: that of a Transformer or of a PixelSNAIL, no lists; NormalConfig for a continuous level.
         tokenizer: fingerprint of the tokenizer whose codes it learned; empty when made by hand.
         unconditional: whether it learned samples without their class too, so that the class may be left out, and
             guidance has something to move away from.
         num_levels: of the tokenizer; 0 where a file does not say.
+        channels: numbers of a cell of each continuous level, 1 of the others; may be left out where there are none.
     """
 
     level: int
     grids: list[tuple[int, int]]
-    codebook_sizes: list[int]
+    codebook_sizes: list[int | None]
     class_names: list[str]
     network: str = field(init=False)
-    size: TransformerConfig | PixelSNAILConfig
+    size: TransformerConfig | PixelSNAILConfig | NormalConfig
     tokenizer: str = ""
     unconditional: bool = field(default=True, metadata={"introduced": True})
     num_levels: int = field(default=0, metadata={"introduced": 0})
+    channels: list[int] = field(default_factory=list, metadata={"introduced": []})
 
     def __post_init__(self) -> None:
         network = next((name for name, size in NETWORKS.items() if isinstance(self.size, size)), "")
         if not network:
-            raise ValueError(f"size must be a TransformerConfig or a PixelSNAILConfig, got {self.size!r}")
+            kinds = ", ".join(kind.__name__ for kind in NETWORKS.values())
+            raise ValueError(f"size must be one of {kinds}, got {self.size!r}")
         object.__setattr__(self, "network", network)
         if self.num_levels and not self.level < self.num_levels:
             raise ValueError(f"level {self.level} cannot be one of {self.num_levels}")
         if not len(self.grids) == len(self.codebook_sizes) == self.level + 1:
             raise ValueError(f"level {self.level} must know the grids and codebook sizes of {self.level + 1} levels")
-        for (h, w), size in zip(self.grids, self.codebook_sizes, strict=True):
-            if not (h >= 1 and w >= 1 and h * w <= MAX_POSITIONS and 2 <= size <= MAX_CODES):
+        if len(self.channels) not in (0, len(self.grids)):
+            raise ValueError(f"channels must be one number per level, got {self.channels}")
+        for (h, w), size, channels in self.levels:
+            if not (h >= 1 and w >= 1 and h * w * channels <= MAX_POSITIONS and 2 <= (size or 2) <= MAX_CODES):
                 raise ValueError(f"a level of {h}x{w} codes of {size} cannot be")
+        if (self.codebook_sizes[-1] is None) != (network == "normal"):
+            kind = (
+                "continuous: its prior is normal" if self.codebook_sizes[-1] is None else "of codes: normal is no prior"
+            )
+            raise ValueError(f"level {self.level} is {kind}, got {network}")
+
+    @property
+    def levels(self) -> list[tuple[tuple[int, int], int | None, int]]:
+        """(h, w), K and channels of this and all coarser levels."""
+        channels = self.channels or [1] * len(self.grids)
+        return list(zip([(h, w) for h, w in self.grids], self.codebook_sizes, channels, strict=True))
 
     def check_unconditional(self) -> None:
         """Raise ValueError where there are classes and none may be left out."""
@@ -83,7 +102,9 @@ class LevelConfig:
 
 
 class LevelPrior(Float32Module):
-    """A Transformer or a PixelSNAIL with its conditioning, behind one interface.
+    """One level's model, behind one interface: how likely what is stored is, and how it is drawn.
+
+    A Transformer or a PixelSNAIL over codes, conditioned on class and coarser levels; N(0, I) over numbers, on nothing.
 
     Args:
         config: sizes and what it is conditioned on.
@@ -93,13 +114,17 @@ class LevelPrior(Float32Module):
     def __init__(self, config: LevelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        size, grid, codebook_size = config.size, config.grids[-1], config.codebook_sizes[-1]
-        coarser = [(h, w, k) for (h, w), k in zip(config.grids[:-1], config.codebook_sizes[:-1], strict=True)]
+        size, (grid, codebook_size, channels) = config.size, config.levels[-1]
+        self.num_uniforms = grid[0] * grid[1] * channels  # of each sample
+        self.network: CodeTransformer | PixelSNAIL | Normal
+        if isinstance(size, NormalConfig) or codebook_size is None:
+            self.network = Normal((channels, *grid))
+            return
+        coarser = [(h, w, k) for (h, w), k, _ in config.levels[:-1] if k]
         assert isinstance(size.width, int) and isinstance(size.conditioning_blocks, int)
         self.conditioning = Conditioning(
             size.width, grid, coarser, len(config.class_names), size.conditioning_blocks, dropout
         )
-        self.network: CodeTransformer | PixelSNAIL
         if isinstance(size, TransformerConfig):
             self.network = CodeTransformer(codebook_size, grid, size, dropout)
         else:
@@ -130,16 +155,47 @@ class LevelPrior(Float32Module):
     def nll(self, codes: Codes, coarser: Sequence[Codes], classes: Numbers | None) -> Tensor:
         """Return the exact negative log-likelihood in nats, float64 (B,), summed over the grid.
 
-        Arguments and errors are those of `logits`.
+        Arguments and errors are those of `logits`; of a continuous level values, float (B, d, h, w), and a density.
         """
         (*grids, own), labels = self._checked([*coarser, codes], classes, self.config.level + 1)
         return self.nll_unchecked(own, grids, labels)
 
     def nll_unchecked(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
         """Return what `nll` does, of what has been checked already."""
+        if isinstance(self.network, Normal):
+            return self.network.nll(codes)
         logits = self.forward(codes, coarser, classes).float()
         nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
         return nats.view(codes.shape).flatten(1).double().sum(1)
+
+    def draw(
+        self,
+        coarser: list[Tensor],
+        classes: Tensor | None,
+        uniforms: Tensor,
+        settings: LevelSampling,
+        decoders: Decoders | None = None,
+    ) -> Tensor:
+        """Draw what is stored of this level: codes int64 (B, h, w), or values float32 (B, d, h, w).
+
+        Args:
+            coarser: what is stored of the coarser levels, coarse to fine.
+            classes: int64 (B,); None for none.
+            uniforms: float64 (B, num_uniforms), each sample's own.
+            settings: how.
+            decoders: see `decoder`.
+        """
+        if isinstance(self.network, Normal):
+            settings.check_continuous()
+            return self.network.draw(uniforms, settings.temperature)
+        batch = len(uniforms)
+        if settings.guidance != 1:
+            assert classes is not None
+            classes = torch.cat([classes, torch.full_like(classes, len(self.config.class_names))])
+            coarser = [torch.cat([codes, codes]) for codes in coarser]
+            uniforms = torch.cat([uniforms, uniforms])
+        drawn = self.decoder(coarser, classes, len(uniforms), decoders).draw(settings, uniforms)
+        return drawn[:batch].reshape(batch, *self.config.grids[-1])
 
     def decoder(
         self, coarser: Sequence[Codes], classes: Numbers | None, batch_size: int, kept: Decoders | None = None
@@ -151,6 +207,7 @@ class LevelPrior(Float32Module):
         """
         if not whole_number("batch_size", batch_size, 2**31):
             raise ValueError("batch_size must be at least 1, got 0")
+        assert not isinstance(self.network, Normal)
         condition = self.conditioning(*self._checked(coarser, classes, self.config.level, batch_size), batch_size)
         if kept is None:
             return decoder_of(self.network, condition)
@@ -170,8 +227,13 @@ class LevelPrior(Float32Module):
             classes = None
         elif classes is None:
             config.check_unconditional()
-        sizes = config.grids[:levels], config.codebook_sizes[:levels], len(config.class_names) + config.unconditional
-        return checked(codes, classes, *sizes, self.conditioning.rows.device, batch_size)
+        num_classes = len(config.class_names) + config.unconditional
+        return checked(codes, classes, config.levels[:levels], num_classes, self.device, batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(chain(self.parameters(), self.buffers())).device
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json`."""

@@ -4,6 +4,7 @@ B batch, K codebook_size.
 """
 
 import math
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -106,3 +107,35 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     threshold = uniform[:, None] * cumulative[:, -1:]  # the sum itself, so that rounding leaves no gap at the end
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
+
+
+@dataclass(frozen=True)
+class LevelSampling:
+    """How one level is drawn; see `HierarchicalPrior.sample`. A `prior.decoder.Choose`.
+
+    Under guidance the first half of a batch is given its class, the second half is the same samples without it: one
+    batch of twice the size, and both halves get the same codes.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    guidance: float
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance)
+
+    def check_continuous(self) -> None:
+        """Raise ValueError for what says nothing of continuous levels."""
+        if self.top_k or self.top_p != 1 or self.guidance != 1:
+            raise ValueError("top_k, top_p and guidance are of codes; a continuous level knows temperature alone")
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Return the codes int64 (B,) of a position, from logits (B, K) and uniforms (B,)."""
+        logits = logits.float()
+        if self.guidance != 1:
+            given, not_given = logits.chunk(2)
+            logits = not_given + self.guidance * (given - not_given)
+        probabilities = filtered_probabilities(logits, self.temperature, self.top_k, self.top_p)
+        codes = inverse_cdf(probabilities, uniforms[: len(logits)])
+        return codes if self.guidance == 1 else torch.cat([codes, codes])

@@ -48,7 +48,11 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         ({}, ["--sample.top_p", "1.5"], r"sample.top_p must lie in \(0, 1\], got 1.5"),
         ({}, ["--sample.temperature=[1,0]"], "temperature must be above 0"),
         ({}, ["--images.size", "20"], "8 does not divide 20"),
-        ({}, ["--prior.network", "lstm"], "prior.network must be transformer or pixelsnail, got lstm"),
+        (
+            {},
+            ["--prior.network", "lstm"],
+            "prior.network must be one of auto, transformer, pixelsnail, normal, got lstm",
+        ),
         ({}, ["--tokenizer.training.steps", "0"], "steps must be at least 1"),
         ({}, ["--tokenizer.training.steps", "7"], r"steps must be a multiple of val_every \(3\), got 7"),
         ({}, ["--encode.views=[upside-down]"], "encode.views must name one or more of image, flip"),

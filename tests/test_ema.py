@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from tests.memory import peak_bytes
-from tokenizer import Codebook, EMAConfig, CodebookEMA
+from tokenizer import Codebook, CodebookEMA, EMAConfig
 from tokenizer.bottlenecks.bottleneck import Bottled
 from tokenizer.bottlenecks.ema import (
     MAX_REVIVED,
@@ -22,7 +22,9 @@ NO_REVIVAL = EMAConfig(decay=0.9, revival_threshold=0.0)
 
 def step(codebook: Codebook, ema: CodebookEMA, latents: torch.Tensor) -> torch.Tensor:
     output = codebook(latents)
-    return ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.observed[:8]), GROWN)["revived"]
+    return ema.update(codebook, assignment_statistics(output, len(codebook.vectors), output.observed[:8]), GROWN)[
+        "revived"
+    ]
 
 
 def test_a_young_codebook_follows_latents_that_grow() -> None:

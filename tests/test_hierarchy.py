@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tokenizer import EMAConfig, CodebookEMA, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
+from tokenizer import CodebookEMA, EMAConfig, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
 from tokenizer.bottlenecks.ema import assignment_statistics
 
 
@@ -52,7 +52,9 @@ def test_every_level_and_parameter_shapes_the_loss() -> None:
     model = tiny([16, 8, 4])
     images = torch.rand(4, 3, 16, 16)
     output = model(images)
-    TokenizerLoss("mse", {"commitment": 0.125})(output.reconstruction, images, [level.losses for level in output.levels]).backward()
+    TokenizerLoss("mse", {"commitment": 0.125})(
+        output.reconstruction, images, [level.losses for level in output.levels]
+    ).backward()
     unmoved = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not unmoved
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from prior import HierarchicalPrior, hierarchy, uniforms
+from prior import HierarchicalPrior, sampling, uniforms
 from tests.priors import NETWORKS, draw_codes, tiny_level, tiny_prior
 
 # Small enough that all 64 sets of grids can be listed.
@@ -56,13 +56,13 @@ def test_the_chi_square_finds_a_sampler_tilted_by_five_per_cent(monkeypatch: pyt
     prior = tiny_prior("transformer", GRIDS, SIZES, scale=0.2)
     with torch.no_grad():
         exact = (-prior.nll(all_grids(), torch.full((64,), 1))).exp().numpy()
-    honest = hierarchy.filtered_probabilities
+    honest = sampling.filtered_probabilities
 
     def tilted(*arguments: object) -> torch.Tensor:
         probabilities = honest(*arguments) * torch.tensor([1.05, 1.0], dtype=torch.float64)  # type: ignore[arg-type]
         return probabilities / probabilities.sum(-1, keepdim=True)
 
-    monkeypatch.setattr(hierarchy, "filtered_probabilities", tilted)
+    monkeypatch.setattr(sampling, "filtered_probabilities", tilted)
     codes = prior.sample([1] * 20000, seed=0)
     assert chi_square(np.bincount(outcome(codes), minlength=64), exact) < 0.001
 
@@ -101,7 +101,7 @@ def _distance_to_edge(
     given, free = (
         level.logits(own, coarser, label).flatten(1, 2)[:, position] for label in (torch.tensor([labels[index]]), None)
     )
-    cumulative = hierarchy.filtered_probabilities(free + guidance * (given - free)).cumsum(-1)
+    cumulative = sampling.filtered_probabilities(free + guidance * (given - free)).cumsum(-1)
     return (cumulative - uniforms(5, index, place + 1)[place]).abs().min()
 
 

@@ -6,11 +6,10 @@ import torch
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.errors import StageError
-from pipelines.run import prior_at_level
 from pipelines.stages.sample import SampleConfig, class_indices, sample
 from pipelines.stages.train_prior import level_config
 from pipelines.storage.fingerprint import tokenizer_fingerprint
-from pipelines.training.sections import PriorConfig
+from pipelines.training.sections import PriorConfig, prior_at_level
 from prior import HierarchicalPrior, LevelConfig, LevelPrior
 from tests.priors import SIZES
 from tests.test_hierarchy import tiny

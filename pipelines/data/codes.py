@@ -20,7 +20,7 @@ from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.manifest import read_manifest, receipts_of
 from pipelines.storage.paths import sweep, whole
-from pipelines.storage.shards import SampleIndex, code_dtype, index_shard, read_member
+from pipelines.storage.shards import SampleIndex, code_dtype, index_shard, level_shape, read_member
 
 
 class Codes:
@@ -39,16 +39,21 @@ class Codes:
         self.codebook_sizes = [level["codebook_size"] for level in manifest["levels"]]
         self.class_names: list[str] = manifest["class_names"]
         paths = unpack_codes(folder, manifest, split, unpacked, cache)
-        self.levels = [np.load(path, mmap_mode="r") for path in paths[:-1]]  # (N, h, w) each
+        self.channels = [level.get("channels", 1) for level in manifest["levels"]]
+        self.levels = [np.load(path, mmap_mode="r") for path in paths[:-1]]  # (N, h, w) or (N, d, h, w) each
         self.labels = np.load(paths[-1], mmap_mode="r")  # (N,)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: list[int]) -> tuple[list[Tensor], Tensor]:
-        """Return int64 codes (B, h, w) per level and classes (B,); zeros for the filling of the tail, index -1."""
+        """Return what is stored per level and classes (B,); zeros for the filling of the tail, index -1.
+
+        Codes are int64 (B, h, w); continuous levels float32 (B, d, h, w).
+        """
         rows = np.maximum(indices, 0)
-        codes = [torch.from_numpy(level[rows].astype(np.int64)) for level in self.levels]
+        kinds = [np.int64 if size else np.float32 for size in self.codebook_sizes]
+        codes = [torch.from_numpy(level[rows].astype(kind)) for level, kind in zip(self.levels, kinds, strict=True)]
         return codes, torch.from_numpy(self.labels[rows].astype(np.int64))
 
 
@@ -73,7 +78,7 @@ def unpack_codes(folder: Path, manifest: dict, split: str, unpacked: Path, cache
     count = sum(receipt["samples"] for receipt in receipts)
     if not count:
         raise StageError(f"{folder} holds no codes of the {split} split; run `smalti encode` again")
-    shapes = [(count, *level["grid"]) for level in manifest["levels"]] + [(count,)]
+    shapes = [(count, *level_shape(level)) for level in manifest["levels"]] + [(count,)]
     dtypes = [code_dtype(level["codebook_size"]) for level in manifest["levels"]] + [np.dtype(np.int32)]
     with ExitStack() as stack:
         # Levels train as jobs of their own that may unpack at the same time: each writes its own files.
@@ -143,8 +148,8 @@ def code_sample(file: BinaryIO, sample: SampleIndex, manifest: dict, shard: Path
 
 
 def _grid(data: bytes, level: dict, name: str) -> np.ndarray:
-    """Read a (h, w) array of codes; what its header claims is believed only if it is what the level is."""
-    wanted = (tuple(level["grid"]), code_dtype(level["codebook_size"]))
+    """Read a level's array; what its header claims is believed only if it is what the level is."""
+    wanted = (level_shape(level), code_dtype(level["codebook_size"]))
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -157,7 +162,10 @@ def _grid(data: bytes, level: dict, name: str) -> np.ndarray:
             f"{name} must hold codes of {wanted[0]} in {wanted[1]}, has {shape} in {dtype}; run `smalti encode` again"
         )
     array = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
-    if array.max() >= level["codebook_size"]:
+    if level["codebook_size"] is None:
+        if not np.isfinite(array).all():
+            raise StageError(f"{name} must hold finite numbers, and does not; run `smalti encode` again")
+    elif array.max() >= level["codebook_size"]:
         raise StageError(
             f"{name} must hold codes below {level['codebook_size']}, has {array.max()}; run `smalti encode` again"
         )

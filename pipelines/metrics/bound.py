@@ -128,6 +128,26 @@ def distortion_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards, codes: Co
     return nats
 
 
+@torch.no_grad()
+def kl_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards) -> Tensor:
+    """Return the rate of continuous levels under N(0, I), of each image in nats: KL(q(z | x) || N(0, I)), float64 (N,).
+
+    Args:
+        tokenizer: in eval mode, its bottlenecks having a loss "kl".
+        shards: a split of images.
+
+    Source: Kingma and Welling 2014, equation 3.
+    """
+    device = next(tokenizer.parameters()).device
+    nats = torch.zeros(len(shards), dtype=torch.float64)
+    for batch in ValidationBatches(len(shards), BATCH_SIZE):
+        rows = [row for row in batch if row >= 0]
+        pixels = torch.from_numpy(np.stack([shards.pixels(row) for row in rows])).to(device)
+        levels = tokenizer(to_unit_range(pixels)).levels
+        nats[rows] = torch.stack([level.losses["kl"].double() for level in levels]).sum(0).cpu()
+    return nats
+
+
 def bound_figures(rates: dict[str, Tensor], distortion: Tensor, dims: int) -> dict[str, Any]:
     """Return the bound in bits per dimension, rate + distortion, with a 95% interval over images.
 

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 
 from pipelines.compute.devices import ComputeConfig, inference_device, num_loaders, on_gpu, this_worker
 from pipelines.data.images import sample_pixels, shift_pixels, to_unit_range
+from pipelines.data.noise import normals
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest, manifest_digest, tokenizer_fingerprint
-from pipelines.storage.manifest import all_receipts, read_manifest, receipts_of, write_manifest
+from pipelines.storage.manifest import all_receipts, level_entries, read_manifest, receipts_of, write_manifest
 from pipelines.storage.receipts import write_shard
 from pipelines.storage.shards import CARRIED, array_bytes, code_dtype, index_shard, read_member
 from tokenizer import HierarchicalVQVAE
@@ -102,10 +103,7 @@ def encode(
         contents = {
             "kind": "codes",
             "tokenizer": mark,
-            "levels": [
-                {"grid": list(grid), "codebook_size": size}
-                for grid, size in zip(model.grids, model.config.codebook_sizes, strict=True)
-            ],
+            "levels": level_entries(model.levels),
             "class_names": manifest["class_names"],
             "image_size": manifest["image_size"],
             "channels": manifest["channels"],
@@ -130,16 +128,17 @@ def compiles(config: EncodeConfig, compute: ComputeConfig, pixels: int) -> bool:
     return bool(config.compile)
 
 
-def compiled_encoder(model: HierarchicalVQVAE, batch_size: int) -> Callable[[Tensor], list[Tensor]]:
+def compiled_encoder(model: HierarchicalVQVAE, batch_size: int) -> Callable[..., list[Tensor]]:
     """Return the encoder, compiled for one size of batch; smaller ones are filled up, and their filling encoded too.
 
     A size of its own would be compiled for, in other last bits, by the processes alone that meet it.
     """
     encode = torch.compile(model.encode, dynamic=False)
 
-    def encoder(images: Tensor) -> list[Tensor]:
+    def encoder(images: Tensor, *noise: list[Tensor]) -> list[Tensor]:
         filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))
-        return encode(filled.contiguous(memory_format=torch.channels_last))
+        drawn = [[F.pad(one, (0, 0, 0, 0, 0, 0, 0, batch_size - len(one))) for one in levels] for levels in noise]
+        return encode(filled.contiguous(memory_format=torch.channels_last), *drawn)
 
     return encoder
 
@@ -178,7 +177,7 @@ class _Views:
 def _encoded(
     path: Path,
     model: HierarchicalVQVAE,
-    encoder: Callable[[Tensor], list[Tensor]],
+    encoder: Callable[..., list[Tensor]],
     views: list[str],
     config: EncodeConfig,
     seed: int,
@@ -187,16 +186,28 @@ def _encoded(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield the code samples of one image shard."""
     device = next(model.parameters()).device
-    dtypes = [code_dtype(size) for size in model.config.codebook_sizes]
+    dtypes = [code_dtype(size) for size in model.codebook_sizes]
     data = _Views(path, views, config.crop_shift, seed, model.image_size, model.channels)
     # Small shards are decoded sooner than processes start.
     workers = min(8, num_loaders(compute)) if len(data) * model.image_size**2 > 2**26 else 0
     loader = DataLoader(data, config.batch_size, num_workers=workers, collate_fn=list)  # type: ignore[arg-type,var-annotated]
     half = config.precision == "bfloat16"
+    noisy = any(bottleneck.noise_channels for bottleneck in model.bottlenecks)
+
+    def noise_of(keys: list[str]) -> tuple:
+        """Return what bottlenecks are given to draw what is stored, a function of the sample's key."""
+        if not noisy:
+            return ()
+        places = [int(digest(key)[:8], 16) for key in keys]
+        shapes = [(part.noise_channels, *grid) for part, grid in zip(model.bottlenecks, model.level_grids, strict=True)]
+        return ([normals(seed * 101 + level, 0, places, shape).to(device) for level, shape in enumerate(shapes)],)
+
     for batch in loader:
         images = to_unit_range(torch.from_numpy(np.stack([pixels for _, _, pixels in batch])).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            codes = encoder(images.contiguous(memory_format=torch.channels_last))
+            codes = encoder(
+                images.contiguous(memory_format=torch.channels_last), *noise_of([key for key, _, _ in batch])
+            )
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
         for row, (key, beside, _) in enumerate(batch):
             grids = {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}

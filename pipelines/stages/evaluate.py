@@ -17,7 +17,7 @@ from pipelines.data.batches import ValidationBatches
 from pipelines.data.codes import Codes
 from pipelines.data.images import ImageShards, ValidationImages, to_unit_range
 from pipelines.errors import StageError
-from pipelines.metrics.bound import FITTED_IMAGES, bound_figures, distortion_nats, fitted_scales
+from pipelines.metrics.bound import FITTED_IMAGES, bound_figures, distortion_nats, fitted_scales, kl_nats
 from pipelines.metrics.quality import TokenizerQuality
 from pipelines.progress import progress_bar
 from pipelines.storage.fingerprint import check_belong_together
@@ -77,6 +77,8 @@ def evaluate(
         train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
         scales = fitted_scales(tokenizer, train, seed)
         distortion = distortion_nats(tokenizer, val, Codes(codes, "val", unpacked, compute.cache), scales)
+        if any(size is None for size in tokenizer.codebook_sizes):
+            nats = {"without_class": kl_nats(tokenizer, val)}
         fitted = {"fitted_to_images": min(len(train), FITTED_IMAGES), "scales_grey_levels": scales.tolist()}
         figures["bound"] = fitted | bound_figures(nats, distortion, val.channels * val.size**2)
     return figures
@@ -130,7 +132,7 @@ def evaluate_prior(prior: HierarchicalPrior, codes: Path, unpacked: Path, comput
     check_belong_together(prior, manifest["tokenizer"])
     val = Codes(codes, "val", unpacked, compute.cache)
     nats = {name: torch.zeros(len(prior.levels), len(val), dtype=torch.float64) for name in _conditions(prior)}
-    counts = [torch.zeros(size, dtype=torch.float64) for size in val.codebook_sizes]
+    counts = [torch.zeros(size or 0, dtype=torch.float64) for size in val.codebook_sizes]
     with progress_bar(len(val), "evaluate prior", "images") as bar:
         for indices in ValidationBatches(len(val), BATCH_SIZE):
             kept = [index for index in indices if index >= 0]
@@ -140,26 +142,35 @@ def evaluate_prior(prior: HierarchicalPrior, codes: Path, unpacked: Path, comput
                 for name, found in nats.items():
                     given = classes if name == "given_class" else None
                     found[number, kept] = level.nll(grids[number], grids[:number], given).cpu()
-                counts[number] += torch.bincount(grids[number].flatten().cpu(), minlength=len(counts[number]))
+                if len(counts[number]):
+                    counts[number] += torch.bincount(grids[number].flatten().cpu(), minlength=len(counts[number]))
             bar.update(len(kept))
     figures: dict[str, Any] = {"images": len(val)}
     for number, (h, w) in enumerate(val.grids):
+        if (size := val.codebook_sizes[number]) is None:  # a density: no bits, and nothing that a histogram could say
+            values = prior.levels[number].num_uniforms
+            per_value = {name: float(found[number].mean()) / values for name, found in nats.items()}
+            figures[f"level{number}"] = {"nats_per_value": per_value}
+            continue
         per_code = {name: float(found[number].mean()) / (h * w) for name, found in nats.items()}
         figures[f"level{number}"] = {
             "nats_per_code": per_code,
             "bits_per_code": {name: value / math.log(2) for name, value in per_code.items()},
-            "uniform_bits": math.log2(val.codebook_sizes[number]),
+            "uniform_bits": math.log2(size),
             "histogram_nats": entropy(counts[number]),
             "histogram_bits": entropy(counts[number]) / math.log(2),
         }
     unit = math.log(2) * manifest["channels"] * manifest["image_size"] ** 2
     totals = {name: found.sum(0) for name, found in nats.items()}  # (N,) each
-    figures["rate_bits_per_dim"] = {name: float(total.mean()) / unit for name, total in totals.items()}
+    if all(val.codebook_sizes):
+        figures["rate_bits_per_dim"] = {name: float(total.mean()) / unit for name, total in totals.items()}
     return PriorJudged(figures, totals)
 
 
 def _conditions(prior: HierarchicalPrior) -> list[str]:
     """What codes are predicted from: their class, and none where there are none or training hid some."""
+    if any(level.config.codebook_sizes[-1] is None for level in prior.levels):
+        return ["without_class"]
     without = not prior.class_names or all(getattr(level.config, "unconditional", True) for level in prior.levels)
     return ["given_class"] * bool(prior.class_names) + ["without_class"] * without
 
@@ -191,6 +202,11 @@ def _tokenizer_table(figures: dict[str, Any]) -> list[str]:
 
 
 def _prior_table(figures: dict[str, Any]) -> list[str]:
+    if "rate_bits_per_dim" not in figures:
+        lines = [_title("priors", figures), "  level  nats per value, of a density"]
+        for name, level in ((name, level) for name, level in figures.items() if name.startswith("level")):
+            lines.append(f"  {name.removeprefix('level'):>5}  {level['nats_per_value']['without_class']:.4f}")
+        return lines
     lines = [
         _title("priors", figures),
         f"  level  {'saved: of the bits of the histogram':<39} nats/code  bits/code     saved",

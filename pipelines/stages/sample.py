@@ -93,9 +93,9 @@ def sample(
     marks = model_fingerprints(tokenizer, prior)
     check_belong_together(prior, marks["tokenizer"])
     classes = class_indices(config.classes, prior.class_names)
-    if len(prior.levels) != tokenizer.config.num_levels:
+    if len(prior.levels) != len(tokenizer.levels):
         raise StageError(
-            f"the tokenizer has {tokenizer.config.num_levels} levels but there are priors of {len(prior.levels)}; "
+            f"the tokenizer has {len(tokenizer.levels)} levels but there are priors of {len(prior.levels)}; "
             "run `smalti train-prior` for all of them"
         )
     _check_settings(config, prior)
@@ -234,7 +234,7 @@ def _drawn(
     tick: Any,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield samples start to stop as shards hold them."""
-    dtypes = [code_dtype(size) for size in tokenizer.config.codebook_sizes]
+    dtypes = [code_dtype(size) for size in tokenizer.codebook_sizes]
     batches = drawn_batches(config, seed, classes, tokenizer, prior, decoders, start, stop)
     for first, (images, codes) in zip(range(start, stop, config.batch_size), batches, strict=True):
         pixels = to_uint8(images)

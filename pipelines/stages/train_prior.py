@@ -5,6 +5,7 @@ B batch, h w code grid, K codebook_size.
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,31 @@ from torch import Tensor
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.compute.ranks import sum_over_ranks
+from pipelines.data.batches import ValidationBatches
 from pipelines.data.codes import Codes, TrainingCodes, ValidationCodes, as_it_is
+from pipelines.storage.folders import publish_model
 from pipelines.storage.manifest import read_manifest
+from pipelines.storage.paths import write_json
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.sections import PriorConfig
-from prior import LevelConfig, LevelPrior
+from prior import LevelConfig, LevelPrior, NormalConfig
 
 logger = logging.getLogger(__name__)
 
 # Validation loss above training loss by this share of it: the prior learns its training set by heart.
 GAP_WARNED_OF = 0.15
+# Samples judged at once where there is nothing to train.
+FIXED_BATCH = 1000
 
 
 def level_config(
     config: PriorConfig,
     level: int,
     grids: list[tuple[int, int]],
-    codebook_sizes: list[int],
+    codebook_sizes: Sequence[int | None],
     class_names: list[str],
     tokenizer: str,
+    channels: Sequence[int] = (),
 ) -> LevelConfig:
     """Return what a level's prior is.
 
@@ -41,20 +48,26 @@ def level_config(
         config: the section for this level, no lists.
         level: 0 for the coarsest.
         grids: (h, w) of all levels.
-        codebook_sizes: K of all levels.
+        codebook_sizes: K of all levels, None of continuous ones.
         class_names: empty when the data has none.
         tokenizer: fingerprint of the tokenizer that made the codes.
+        channels: of all levels, where some are continuous.
     """
-    size = config.transformer if config.network == "transformer" else config.pixelsnail
+    sizes: dict[str, Any] = {
+        "transformer": config.transformer,
+        "pixelsnail": config.pixelsnail,
+        "normal": NormalConfig(),
+    }
     return LevelConfig(
         level=level,
         grids=grids[: level + 1],
-        codebook_sizes=codebook_sizes[: level + 1],
+        codebook_sizes=list(codebook_sizes[: level + 1]),
         class_names=class_names,
-        size=size,
+        size=sizes.get(str(config.network), config.transformer),
         tokenizer=tokenizer,
         unconditional=config.class_dropout > 0 or not class_names,
         num_levels=len(grids),
+        channels=list(channels[: level + 1]),
     )
 
 
@@ -78,8 +91,12 @@ def train_prior(
     training = config.training
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
     assert isinstance(config.dropout, float | int)
-    settings = level_config(config, level, train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"])
+    about = (train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"])
+    settings = level_config(config, level, *about, [] if all(train.codebook_sizes) else train.channels)
     model = LevelPrior(settings, config.dropout)
+    if not list(model.parameters()):
+        publish_fixed(model, val, folder)
+        return
     module = PriorTraining(model, config, seed)
     data = StepData(
         TrainingCodes(train, seed),
@@ -95,6 +112,22 @@ def train_prior(
     if module.global_rank > 0:
         return
     export(model, best, folder)
+
+
+def publish_fixed(model: LevelPrior, val: Codes, folder: Path) -> None:
+    """Publish a prior that has nothing to learn, with its figure on the val split.
+
+    Args:
+        model: of one level.
+        val: the val split.
+        folder: of the stage and level.
+    """
+    nats, level = 0.0, model.config.level
+    for indices in ValidationBatches(len(val), FIXED_BATCH):
+        codes, _ = val.batch([index for index in indices if index >= 0])
+        nats += float(model.nll_unchecked(codes[level], codes[:level], None).sum())
+    write_json(folder / "metrics.json", {"val_nats_per_value": nats / (len(val) * model.num_uniforms)})
+    publish_model(model, folder)
 
 
 class PriorTraining(pl.LightningModule):

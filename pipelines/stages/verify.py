@@ -16,7 +16,7 @@ from pipelines.storage.fingerprint import (
     model_fingerprints,
     tokenizer_fingerprint,
 )
-from pipelines.storage.manifest import all_receipts, read_manifest
+from pipelines.storage.manifest import all_receipts, level_entries, read_manifest
 from pipelines.storage.paths import retried
 from pipelines.storage.receipts import read_receipt
 from pipelines.storage.shards import SampleIndex, index_shard
@@ -74,7 +74,7 @@ def verify_codes(folder: Path, images: dict | None, tokenizer: HierarchicalVQVAE
                 f"{folder} was written with tokenizer {manifest['tokenizer'][:12]} but the run's is {mark[:12]}; "
                 "run `smalti encode` with this tokenizer"
             )
-        if manifest["levels"] != _levels(tokenizer):
+        if manifest["levels"] != level_entries(tokenizer.levels):
             raise StageError(f"{folder}/manifest.json names other levels than the tokenizer has; run `smalti encode`")
     sources: dict[str, str] = {}
     if images is not None:
@@ -101,10 +101,7 @@ def verify_priors(prior: HierarchicalPrior, codes: dict) -> None:
     """
     check_belong_together(prior, codes["tokenizer"])
     config = prior.levels[-1].config
-    known = [
-        {"grid": list(grid), "codebook_size": k} for grid, k in zip(config.grids, config.codebook_sizes, strict=True)
-    ]
-    if known != codes["levels"] or config.class_names != codes["class_names"]:
+    if level_entries(config.levels) != codes["levels"] or config.class_names != codes["class_names"]:
         raise StageError("the priors know other levels or classes than the codes have; run `smalti train-prior` again")
 
 
@@ -120,7 +117,7 @@ def verify_samples(folder: Path, tokenizer: HierarchicalVQVAE, prior: Hierarchic
     manifest = read_manifest(folder, "samples", "sample")
     if manifest["fingerprints"] != model_fingerprints(tokenizer, prior):
         raise StageError(f"{folder} was drawn by other models than the run's; run `smalti sample` again")
-    described = manifest | {"levels": _levels(tokenizer)}
+    described = manifest | {"levels": level_entries(tokenizer.levels)}
     for _, found in _samples(manifest, folder, cache, "sample"):
         code_sample(found.file, found.sample, described, found.shard)
         checked_pixels(found.file, found.sample, found.shard, tokenizer.image_size, tokenizer.channels)
@@ -149,11 +146,6 @@ def verify_tokens(folder: Path, codes: dict) -> int:
                 what = f"has sha256 {found[:12]}, not {sha256[:12]}" if found else "is missing"
                 raise StageError(f"{folder / file} {what}; {again}, which makes just that shard anew")
     return sum(shard["records"] for shard in shards)
-
-
-def _levels(tokenizer: HierarchicalVQVAE) -> list[dict]:
-    sizes = zip(tokenizer.grids, tokenizer.config.codebook_sizes, strict=True)
-    return [{"grid": list(grid), "codebook_size": size} for grid, size in sizes]
 
 
 def _samples(manifest: dict, folder: Path, cache: Cache, stage: str) -> Iterator[tuple[str, Found]]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,14 @@ def read_manifest(folder: Path, kind: str, stage: str) -> dict:
     if wrong:
         raise StageError(f"{path} cannot be right: {wrong}; run `smalti {stage}` again or copy the folder again")
     return manifest
+
+
+def level_entries(levels: Sequence[tuple[tuple[int, int], int | None, int]]) -> list[dict[str, Any]]:
+    """Return what manifests of codes say of levels, (h, w), K and channels: channels where K is None."""
+    return [
+        {"grid": list(grid), "codebook_size": size} | ({} if size else {"channels": channels})
+        for grid, size, channels in levels
+    ]
 
 
 def receipts_of(manifest: dict, split: str) -> list[dict]:
@@ -129,7 +137,11 @@ def _levels(value: Any) -> bool:
         return 1 <= len(value) <= MAX_LEVELS and all(
             isinstance(level["grid"], list)
             and [_count(side, 1, MAX_SIDE) for side in level["grid"]] == [True, True]
-            and _count(level["codebook_size"], 2, MAX_CODES)
+            and (
+                _count(level["channels"], 1, MAX_SIDE)
+                if level["codebook_size"] is None
+                else _count(level["codebook_size"], 2, MAX_CODES)
+            )
             for level in value
         )
     return False

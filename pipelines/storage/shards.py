@@ -2,9 +2,9 @@
 
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -78,9 +78,15 @@ def array_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def code_dtype(codebook_size: int) -> np.dtype:
-    """Return the smallest unsigned dtype that holds K - 1."""
-    return np.min_scalar_type(codebook_size - 1)
+def code_dtype(codebook_size: int | None) -> np.dtype:
+    """Return the smallest unsigned dtype that holds K - 1; float32 for continuous levels."""
+    return np.dtype(np.float32) if codebook_size is None else np.min_scalar_type(codebook_size - 1)
+
+
+def level_shape(level: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of a level's array in a sample, from a manifest: (h, w), or (d, h, w) of a continuous level."""
+    h, w = level["grid"]
+    return (h, w) if level["codebook_size"] else (level["channels"], h, w)
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:

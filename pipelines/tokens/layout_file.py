@@ -66,6 +66,8 @@ def state(manifest: dict, config: RecordConfig) -> Stated:
     Raises:
         ConfigError: the settings cannot be together, or not with these codes.
     """
+    if any(level["codebook_size"] is None for level in manifest["levels"]):
+        raise ConfigError("tokens are made of codes, and these levels hold numbers; export needs a bottleneck of codes")
     known = [
         Level(n, (level["grid"][0], level["grid"][1]), level["codebook_size"])
         for n, level in enumerate(manifest["levels"])

@@ -312,7 +312,10 @@ class Average(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        averaged, current = ([*part.parameters(), *part.buffers()] for part in (self.module, model))
+        averaged, current = (
+            [tensor for tensor in (*part.parameters(), *part.buffers()) if tensor.is_floating_point()]
+            for part in (self.module, model)
+        )
         number = int(self.n_averaged)
         if number:
             torch._foreach_lerp_(averaged, current, 1 - young_decay(self.decay, number))

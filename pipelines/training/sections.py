@@ -1,6 +1,6 @@
 """The sections of a config that train: they are read by every stage, also by those that do without Lightning."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -11,8 +11,8 @@ from prior import PixelSNAILConfig, TransformerConfig
 from tokenizer import EMAConfig, TokenizerConfig
 from tokenizer.bottlenecks import KINDS, FSQConfig, GaussianConfig, GradientConfig, Settings
 
-# What `prior.network` may name; each has its settings under its name.
-NETWORKS = ("transformer", "pixelsnail")
+# What `prior.network` may name; a network's settings stand under its name.
+NETWORKS = ("auto", "transformer", "pixelsnail", "normal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,8 @@ class PriorConfig:
     """Which priors, and how they are trained; a list is one value per level, coarse to fine.
 
     Attributes:
-        network: "transformer" or "pixelsnail".
+        network: "transformer" or "pixelsnail" over codes, "normal" over numbers; "auto" is a Transformer over codes,
+            normal over numbers.
         transformer: sizes of Transformers.
         pixelsnail: sizes of PixelSNAILs.
         dropout: of all parts of the network.
@@ -143,7 +144,7 @@ class PriorConfig:
         training: optimizer and schedule.
     """
 
-    network: str | list[str] = "transformer"
+    network: str | list[str] = "auto"
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
     dropout: float | list[float] = 0.1
@@ -153,7 +154,7 @@ class PriorConfig:
     def __post_init__(self) -> None:
         for network in self.network if isinstance(self.network, list) else [self.network]:
             if network not in NETWORKS:
-                raise ValueError(f"prior.network must be transformer or pixelsnail, got {network}")
+                raise ValueError(f"prior.network must be one of {', '.join(NETWORKS)}, got {network}")
         for dropout in self.dropout if isinstance(self.dropout, list) else [self.dropout]:
             if not 0 <= dropout < 1:
                 raise ValueError(f"prior.dropout must lie in [0, 1), got {dropout}")
@@ -163,9 +164,9 @@ class PriorConfig:
     @property
     def unused(self) -> list[str]:
         """Names of the settings of networks that no level has."""
-        return [
-            name for name in NETWORKS if name not in ([self.network] if isinstance(self.network, str) else self.network)
-        ]
+        networks = [self.network] if isinstance(self.network, str) else self.network
+        used = {"transformer" if network == "auto" else network for network in networks}
+        return [name for name in ("transformer", "pixelsnail") if name not in used]
 
 
 def used(section: TokenizerSection | PriorConfig) -> dict[str, Any]:
@@ -213,3 +214,23 @@ def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorCon
         for name in ("transformer", "pixelsnail", "training")
     }
     return replace(section, **sizes)
+
+
+def prior_for(config: PriorConfig, level: int, levels: Sequence[Mapping[str, Any]]) -> PriorConfig:
+    """Return the section for one level of codes that are there, its network chosen.
+
+    Args:
+        config: the section.
+        level: 0 for the coarsest.
+        levels: those of the codes' manifest.
+
+    Raises:
+        ConfigError: the network is no prior for what that level holds.
+    """
+    section = prior_at_level(config, level, len(levels))
+    continuous = levels[level]["codebook_size"] is None
+    network = {"auto": "normal" if continuous else "transformer"}.get(str(section.network), section.network)
+    if (network == "normal") != continuous:
+        holds, fits = ("numbers", "normal") if continuous else ("codes", "transformer or pixelsnail")
+        raise ConfigError(f"prior.network must be {fits} where level {level} holds {holds}, got {network}")
+    return replace(section, network=network)

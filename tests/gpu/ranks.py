@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.compute.ranks import sum_over_ranks
 from tests.test_hierarchy import tiny
-from tokenizer import EMAConfig, CodebookEMA
+from tokenizer import CodebookEMA, EMAConfig
 from tokenizer.bottlenecks.ema import Statistics, assignment_statistics
 
 

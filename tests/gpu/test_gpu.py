@@ -22,7 +22,7 @@ from tests.gpu import ranks
 from tests.priors import NETWORKS, decoded, draw_codes, tiny_level, tiny_prior
 from tests.test_hierarchy import tiny
 from tests.test_nearest import assert_nearest, drawn
-from tokenizer import Codebook, EMAConfig, CodebookEMA, nearest_code
+from tokenizer import Codebook, CodebookEMA, EMAConfig, nearest_code
 from tokenizer.bottlenecks.ema import assignment_statistics
 
 # Warnings of libraries on a GPU that nobody has seen yet are shown, and fail nothing.
