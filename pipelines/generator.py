@@ -52,11 +52,11 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         check_belong_together(prior, tokenizer_fingerprint(tokenizer))
-        known, learned = [tuple(level) for level in tokenizer.levels], prior.levels[-1].config.levels
-        if known != learned:
+        config = prior.levels[-1].config
+        if config.levels != tokenizer.levels:
             raise StageError(
-                f"the tokenizer has levels of {tokenizer.grids} codes of {tokenizer.codebook_sizes} but the priors draw "
-                f"{prior.levels[-1].config.grids} of {prior.levels[-1].config.codebook_sizes}; run `smalti train-prior`"
+                f"the tokenizer has levels of {tokenizer.grids} codes of {tokenizer.codebook_sizes} but "
+                f"the priors draw {config.grids} of {config.codebook_sizes}; run `smalti train-prior`"
             )
         self.tokenizer, self.prior = tokenizer, prior
         self.about = dict(about or {})

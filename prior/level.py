@@ -81,10 +81,10 @@ class LevelConfig:
             if not (h >= 1 and w >= 1 and h * w * channels <= MAX_POSITIONS and 2 <= (size or 2) <= MAX_CODES):
                 raise ValueError(f"a level of {h}x{w} codes of {size} cannot be")
         if (self.codebook_sizes[-1] is None) != (network == "normal"):
-            kind = (
-                "continuous: its prior is normal" if self.codebook_sizes[-1] is None else "of codes: normal is no prior"
+            kind = "continuous" if self.codebook_sizes[-1] is None else "of codes"
+            raise ValueError(
+                f"level {self.level} is {kind}, which {network} is no prior of; normal is, of continuous ones"
             )
-            raise ValueError(f"level {self.level} is {kind}, got {network}")
 
     @property
     def levels(self) -> list[tuple[tuple[int, int], int | None, int]]:

@@ -51,7 +51,7 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         (
             {},
             ["--prior.network", "lstm"],
-            "prior.network must be one of auto, transformer, pixelsnail, normal, got lstm",
+            "transformer, pixelsnail, normal, got lstm",
         ),
         ({}, ["--tokenizer.training.steps", "0"], "steps must be at least 1"),
         ({}, ["--tokenizer.training.steps", "7"], r"steps must be a multiple of val_every \(3\), got 7"),
