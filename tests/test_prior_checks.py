@@ -217,7 +217,7 @@ def test_a_network_is_what_its_size_says(tmp_path: Path) -> None:
         assert LevelConfig(**place, size=size).network == name  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="network"):
         LevelConfig(**place, network="pixelsnail", size=SIZES["transformer"])  # type: ignore[arg-type,call-arg]
-    with pytest.raises(ValueError, match="size must be one of TransformerConfig, .*, got None"):
+    with pytest.raises(ValueError, match=r"size must be one of TransformerConfig, .*, got None"):
         LevelConfig(**place, size=None)  # type: ignore[arg-type]
     level = tiny_level("pixelsnail", GRIDS, KS)
     level.save_pretrained(tmp_path)
