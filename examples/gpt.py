@@ -24,7 +24,7 @@ from pipelines.tokens import TokenDataset
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
-STEPS, BATCH, LEARNING_RATE, SAMPLES = 1200, 64, 1e-3, 500
+STEPS, BATCH, LEARNING_RATE, SAMPLES = 1000, 64, 1e-3, 500
 
 
 def read(folder: Path, split: str) -> Tensor:
@@ -45,8 +45,9 @@ def forbidden(layout: TokenLayout) -> Tensor:
 def small_gpt(layout: TokenLayout, **changes: int) -> GPT2LMHeadModel:
     """Return an untrained GPT-2 for a layout's records."""
     sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": layout.length} | changes
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=layout.vocabulary.rows, **sizes, **dropout))
+    dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.0}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    return GPT2LMHeadModel(GPT2Config(layout.vocabulary.rows, activation_function="gelu", **sizes, **dropout, **ends))
 
 
 def nats(model: torch.nn.Module, ids: Tensor, mask: Tensor, prompt: int) -> Tensor:
@@ -58,7 +59,7 @@ def nats(model: torch.nn.Module, ids: Tensor, mask: Tensor, prompt: int) -> Tens
 def train(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor, prompt: int, steps: int) -> GPT2LMHeadModel:
     """Return the model that training leaves, its weights averaged over the last steps."""
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in range(steps):
