@@ -116,6 +116,26 @@ def test_a_whole_run_lives_in_a_store(
     assert "skipped" in smalti("encode", config)[1] or smalti("encode", config)[0] == 0
 
 
+def test_exported_tokens_lie_in_a_store(
+    store: Dropping, copy_of: Callable[..., Path], tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    settings = {"export": {"format": ["bin", "parquet", "litdata", "mds", "webdataset"], "single": True}}
+    local = copy_of(settings)
+    upload(local.parent / "run" / "codes", "s3://bucket/tokens/codes")
+    changes = {"run_dir": "s3://bucket/tokens", "compute": {"cache_dir": str(tmp_path / "cache")}, **settings}
+    remote = write_config(tmp_path / "remote", changes)
+    for config in (local, remote):
+        code, text = smalti("export", config)
+        assert code == 0, text
+    tokens, there = local.parent / "run" / "tokens", place("s3://bucket/tokens/tokens")
+    files = [path.relative_to(tokens).as_posix() for path in tokens.rglob("*") if path.is_file()]
+    kept = {path.path.partition("/tokens/tokens/")[2] for path in there.rglob("*") if path.is_file()}
+    assert kept == {name for name in files if not name.endswith(".ds")}  # a store knows no links
+    for name in kept - {"config.yaml"}:
+        assert read_bytes(there / name) == (tokens / name).read_bytes(), name
+    assert "skipped" in smalti("export", remote)[1]
+
+
 def test_a_damaged_remote_shard_is_found_and_made_again(
     store: Dropping, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
 ) -> None:
