@@ -44,10 +44,11 @@ def forbidden(layout: TokenLayout) -> Tensor:
 
 def small_gpt(layout: TokenLayout, **changes: int) -> GPT2LMHeadModel:
     """Return an untrained GPT-2 for a layout's records."""
-    sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": layout.length} | changes
+    sizes: dict = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": layout.length} | changes
+    sizes |= {"vocab_size": layout.vocabulary.rows, "bos_token_id": None, "eos_token_id": None}
+    # torch has a kernel of its own for attention without dropout, and for this gelu.
     dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.0}
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    return GPT2LMHeadModel(GPT2Config(layout.vocabulary.rows, activation_function="gelu", **sizes, **dropout, **ends))
+    return GPT2LMHeadModel(GPT2Config(activation_function="gelu", **sizes, **dropout))
 
 
 def nats(model: torch.nn.Module, ids: Tensor, mask: Tensor, prompt: int) -> Tensor:

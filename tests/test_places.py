@@ -1,5 +1,6 @@
 """Places that are not local: a real S3 server, a real https server, connections that break off."""
 
+import json
 import os
 import shutil
 import socket
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 Smalti = Callable[..., tuple[int, str]]
+FORMAT1 = Path(__file__).parent / "data" / "format1" / "run"
 
 
 class Dropping(threading.Thread):
@@ -116,18 +118,18 @@ def test_a_whole_run_lives_in_a_store(
     assert "skipped" in smalti("encode", config)[1] or smalti("encode", config)[0] == 0
 
 
-def test_exported_tokens_lie_in_a_store(
-    store: Dropping, copy_of: Callable[..., Path], tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
-) -> None:
-    settings = {"export": {"format": ["bin", "parquet", "litdata", "mds", "webdataset"], "single": True}}
-    local = copy_of(settings)
-    upload(local.parent / "run" / "codes", "s3://bucket/tokens/codes")
-    changes = {"run_dir": "s3://bucket/tokens", "compute": {"cache_dir": str(tmp_path / "cache")}, **settings}
-    remote = write_config(tmp_path / "remote", changes)
+def test_exported_tokens_lie_in_a_store(store: Dropping, tmp_path: Path, smalti: Smalti) -> None:
+    shutil.copytree(FORMAT1 / "codes", tmp_path / "run" / "codes")
+    upload(FORMAT1 / "codes", "s3://bucket/tokens/codes")
+    local, remote = tmp_path / "local.yaml", tmp_path / "remote.yaml"
+    for config, run in ((local, tmp_path / "run"), (remote, "s3://bucket/tokens")):
+        settings = {"encode": {"views": ["image", "crop"]}, "export": {"format": ["bin", "litdata"], "single": True}}
+        compute = {"cache_dir": str(tmp_path / "cache")}
+        config.write_text(json.dumps({"run_dir": str(run), "compute": compute, **settings}))
     for config in (local, remote):
         code, text = smalti("export", config)
         assert code == 0, text
-    tokens, there = local.parent / "run" / "tokens", place("s3://bucket/tokens/tokens")
+    tokens, there = tmp_path / "run" / "tokens", place("s3://bucket/tokens/tokens")
     files = [path.relative_to(tokens).as_posix() for path in tokens.rglob("*") if path.is_file()]
     kept = {path.path.partition("/tokens/tokens/")[2] for path in there.rglob("*") if path.is_file()}
     assert kept == {name for name in files if not name.endswith(".ds")}  # a store knows no links
