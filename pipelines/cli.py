@@ -19,7 +19,7 @@ stages:
   pack             images of any source become image shards
   train-tokenizer  image shards become a tokenizer, a hierarchical VQ-VAE
   encode           image shards become code shards
-  train-prior      code shards become a prior a level (--level N for one of them)
+  train-prior      code shards become a prior per level (--level N for one of them)
   sample           priors and tokenizer make new images; also those of a published folder or hub id,
                    instead of CONFIG.yaml and with --run_dir
   evaluate         how well tokenizer and priors do on the val split

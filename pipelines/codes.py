@@ -47,7 +47,7 @@ class Codes:
         return len(self.labels)
 
     def batch(self, indices: list[int]) -> tuple[list[Tensor], Tensor]:
-        """Return int64 codes (B, h, w) a level and classes (B,); zeros for the filling of the tail, index -1."""
+        """Return int64 codes (B, h, w) per level and classes (B,); zeros for the filling of the tail, index -1."""
         rows = np.maximum(indices, 0)
         codes = [torch.from_numpy(level[rows].astype(np.int64)) for level in self.levels]
         return codes, torch.from_numpy(self.labels[rows].astype(np.int64))
@@ -57,7 +57,7 @@ def unpack_codes(folder: Path, manifest: dict, split: str, unpacked: Path, cache
     """Write a split's codes and classes as plain arrays, unless they are there: their names hold the shards' hashes.
 
     Returns:
-        The paths, one a level and the classes last.
+        The paths, one per level and the classes last.
 
     Raises:
         StageError: a shard is not what the manifest says.

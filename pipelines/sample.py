@@ -41,7 +41,7 @@ GRID_SIDE = 10
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What is drawn; temperature, top_k, top_p and guidance are one value for all levels or a list of one a level.
+    """What is drawn; temperature, top_k, top_p and guidance are one value for all levels or a list of one per level.
 
     Attributes:
         folder: of this set of samples, in the run folder; several sets lie side by side.
@@ -149,7 +149,7 @@ def drawn_with(config: SampleConfig, seed: int, device: str, threads: int) -> di
 
 
 class Drawn(NamedTuple):
-    """Images float (B, C, H, W) in [-1, 1], and their codes int64 (B, h, w) a level, coarse to fine."""
+    """Images float (B, C, H, W) in [-1, 1], and their codes int64 (B, h, w) per level, coarse to fine."""
 
     images: Tensor
     codes: list[Tensor]
@@ -210,7 +210,7 @@ def _check_settings(config: SampleConfig, prior: HierarchicalPrior) -> None:
     for name in ("temperature", "top_k", "top_p", "guidance"):
         values = getattr(config, name)
         if isinstance(values, list) and len(values) != levels:
-            raise StageError(f"sample.{name} must be one value or one a level ({levels}), got {values}")
+            raise StageError(f"sample.{name} must be one value or one per level ({levels}), got {values}")
     guidance = config.guidance if isinstance(config.guidance, list) else [config.guidance] * levels
     for level, value in zip(prior.levels, guidance, strict=True):
         if value != 1 and not prior.class_names:

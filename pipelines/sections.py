@@ -12,7 +12,7 @@ from tokenizer import CodebookConfig, TokenizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a model is trained; `steps`, `batch_size` and `learning_rate` may be lists of one value a level.
+    """How a model is trained; `steps`, `batch_size` and `learning_rate` may be lists of one value per level.
 
     Attributes:
         steps: optimizer steps.
@@ -107,7 +107,7 @@ class TokenizerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """Which priors, and how they are trained; a list is one value a level, coarse to fine.
+    """Which priors, and how they are trained; a list is one value per level, coarse to fine.
 
     Attributes:
         network: "transformer" or "pixelsnail".

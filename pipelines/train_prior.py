@@ -1,4 +1,4 @@
-"""Stage train-prior: code shards become a prior a level.
+"""Stage train-prior: code shards become a prior per level.
 
 B batch, h w code grid, K codebook_size.
 """

@@ -124,7 +124,7 @@ class HierarchicalPrior(Float32Module):
         Args:
             classes: class index of each sample, a list, a tensor or an array; None for samples of no given class.
             seed: of all streams of uniforms.
-            temperature: one for all levels or one a level, as for the three that follow.
+            temperature: one for all levels or one per level, as for the three that follow.
             top_k: see `filtered_probabilities`.
             top_p: see `filtered_probabilities`.
             guidance: s of uncond + s (cond - uncond); 1 is the model as it is.
@@ -163,9 +163,9 @@ class HierarchicalPrior(Float32Module):
         return codes
 
     def _settings(self, *given: Any) -> list[LevelSampling]:
-        """Return each level's settings from those of `sample`, one value or one a level."""
+        """Return each level's settings from those of `sample`, one value or one per level."""
         if any(isinstance(setting, Sequence) and len(setting) != len(self.levels) for setting in given):
-            raise ValueError(f"settings must be one value or one a level ({len(self.levels)}), got {given}")
+            raise ValueError(f"settings must be one value or one per level ({len(self.levels)}), got {given}")
         settings = []
         for number, level in enumerate(self.levels):
             settings.append(LevelSampling(*(one[number] if isinstance(one, Sequence) else one for one in given)))

@@ -18,7 +18,7 @@ from prior.sizes import MAX_LAYERS, check_sizes
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSNAILConfig:
-    """Size of a PixelSNAIL; each field one value for all levels or a list of one a level, coarse to fine.
+    """Size of a PixelSNAIL; each field one value for all levels or a list of one per level, coarse to fine.
 
     Attributes:
         width: C, channels throughout.

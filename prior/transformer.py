@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Size of a Transformer; each field one value for all levels or a list of one a level, coarse to fine.
+    """Size of a Transformer; each field one value for all levels or a list of one per level, coarse to fine.
 
     Attributes:
         width: C, channels; a multiple of 4 * heads, for rotary pairs of rows and columns.

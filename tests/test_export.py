@@ -323,7 +323,7 @@ def test_a_folder_of_other_work_is_refused(name: str, config: Path, smalti: Smal
 def test_what_may_go_wrong_in_training_is_said(codes: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         exported(codes, "tokens", views="all")
-    assert "1 of 2 train shards hold one class alone" in caplog.text
+    assert "1 of 2 train shards hold one class alone" in caplog.text and "(images.shuffle)" in caplog.text
     assert "there are 2 train shards" in caplog.text
     assert "48 train records show 24 images" in caplog.text
     assert "of 48 train records repeat another of their shard" in caplog.text

@@ -146,7 +146,7 @@ def unconditional(model: HierarchicalVQVAE, grids: list[tuple[int, int]] | None 
 def test_settings_that_cannot_work_are_refused(generator: Generator) -> None:
     with pytest.raises(ValueError, match="temperature must be above 0"):
         generator.sample([0], temperature=0)
-    with pytest.raises(ValueError, match=r"one value or one a level \(2\)"):
+    with pytest.raises(ValueError, match=r"one value or one per level \(2\)"):
         generator.sample([0], guidance=[1.0])
     with pytest.raises(ValueError, match="precision must be float32 or bfloat16"):
         generator.sample([0], precision="float16")
@@ -343,7 +343,7 @@ def test_the_command_line_samples_from_a_folder_or_an_id(generator: Generator, h
         (["published"], 2, "run_dir must name a folder to write to; add --run_dir FOLDER"),
         (["empty", "--run_dir=x"], 1, "no tokenizer at empty/tokenizer: there is no such folder"),
         (["published", "--run_dir=x", "--sample.classes=[5]"], 1, "none of the 3 classes"),
-        (["published", "--run_dir=x", "--sample.guidance=[2,1,1]"], 1, "one a level (2)"),
+        (["published", "--run_dir=x", "--sample.guidance=[2,1,1]"], 1, "one per level (2)"),
         (["nowhere.yaml"], 2, "cannot read the config nowhere.yaml"),
         (["me/nowhere.yaml"], 2, "cannot read the config me/nowhere.yaml"),
     ],

@@ -145,7 +145,7 @@ def test_a_misspelt_path_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"strides": []}, "at least one level"),
         ({"strides": [6, 3]}, "powers of two from 2 on, got 6"),
         ({"strides": [4, 8]}, "fall from coarse to fine"),
-        ({"strides": [8, 4], "codebook_size": [1, 2, 3]}, "one value a level"),
+        ({"strides": [8, 4], "codebook_size": [1, 2, 3]}, "one value per level"),
         ({"strides": [8, 4], "codebook_size": 1}, "at least 2 codes"),
         ({"width": 0}, "width must be at least 1"),
     ],

@@ -115,7 +115,7 @@ def test_nothing_given_gives_nothing(network: str) -> None:
         ({"guidance": INF}, "guidance must be 0 or more and finite, got inf"),
         ({"guidance": [1.0, NAN]}, "guidance must be 0 or more and finite, got nan"),
         ({"guidance": -1.0}, "guidance must be 0 or more"),
-        ({"guidance": "high"}, r"one value or one a level \(2\)"),
+        ({"guidance": "high"}, r"one value or one per level \(2\)"),
         ({"temperature": INF}, "temperature must be above 0 and finite, got inf"),
         ({"temperature": 1e-310}, "temperature must be above 0 and finite"),
         ({"temperature": None}, "temperature must be above 0 and finite, got None"),

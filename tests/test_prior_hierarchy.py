@@ -162,7 +162,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         prior.sample([3])
     with pytest.raises(ValueError, match=r"classes must lie in \[0, 3\), got \[0, 5\]"):
         prior.nll(draw_codes(grids, [16, 16]), [0, 5])
-    with pytest.raises(ValueError, match=r"one value or one a level \(2\)"):
+    with pytest.raises(ValueError, match=r"one value or one per level \(2\)"):
         prior.sample([0], temperature=[1.0])
     with pytest.raises(ValueError, match="guidance needs classes"):
         prior.sample(indices=range(2), guidance=2.0)

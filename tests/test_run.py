@@ -96,7 +96,7 @@ def test_a_sampling_job_lays_its_weights_out_once(
 
     monkeypatch.setattr(LevelPrior, "decoder", counting)
     Run(load_config(copy_of(), ["--sample.folder=again"])).stage("sample")  # two batches of four
-    assert len(made) == 2  # one a level
+    assert len(made) == 2  # one per level
 
 
 def test_samples_are_what_python_draws_with_the_same_seed(tiny_run: Path) -> None:

@@ -71,7 +71,7 @@ def draw(folder: Path, models: tuple[HierarchicalVQVAE, HierarchicalPrior], **se
         ),
         ({"unconditional": False}, {"guidance": [1.0, 0.5]}, r"guidance cannot be 0\.5: level 1 never learned"),
         ({"class_names": []}, {"guidance": 2.0}, "guidance needs classes, but the prior was trained without"),
-        ({}, {"temperature": [1.0]}, r"sample\.temperature must be one value or one a level \(2\)"),
+        ({}, {"temperature": [1.0]}, r"sample\.temperature must be one value or one per level \(2\)"),
     ],
 )
 def test_what_a_prior_cannot_be_drawn_with_is_refused_before_work_begins(

@@ -64,7 +64,7 @@ class TokenizerConfig:
         for name in ("codebook_size", "code_dim"):
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != len(self.strides):
-                raise ValueError(f"{name} must have one value a level ({len(self.strides)}), got {values}")
+                raise ValueError(f"{name} must have one value per level ({len(self.strides)}), got {values}")
         for name, most in (("width", MAX_WIDTH), ("residual_width", MAX_WIDTH), ("residual_blocks", MAX_BLOCKS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be at least 1 and at most {most}, got {getattr(self, name)}")
