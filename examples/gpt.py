@@ -1,6 +1,6 @@
 """A transformer of Hugging Face draws new digits: trained on exported tokens, with nothing of smalti but the layout.
 
-    smalti run configs/digits.yaml && smalti export configs/digits.yaml
+    smalti run configs/digits.yaml && smalti export configs/digits.yaml --export.views all
     python examples/gpt.py runs/digits
 
 B batch, N tokens of a record, V ids.
@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +23,7 @@ from pipelines.tokens import TokenDataset
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
-STEPS, BATCH, LEARNING_RATE, SAMPLES = 1000, 64, 1e-3, 500
+STEPS, BATCH, LEARNING_RATE, SAMPLES = 700, 64, 1e-3, 500
 
 
 def read(folder: Path, split: str) -> Tensor:
@@ -101,15 +100,14 @@ def main(run: Path, steps: int = STEPS, samples: int = SAMPLES, **sizes: int) ->
     blank = [torch.zeros(samples, *level.grid, dtype=torch.int64) for level in layout.levels]
     drawn = draw(model, layout.encode(blank, wanted)[:, :prompt], mask, seed=1)
     judged = fit_judge().predict(reduced((layout.images(drawn, tokenizer)[:, 0].numpy() + 1) / 2))
-    asked = np.array([int(name) for name in layout.stated.class_names])[wanted]
+    asked = torch.tensor([int(name) for name in layout.stated.class_names])[wanted].numpy()
     known = {codes.numpy().tobytes() for codes in training[:, prompt:]}
+    prior = HierarchicalPrior.from_pretrained(run / "prior")
     with torch.inference_mode():
-        ours = HierarchicalPrior.from_pretrained(run / "prior").nll(
-            layout.decode(held_out), classes_of(held_out, layout)
-        )
+        ours = prior.nll(layout.decode(held_out), classes_of(held_out, layout))
         theirs = nats(model, held_out, mask, prompt)
-    repeats = [codes.numpy().tobytes() in known for codes in drawn[:, prompt:]]
-    figures = {"recognised": float((judged == asked).mean()), "repeats": float(np.mean(repeats))}
+    repeats = sum(codes.numpy().tobytes() in known for codes in drawn[:, prompt:]) / samples
+    figures = {"recognised": float((judged == asked).mean()), "repeats": repeats}
     figures |= {"val_nats": float(theirs.mean()), "val_nats_of_prior": float(ours.mean())}
     print(f"{samples} samples: {figures['recognised']:.1%} recognised", end=", ")
     print(f"{figures['repeats']:.1%} repeat a training image's codes")
