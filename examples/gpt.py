@@ -23,7 +23,7 @@ from pipelines.tokens import TokenDataset
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
-STEPS, BATCH, LEARNING_RATE, SAMPLES = 700, 64, 1e-3, 500
+STEPS, BATCH, LEARNING_RATE, SAMPLES = 1000, 64, 1e-3, 500
 
 
 def read(folder: Path, split: str) -> Tensor:
