@@ -3,9 +3,10 @@
     python -m benchmarks.export
 
 Speed is that of codes of 16x16 and 32x32, from code shards to bin shards with receipts, index and layout. The limit is
-numpy, which reads the arrays of the same shards and writes them flat. Scale is that of made-up shards of a 2x2 grid, 130
-and 1,300 of them: what each step takes in a process of its own, and that process's peak memory. `receipts` finds that all shards are there, `verify` reads every record, `memory map` unpacks for training; `export` is
-killed when half of its shards are there, and goes on.
+numpy, which reads the arrays of the same shards and writes them flat. Scale is that of made-up shards of a 2x2 grid,
+130 and 1,300 of them: what each step takes in a process of its own, and that process's peak memory. `receipts` finds
+that all shards are there, `verify` reads every record, `memory map` unpacks for training; `export` is killed when half
+of its shards are there, and goes on.
 """
 
 import hashlib
