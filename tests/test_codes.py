@@ -143,3 +143,26 @@ def test_a_shard_that_is_not_what_was_listed_is_found_before_it_is_used(
     with pytest.raises(StageError, match=r"train-000001\.tar is (missing|not the file that its receipt tells of)"):
         Codes(folder, "train", tmp_path / "unpacked", cache)
     assert not list((tmp_path / "unpacked").iterdir())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        array_bytes(np.zeros(4, np.uint16)),
+        array_bytes(np.zeros((2, 2), np.int16)),
+        array_bytes(np.asfortranarray(grids()[0])).replace(b"'fortran_order': False", b"'fortran_order': True "),
+        array_bytes(grids()[0]) + b"\0",
+        array_bytes(grids()[0])[:-1],
+        array_bytes(grids()[0])[:100],
+        array_bytes(grids()[0])[:-2] + b"\xff\xff",
+    ],
+    ids=["shape", "dtype", "order", "longer", "shorter", "no values", "out of range"],
+)
+def test_a_grid_among_good_ones_is_checked_like_the_first(bad: bytes, tmp_path: Path, cache: Cache) -> None:
+    folder = code_folder(tmp_path / "codes", grids())
+    samples = [(f"x{n}", {"level0.npy": array_bytes(grids()[0]), "cls": b"0"}) for n in range(3)]
+    samples[2][1]["level0.npy"] = bad
+    write_shard(folder / "train-000000.tar", samples, {})
+    describe(folder)
+    with pytest.raises(StageError, match=r"sample x2 of .*train-000000\.tar"):
+        Codes(folder, "train", tmp_path / "unpacked", cache)

@@ -70,14 +70,14 @@ def test_nats_are_of_the_codes_given_the_class(run: Path) -> None:
     assert torch.allclose(gpt.nats(model, ids, mask, made.slots.prompt), uniform.expand(len(ids)))
 
 
-def test_training_learns_the_records(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt, "BATCH", 8)
+def test_training_learns_a_record(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "BATCH", 4)
     monkeypatch.setattr(gpt, "LEARNING_RATE", 2e-2)
-    ids = gpt.read(run / "tokens", "train")[:8]
+    ids = gpt.read(run / "tokens", "train")[:1]
     made = TokenDataset(run / "tokens", "train").layout
     mask, prompt = gpt.forbidden(made), made.slots.prompt
     model = gpt.small_gpt(made, **SIZES)
     with torch.no_grad():
         before = gpt.nats(model.eval(), ids, mask, prompt).mean()
-    after = gpt.nats(gpt.train(model, ids, mask, prompt, steps=60), ids, mask, prompt).mean()
-    assert after < 0.9 * before
+    after = gpt.nats(gpt.train(model, ids, mask, prompt, steps=40), ids, mask, prompt).mean()
+    assert after < 0.85 * before  # 0.70 of it, whatever the seed

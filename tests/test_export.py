@@ -4,6 +4,9 @@ import json
 import logging
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +32,17 @@ from tests.layouts import CAPTION, text_tokenizer
 Smalti = Callable[..., tuple[int, str]]
 FORMAT1 = Path(__file__).parent / "data" / "format1"
 EVERY = ["bin", "parquet", "litdata", "mds", "webdataset"]
+# A command whose process is gone, without a word, when a file is about to have its final name.
+KILLED = """
+import os, signal, sys
+from pipelines.cli import main
+_, final, *command = sys.argv
+def strike(event, arguments):
+    if event == "os.rename" and str(arguments[1]) == final:
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(strike)
+main(command)
+"""
 
 
 @pytest.fixture
@@ -110,6 +124,20 @@ def test_killed_and_resumed_equals_uninterrupted(writes: int, codes: Path, monke
             exported(codes, "killed", format=EVERY)
     assert not (codes.parent / "killed" / "layout.json").exists()
     assert files_of(exported(codes, "killed", format=EVERY)) == wanted
+
+
+def test_a_process_killed_between_the_files_of_a_shard_is_resumed(config: Path, smalti: Smalti) -> None:
+    command, tokens = ["export", str(config), "--export.format=[bin,litdata]"], config.parent / "run" / "tokens"
+    assert smalti(*command)[0] == 0
+    wanted = files_of(tokens)
+    shutil.rmtree(tokens)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tokens / "train-000001.keys"), *command], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = files_of(tokens)
+    assert {"train-000000.json", "train-000001.idx"} < left.keys() and "layout.json" not in left
+    assert any(name.endswith(".tmp") for name in left) and "train-000001.keys" not in left
+    assert smalti(*command)[0] == 0
+    assert files_of(tokens) == wanted
 
 
 def test_a_damaged_file_of_a_shard_is_made_again_and_no_other(codes: Path) -> None:
@@ -296,7 +324,7 @@ def test_a_folder_of_other_work_is_refused(name: str, config: Path, smalti: Smal
 def test_what_may_go_wrong_in_training_is_said(codes: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         exported(codes, "tokens", views="all")
-    assert "1 of 2 train shards hold one class alone" in caplog.text
+    assert "1 of 2 train shards hold one class alone" in caplog.text and "(images.shuffle)" in caplog.text
     assert "there are 2 train shards" in caplog.text
     assert "48 train records show 24 images" in caplog.text
     assert "of 48 train records repeat another of their shard" in caplog.text

@@ -1,5 +1,6 @@
 """Places that are not local: a real S3 server, a real https server, connections that break off."""
 
+import json
 import os
 import shutil
 import socket
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 Smalti = Callable[..., tuple[int, str]]
+FORMAT1 = Path(__file__).parent / "data" / "format1" / "run"
 
 
 class Dropping(threading.Thread):
@@ -114,6 +116,26 @@ def test_a_whole_run_lives_in_a_store(
             assert read_bytes(place(f"s3://bucket/run/{name}")) == path.read_bytes(), name
     assert smalti("verify", config)[0] == 0
     assert "skipped" in smalti("encode", config)[1] or smalti("encode", config)[0] == 0
+
+
+def test_exported_tokens_lie_in_a_store(store: Dropping, tmp_path: Path, smalti: Smalti) -> None:
+    shutil.copytree(FORMAT1 / "codes", tmp_path / "run" / "codes")
+    upload(FORMAT1 / "codes", "s3://bucket/tokens/codes")
+    local, remote = tmp_path / "local.yaml", tmp_path / "remote.yaml"
+    for config, run in ((local, tmp_path / "run"), (remote, "s3://bucket/tokens")):
+        settings = {"encode": {"views": ["image", "crop"]}, "export": {"format": ["bin", "litdata"], "single": True}}
+        compute = {"cache_dir": str(tmp_path / "cache")}
+        config.write_text(json.dumps({"run_dir": str(run), "compute": compute, **settings}))
+    for config in (local, remote):
+        code, text = smalti("export", config)
+        assert code == 0, text
+    tokens, there = tmp_path / "run" / "tokens", place("s3://bucket/tokens/tokens")
+    files = [path.relative_to(tokens).as_posix() for path in tokens.rglob("*") if path.is_file()]
+    kept = {path.path.partition("/tokens/tokens/")[2] for path in there.rglob("*") if path.is_file()}
+    assert kept == {name for name in files if not name.endswith(".ds")}  # a store knows no links
+    for name in kept - {"config.yaml"}:
+        assert read_bytes(there / name) == (tokens / name).read_bytes(), name
+    assert "skipped" in smalti("export", remote)[1]
 
 
 def test_a_damaged_remote_shard_is_found_and_made_again(

@@ -279,7 +279,7 @@ def _warn(train: list[dict], class_names: list[str]) -> None:
     if of_one and len(class_names) > 1:
         logger.warning(
             "export: %d of %d train shards hold one class alone, and trainers read windows in order; "
-            "pack images in a mixed order",
+            "pack images in a mixed order (images.shuffle)",
             *(of_one, len(train)),
         )
     if 0 < len(train) < USUAL_WORKERS:

@@ -76,7 +76,7 @@ def write_bin(folder: Path, name: str, records: Records, tokenizer: str) -> list
     """Write NAME.bin, the tokens and nothing else, and what tells its readers where records begin.
 
     For Megatron NAME.idx; for datatrove and nanotron NAME.ds, a link to NAME.bin where there are links, NAME.ds.index
-    and NAME.ds.metadata; keys, and captions as JSON, one a line.
+    and NAME.ds.metadata; keys, and captions as JSON, one per line.
 
     Args:
         folder: of the token shards.

@@ -1,7 +1,7 @@
 """Read exported tokens with litdata and MosaicML streaming, whose packages do not go with those of the tests.
 
-python tests/readers/read.py            # of shards made up here
-python tests/readers/read.py TOKENS     # of a folder of tokens with bin, and litdata or mds, among its formats
+python -m tests.readers.read           # of shards made up here
+python -m tests.readers.read TOKENS    # of a folder of tokens with bin, and litdata or mds, among its formats
 """
 
 import hashlib
