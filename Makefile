@@ -21,7 +21,7 @@ lint: $(SETUP)
 	.venv/bin/mypy
 
 tests: $(SETUP)
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist worksteal
 
 # Under ten minutes on a machine with a CUDA GPU; writes benchmarks/results/NAME-OF-THE-GPU.json.
 gpu: $(SETUP)

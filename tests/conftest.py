@@ -19,6 +19,9 @@ from pipelines.storage.cache import Cache
 # A slow machine is no failed law.
 hypothesis.settings.register_profile("smalti", deadline=None)
 hypothesis.settings.load_profile("smalti")
+# One thread each: threads of several processes that wait for a core take it from those that compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="smalti-tests-")  # nobody's own cache
@@ -58,6 +61,8 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What waits for other processes comes first: one worker does it, with one server of `tests.jobs`, and none last.
+    items.sort(key=lambda item: not hasattr(item.module, "Job") and not hasattr(item.module, "ranks"))  # type: ignore[attr-defined]
     for item in items if not torch.cuda.is_available() else []:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

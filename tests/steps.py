@@ -25,7 +25,7 @@ COMPARABLE = {
     "seed": 8,
     "tokenizer": {
         "model": {"strides": [16, 8], "codebook_size": [4, 8]},
-        "codebook": {"revival_threshold": 0.3, "decay": 0.8},
+        "ema": {"revival_threshold": 0.3, "decay": 0.8},
         "training": {"weight_ema": 0.9, "batch_size": 8, "val_every": 6},
     },
 }

@@ -1,9 +1,6 @@
-"""Several real processes, through Lightning: the codebooks, batches and figures of one."""
+"""Several real processes: the codebooks, batches and figures of one."""
 
 import csv
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 from pipelines.config import load_config
 from pipelines.run import Run
 from tests.conftest import merged
+from tests.jobs import ranks
 from tests.steps import COMPARABLE, Recorded, least_margin
 
 
@@ -23,13 +21,10 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def recorded(stage: str, config: Path, *options: str) -> None:
-    """A command in a process of its own, which records beside its config."""
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"RECORD": str(config.parent), "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.steps", stage, config, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-    assert done.returncode == 0, done.stderr
+def recorded(stage: str, config: Path, processes: int, *options: str) -> None:
+    """A command in so many processes, which records beside its config; `test_processes` has Lightning start them."""
+    jobs = ranks(processes, "tests.steps", stage, config, *options, folder=config.parent, RECORD=config.parent)
+    assert [job.wait() for job in jobs] == [0] * processes, "\n".join(job.errors for job in jobs)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,7 @@ def trained(
             "compute": {"devices": devices},
         }
         config = write_config(tmp_path_factory.mktemp("trained"), merged(COMPARABLE, changes))
-        recorded("train-tokenizer", config)
+        recorded("train-tokenizer", config, devices)
         return config.parent
 
     return train
@@ -75,20 +70,20 @@ def test_validation_figures_do_not_depend_on_the_number_of_processes(
 ) -> None:
     """179 images in batches of 8 leave a tail; nothing moves, so that weights and codebooks are alike."""
     still = {"steps": 1, "val_every": 1, "learning_rate": 1e-12, "weight_ema": 0.0}
-    codebook = {"ema_decay": 0.99999999, "revival_threshold": 0.0, "kmeans_iterations": 0}
+    ema = {"decay": 0.99999999, "revival_threshold": 0.0, "kmeans_iterations": 0}
     run, found = tiny_run.parent / "run", []
     for devices in (1, 2):
         changes = {
             "images": {"from": str(run / "images")},
             "codes": {"from": str(run / "codes")},
-            "tokenizer": {"codebook": codebook, "training": still},
+            "tokenizer": {"ema": ema, "training": still},
             "prior": {"training": still},
             "compute": {"devices": devices},
         }
         config = write_config(tmp_path / str(devices), merged(COMPARABLE, changes))
         (config.parent / "run").mkdir()
-        recorded("train-prior", config, "--level", "0")
-        recorded("train-tokenizer", config)
+        recorded("train-prior", config, devices, "--level", "0")
+        recorded("train-tokenizer", config, devices)
         folder = config.parent / "run"
         figures = [rows(folder / name / "metrics.csv")[-1] for name in ("tokenizer", "prior/level0")]
         found.append({name: float(value) for row in figures for name, value in row.items() if name.startswith("val_")})
@@ -109,7 +104,7 @@ def test_a_job_goes_on_with_the_same_batches_on_another_number_of_processes(
             "tokenizer": {"training": {"steps": 3, "val_every": 3, "log_every": 1, "weight_ema": 0.0}},
         }
         config = write_config(tmp_path / name, merged(COMPARABLE, changes))
-        recorded("train-tokenizer", config)
+        recorded("train-tokenizer", config, first)
         folder = tmp_path / name / "run" / "tokenizer"
         for path in (config, folder / "config.yaml"):  # as if it had been stopped there with more steps to go
             path.write_text(path.read_text().replace("steps: 3", "steps: 6").replace("devices: 2", "devices: 1"))

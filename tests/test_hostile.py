@@ -7,8 +7,6 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +31,7 @@ from pipelines.storage.receipts import read_receipt
 from pipelines.storage.shards import MAX_MEMBER_BYTES, index_shard
 from pipelines.training.callbacks import WholeCheckpoints
 from prior import LevelPrior
+from tests.jobs import Job
 from tests.test_pictures import data_of, noise
 from tokenizer import HierarchicalVQVAE
 
@@ -310,33 +309,23 @@ def test_mutated_images_are_read_or_refused(changes: list, kind: str) -> None:
             read()
 
 
-def limited(command: list, limit: int) -> subprocess.CompletedProcess:
-    """Run a command that may write no file larger than limit, as on a full disk."""
-
-    def limits() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limits)
-
-
 def test_a_full_disk_is_told_of_and_work_goes_on_once_there_is_room(
     tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
 ) -> None:
     config = write_config(tmp_path, {"images": {"shard_size": 700}})
-    command = [sys.executable, "-m", "pipelines.cli"]
-    done = limited([*command, "pack", config], 400_000)  # the val shard fits, those of 700 images do not
-    assert done.returncode == 1
-    assert "cannot write" in done.stderr
-    assert "File too large; mend that and give the same command again" in done.stderr
-    assert "Traceback" not in done.stderr
+    full = Job("pipelines.cli", "pack", config, folder=tmp_path, file_limit=400_000)  # the val shard fits, no other
+    assert full.wait() == 1
+    assert "cannot write" in full.errors
+    assert "File too large; mend that and give the same command again" in full.errors
+    assert "Traceback" not in full.errors
     images = tmp_path / "run" / "images"
     assert not [path for path in images.iterdir() if path.suffix == ".tmp"]
     assert all(read_receipt(path) for path in images.glob("*.tar"))
     assert smalti("pack", config)[0] == 0
-    done = limited([*command, "train-tokenizer", config], 20_000)  # no checkpoint fits
-    assert done.returncode == 1
-    assert "cannot write" in done.stderr
-    assert "Traceback" not in done.stderr
+    full = Job("pipelines.cli", "train-tokenizer", config, folder=tmp_path, file_limit=20_000)  # no checkpoint fits
+    assert full.wait() == 1
+    assert "cannot write" in full.errors
+    assert "Traceback" not in full.errors
     assert not list((tmp_path / "run" / "tokenizer").rglob("*.ckpt*"))
     assert smalti("train-tokenizer", config)[0] == 0
 
@@ -347,8 +336,8 @@ def test_the_same_command_twice_at_once_does_no_harm(
     run = tiny_run.parent / "run"
     changes = {"images": {"from": str(run / "images")}, "tokenizer": {"from": str(run / "tokenizer")}}
     config = write_config(tmp_path, changes)
-    jobs = [subprocess.Popen([sys.executable, "-m", "pipelines.cli", "encode", config]) for _ in range(2)]
-    assert [job.wait(120) for job in jobs] == [0, 0]
+    jobs = [Job("pipelines.cli", "encode", config, folder=tmp_path) for _ in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0]
     assert smalti("encode", config)[0] == 0
     for path in (run / "codes").iterdir():
         if path.name != "config.yaml":

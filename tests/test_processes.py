@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,34 +15,37 @@ import torch
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.compute.launching import workers_of
+from tests.jobs import Job
 
-SMALTI = [sys.executable, "-m", "pipelines.cli"]
-# A job starts in some seconds; a machine that runs other tests beside needs more.
-START_S, END_S = 120, 60
-Start = Callable[..., subprocess.Popen]
+SMALTI = "pipelines.cli"
+# A job starts in some seconds; a machine that runs other tests beside needs more. So does a process that Lightning has
+# started, for which the first waits no longer than compute.timeout_s either.
+START_S, END_S, TIMEOUT_S = 120, 60, 30
+Start = Callable[..., Job]
 
 
-@pytest.fixture
-def endless(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+@pytest.fixture(scope="module")
+def endless(
+    tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]
+) -> Callable[..., Path]:
     """A tokenizer's training that would take hours."""
 
     def write(**compute: object) -> Path:
         training = {"steps": 1000000, "val_every": 50, "checkpoint_every": 10}
         images = str(tiny_run.parent / "run" / "images")
         changes = {"images": {"from": images}, "tokenizer": {"training": training}, "compute": compute}
-        return write_config(tmp_path / "job", changes)
+        return write_config(tmp_path_factory.mktemp("job"), changes)
 
     return write
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start a command; whatever is left of it when the test ends is killed."""
-    jobs: list[subprocess.Popen] = []
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Begin a command; whatever is left of it at the end is killed. The others of a job are Lightning's to start."""
+    jobs: list[Job] = []
 
-    def begin(*arguments: str | Path) -> subprocess.Popen:
-        command = [*SMALTI, *map(str, arguments)]
-        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True))
+    def begin(module: str, *arguments: str | Path) -> Job:
+        jobs.append(Job(module, *arguments, folder=tmp_path_factory.mktemp("said")))
         return jobs[-1]
 
     yield begin
@@ -51,8 +53,18 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
-        assert job.stderr is not None
-        job.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def hung(endless: Callable[..., Path], start: Start) -> tuple[Job, list[int], float]:
+    """A job of which one process has stopped, that one, and when; the job takes time to tell, which other tests use."""
+    config = endless(devices=2, timeout_s=TIMEOUT_S)
+    job = start(SMALTI, "train-tokenizer", config)
+    wait_for(last(config).exists)
+    others = children(job)
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    return job, others, time.time()
 
 
 def last(config: Path) -> Path:
@@ -70,7 +82,7 @@ def wait_for(condition: Callable[[], object], seconds: float = START_S) -> None:
         time.sleep(0.05)
 
 
-def children(job: subprocess.Popen) -> list[int]:
+def children(job: Job) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
 
 
@@ -93,18 +105,17 @@ def test_a_training_that_is_asked_to_leave_does_and_the_same_command_goes_on(
     asked: signal.Signals, says: str, endless: Callable[..., Path], start: Start, smalti: Callable[..., tuple[int, str]]
 ) -> None:
     config = endless()
-    job = start("train-tokenizer", config)
+    job = start(SMALTI, "train-tokenizer", config)
     wait_for(last(config).exists)
     begun = time.monotonic()
-    job.send_signal(asked)
-    _, said = job.communicate(timeout=END_S)
-    assert job.returncode == 1
+    os.kill(job.pid, asked)
+    assert job.wait(END_S) == 1
     assert time.monotonic() - begun < 30
-    assert says in said
-    assert "Traceback" not in said
+    assert says in job.errors
+    assert "Traceback" not in job.errors
     step = step_of(config)
     if asked != signal.SIGINT:
-        assert f"saved at step {step};" in said
+        assert f"saved at step {step};" in job.errors
     assert not list((config.parent / "run").rglob("*.tmp"))
     steps = (step // 50 + 1) * 50
     for path in (config, config.parent / "run" / "tokenizer" / "config.yaml"):  # as if begun with fewer steps to go
@@ -115,55 +126,59 @@ def test_a_training_that_is_asked_to_leave_does_and_the_same_command_goes_on(
 
 def test_all_processes_of_a_job_leave_after_the_same_step(endless: Callable[..., Path], start: Start) -> None:
     config = endless(devices=2)
-    job = start("train-tokenizer", config)
+    job = start(SMALTI, "train-tokenizer", config)
     wait_for(last(config).exists)
     others = children(job)
     assert others
-    job.send_signal(signal.SIGTERM)  # to the first process alone
-    _, said = job.communicate(timeout=END_S)
-    assert job.returncode == 1
-    assert said.count(f"saved at step {step_of(config)};") == 2
+    os.kill(job.pid, signal.SIGTERM)  # the first process alone
+    assert job.wait(END_S) == 1
+    assert job.errors.count(f"saved at step {step_of(config)};") == 2
     assert not any(map(alive, others))
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_job_ends_with_a_sentence_when_one_of_its_processes(
-    how: str, endless: Callable[..., Path], start: Start
+def assert_told(job: Job, others: list[int]) -> None:
+    assert job.wait(END_S) == 1
+    told = f"another process of this job died, or has not answered for {TIMEOUT_S} s (compute.timeout_s)"
+    assert f"smalti: error: {told}" in job.errors
+    assert "the same command goes on from the last checkpoint" in job.errors
+    assert others
+    assert not any(map(alive, others))
+
+
+def test_a_job_ends_with_a_sentence_when_one_of_its_processes_dies(
+    hung: tuple[Job, list[int], float], endless: Callable[..., Path], start: Start
 ) -> None:
-    config = endless(devices=2, timeout_s=10)
-    job = start("train-tokenizer", config)
+    config = endless(devices=2, timeout_s=TIMEOUT_S)
+    job = start(SMALTI, "train-tokenizer", config)
     wait_for(last(config).exists)
     others = children(job)
     for pid in others:
-        os.kill(pid, signal.SIGKILL if how == "dies" else signal.SIGSTOP)
-    begun = time.monotonic()
-    _, said = job.communicate(timeout=END_S + 60)
-    assert job.returncode == 1
-    assert time.monotonic() - begun < (20 if how == "dies" else 10 + 40)
-    assert "smalti: error: another process of this job died, or has not answered for 10 s (compute.timeout_s)" in said
-    assert "the same command goes on from the last checkpoint" in said
-    assert not any(map(alive, others))
+        os.kill(pid, signal.SIGKILL)
+    begun = time.time()
+    assert_told(job, others)
+    assert job.ended - begun < 20
 
 
 def test_no_process_outlives_the_one_that_started_it(
     endless: Callable[..., Path], start: Start, picture_folder: Path, tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     config = endless(devices=2)
-    training = start("train-tokenizer", config)
+    training = start(SMALTI, "train-tokenizer", config)
     wait_for(last(config).exists)
     many = {"source": f"folder:{picture_folder}", "shard_size": 1, "channels": 3}
-    packing = start("pack", write_config(tmp_path / "pack", {"images": many, "compute": {"num_workers": 2}}))
-    wait_for(lambda: len(children(packing)) >= 3 or packing.poll() is not None)  # two and multiprocessing's tracker
+    packing = start(SMALTI, "pack", write_config(tmp_path / "pack", {"images": many, "compute": {"num_workers": 2}}))
+    wait_for(lambda: packing.code is not None or len(children(packing)) >= 2)
     others = children(training) + children(packing)
+    assert len(others) >= 3
     for job in (training, packing):
-        job.kill()
-        job.communicate()
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
     wait_for(lambda: not any(map(alive, others)), 30)
 
 
 @pytest.mark.parametrize(("stage", "folder"), [("encode", "codes"), ("sample", "samples")])
 def test_two_nodes_of_torchrun_write_the_bytes_of_one_process(
-    stage: str, folder: str, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+    stage: str, folder: str, start: Start, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     run = tiny_run.parent / "run"
     changes: dict = {"tokenizer": {"from": str(run / "tokenizer")}, "images": {"from": str(run / "images")}}
@@ -173,17 +188,11 @@ def test_two_nodes_of_torchrun_write_the_bytes_of_one_process(
     config = write_config(tmp_path, changes)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    nodes = [
-        subprocess.Popen(
-            [*torchrun, f"--node-rank={node}", *SMALTI[1:], stage, str(config)], stderr=subprocess.PIPE, text=True
-        )
-        for node in range(2)
-    ]
+    nodes = [start(*torchrun, f"--node-rank={node}", "-m", SMALTI, stage, config) for node in range(2)]
     for node in nodes:
-        _, said = node.communicate(timeout=START_S)
-        assert node.returncode == 0, said
+        assert node.wait(START_S) == 0, node.errors
     for path in (run / folder).iterdir():
         if path.name != "config.yaml":
             assert (tmp_path / "run" / folder / path.name).read_bytes() == path.read_bytes(), path.name
@@ -215,14 +224,21 @@ def test_all_processes_of_a_node_have_the_same_number_of_threads(
 
 
 def test_processes_of_one_node_share_the_shards(
-    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+    start: Start, tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     """Started by Lightning, with the same arguments; the first alone empties the folder that is made again."""
     run = tiny_run.parent / "run"
     changes = {"tokenizer": {"from": str(run / "tokenizer")}, "images": {"from": str(run / "images")}}
     config = write_config(tmp_path, changes | {"compute": {"devices": 2}})
     for redo in ([], ["--redo", "encode"]):
-        assert subprocess.run([*SMALTI, "encode", config, *redo], timeout=START_S, check=False).returncode == 0
+        job = start(SMALTI, "encode", config, *redo)
+        assert job.wait(START_S) == 0, job.errors
     for path in (run / "codes").iterdir():
         if path.name != "config.yaml":
             assert (tmp_path / "run" / "codes" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_job_ends_with_a_sentence_when_one_of_its_processes_hangs(hung: tuple[Job, list[int], float]) -> None:
+    job, others, begun = hung
+    assert_told(job, others)
+    assert job.ended - begun < TIMEOUT_S + 40

@@ -1,23 +1,21 @@
 """Whole jobs on a GPU that is not there; `tests/rehearsal.py` says how, and what that cannot follow."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
 
+from tests.jobs import Job
 from tests.rehearsal import BY_DESIGN
 from tests.rehearsal_jobs import JOBS, REFUSED
 
 
 @pytest.fixture(scope="module")
-def rehearsed() -> dict[str, dict[str, Any]]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.rehearsal_jobs"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    job = Job("tests.rehearsal_jobs", folder=tmp_path_factory.mktemp("rehearsal"))
+    assert job.wait(600) == 0, job.errors
+    return json.loads(job.out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("job", JOBS)
