@@ -9,6 +9,7 @@ from pipelines.config import Config
 from pipelines.storage.fingerprint import digest, hashed
 from pipelines.storage.folders import empty_stage
 from pipelines.storage.paths import make_folder, read_bytes, write_text
+from pipelines.storage.renamed import first_named
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,11 @@ class Redo:
         self, root: Path, stages: Collection[str], config: Config, command: str = "run", level: int | None = None
     ) -> None:
         self.root, self.stages, self.command = root, set(stages), command
-        settings = {name: value for name, value in hashed(config).items() if name not in ("run_dir", "compute")}
+        settings = first_named({k: v for k, v in hashed(config).items() if k not in ("run_dir", "compute")})
         # What is left open says nothing, as before it could be said.
         settings["images"] = {name: value for name, value in settings["images"].items() if value != "auto"}
+        if settings["prior"]["network"] == "auto":
+            settings["prior"]["network"] = "transformer"
         own = f".redo-{digest([command, sorted(stages), level, settings])[:16]}"
         self.started_by_run = NOTE in os.environ
         self.note = root / os.environ.get(NOTE, own)

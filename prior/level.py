@@ -82,9 +82,7 @@ class LevelConfig:
                 raise ValueError(f"a level of {h}x{w} codes of {size} cannot be")
         if (self.codebook_sizes[-1] is None) != (network == "normal"):
             kind = "continuous" if self.codebook_sizes[-1] is None else "of codes"
-            raise ValueError(
-                f"level {self.level} is {kind}, which {network} is no prior of; normal is, of continuous ones"
-            )
+            raise ValueError(f"level {self.level} is {kind}, which {network} is no prior for")
 
     @property
     def levels(self) -> list[tuple[tuple[int, int], int | None, int]]:

@@ -65,7 +65,7 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     if kind == "prior":
         changes |= {"codes": {"from": str(run / "codes")}}
     else:
-        changes["tokenizer"]["codebook"] = {"decay": 0.5, "revival_threshold": 0.5}
+        changes["tokenizer"]["ema"] = {"decay": 0.5, "revival_threshold": 0.5}
     found = []
     for name in ("whole", "killed"):
         config = load_config(write_config(tmp_path / name, changes))
@@ -226,7 +226,7 @@ def test_micro_batches_take_the_codebook_step_of_the_whole_batch(
 
 def test_eval_changes_no_buffer_and_the_codebook_moves_in_training(tiny_run: Path) -> None:
     checkpoint = torch.load(tiny_run.parent / "run/tokenizer/checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["state_dict"]["emas.0.counts"].dtype == torch.float32
+    assert checkpoint["state_dict"]["learners.0.counts"].dtype == torch.float32
     model = HierarchicalVQVAE.from_pretrained(tiny_run.parent / "run" / "tokenizer")
     assert not torch.equal(model.bottlenecks[0].vectors, HierarchicalVQVAE(model.config, 16, 1).bottlenecks[0].vectors)
     assert not [name for name in model.state_dict() if "counts" in name or "sums" in name]
@@ -244,8 +244,9 @@ def test_weight_averaging_covers_the_codebooks_and_is_what_is_exported(
     checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     exported = load_file(folder / "model.safetensors")
     for name in ("codebooks.0.vectors", "encoders.0.0.weight"):
-        assert torch.equal(exported[name], checkpoint["state_dict"][f"model.{name}"])
-        assert not torch.equal(exported[name], checkpoint["current_model_state"][f"model.{name}"])
+        kept = f"model.{name.replace('codebooks', 'bottlenecks')}"
+        assert torch.equal(exported[name], checkpoint["state_dict"][kept])
+        assert not torch.equal(exported[name], checkpoint["current_model_state"][kept])
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "prior"])
@@ -302,7 +303,7 @@ def test_a_collapsed_level_and_an_overfitted_prior_are_warned_of(
     run = tiny_run.parent / "run"
     changes = {
         "images": {"from": str(run / "images")},
-        "tokenizer": {"model": {"codebook_size": 512}, "codebook": {"revival_threshold": 0.0}},
+        "tokenizer": {"model": {"codebook_size": 512}, "ema": {"revival_threshold": 0.0}},
     }
     Run(load_config(write_config(tmp_path / "a", changes))).stage("train-tokenizer")
     assert "of its codes: it has collapsed" in caplog.text

@@ -1,10 +1,11 @@
 """What stage one minimises: reconstruction, and what the bottleneck asks for."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 class TokenizerLoss(nn.Module):
@@ -30,3 +31,27 @@ class TokenizerLoss(nn.Module):
         distance = F.mse_loss if self.reconstruction == "mse" else F.l1_loss
         asked = [self.weights[name] * values.mean() for level in losses for name, values in level.items()]
         return distance(reconstruction.float(), images) + sum(asked, start=images.new_zeros(()))
+
+
+class OwnedLoss(Protocol):
+    """A further loss of stage one, a module that may own networks and an optimizer of its own.
+
+    What it owns is training's alone: it is neither exported nor averaged nor part of a fingerprint, and its steps are
+    counted by nobody. Its parameters need no gradients where the tokenizer is trained; `own` is called where they do.
+
+    Attributes:
+        optimizer: of its own parameters; None where it has nothing to learn.
+    """
+
+    optimizer: Optimizer | None
+
+    def __call__(self, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Return named parts, weighted scalars that are added to the loss of the tokenizer.
+
+        Args:
+            reconstruction: (B, C, H, W), with gradients.
+            images: (B, C, H, W) in [-1, 1].
+        """
+
+    def own(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """Return the scalar that its own parameters minimise, of reconstructions without gradients."""

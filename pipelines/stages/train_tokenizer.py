@@ -28,9 +28,11 @@ from pipelines.metrics.quality import TokenizerQuality
 from pipelines.storage.paths import whole
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.loggers import log_picture
+from pipelines.training.owned_losses import OwnedLosses
 from pipelines.training.sections import TokenizerSection, TrainingConfig
 from tokenizer import Bottled, HierarchicalVQVAE, TokenizerLoss
 from tokenizer.bottlenecks.bottleneck import Learner, Place
+from tokenizer.loss import OwnedLoss
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ def train_tokenizer(
     train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
     model = HierarchicalVQVAE(section.model, train.size, train.channels, section.family)
-    module = TokenizerTraining(model, section, training, seed, folder)
+    with torch.random.fork_rng():  # what losses own is drawn beside the model's weights, not among them
+        module = TokenizerTraining(model, section, training, seed, folder, owned_losses(section))
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
     # On a CPU the loader's processes would only take cores from the training itself.
     workers = num_loaders(compute) if compute.num_workers >= 0 or torch.cuda.is_available() else 0
@@ -77,6 +80,11 @@ def train_tokenizer(
     export(model, best, folder)
 
 
+def owned_losses(section: TokenizerSection) -> list[OwnedLoss]:
+    """Return the losses beside reconstruction and the bottleneck's own that these settings ask for: none so far."""
+    return []
+
+
 class TokenizerTraining(pl.LightningModule):
     """Loss, steps of what gradients do not move, and validation figures of stage one.
 
@@ -86,6 +94,7 @@ class TokenizerTraining(pl.LightningModule):
         training: optimizer and schedule.
         seed: of learners and noise.
         folder: where reconstructions.png goes.
+        losses: further ones, which may own networks.
     """
 
     learners: Sequence[Learner]
@@ -97,6 +106,7 @@ class TokenizerTraining(pl.LightningModule):
         training: TrainingConfig,
         seed: int,
         folder: Path,
+        losses: Sequence[OwnedLoss] = (),
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -104,6 +114,7 @@ class TokenizerTraining(pl.LightningModule):
         self.loss = TokenizerLoss(section.loss, section.family.weights(model.config.num_levels, num_values))
         learners = [section.family.learner(bottleneck) for bottleneck in model.bottlenecks]
         self.learners = nn.ModuleList(one for one in learners if one is not None)  # type: ignore[assignment]
+        self.owned = OwnedLosses(losses)
         self.training_config, self.seed, self.folder = training, seed, folder
         self.statistics: list[Tensor] | None = None  # of the micro-batches since the last optimizer step
         self.micro = 0
@@ -116,9 +127,14 @@ class TokenizerTraining(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_metrics(self, checkpoint)
         checkpoint["counted"] = self.counted
+        checkpoint["owned"] = self.owned.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.counted = checkpoint["counted"]
+        self.owned.load(checkpoint["owned"])
+
+    def on_fit_start(self) -> None:
+        self.owned.to(self.device)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         seed_step(self.seed, self.global_step, self.micro, self.global_rank)
@@ -155,9 +171,12 @@ class TokenizerTraining(pl.LightningModule):
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
         output = self.model(images, self._noise(range(first, first + len(images))))
         loss = self.loss(output.reconstruction, images, [level.losses for level in output.levels])
+        parts = self.owned(output.reconstruction, images, self.training_config.micro_batches)
+        loss = loss + sum(parts.values(), start=torch.zeros_like(loss))
         self._collect(output.levels, first, len(images))
         mse = (output.reconstruction.detach().float() - images).square().mean()
-        self.log_dict({"train_loss": loss.detach(), "train_mse": mse})
+        named = {f"train_{name}": value.detach() for name, value in parts.items()}
+        self.log_dict({"train_loss": loss.detach(), "train_mse": mse, **named})
         return loss
 
     def _noise(self, places: range) -> list[Tensor | None] | None:
@@ -192,6 +211,7 @@ class TokenizerTraining(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.owned.step(self.trainer.world_size)
         self._update_learners()
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Old name -> new name, each a section and a setting.
+# Old name -> new name, each a section, a part of it and a setting.
 RENAMED = {
     "tokenizer.codebook.ema_decay": "tokenizer.ema.decay",
     "tokenizer.codebook.commitment_weight": "tokenizer.ema.commitment_weight",
@@ -14,30 +14,12 @@ RENAMED = {
 
 def renamed(settings: Any) -> Any:
     """Return settings under the names that they have now; what is no settings is returned as it is."""
-    if not isinstance(settings, dict):
-        return settings
-    settings = copied(settings)
-    for old, new in RENAMED.items():
-        *path, name = old.split(".")
-        section = settings
-        for part in path:
-            section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and name in section:
-            *path, there = new.split(".")
-            target = settings
-            for part in path:
-                target = target.setdefault(part, {})
-            target[there] = section.pop(name)
-    for old in RENAMED:
-        outer, inner, _ = old.split(".")
-        if isinstance(settings.get(outer), dict) and settings[outer].get(inner) == {}:
-            del settings[outer][inner]
-    return settings
+    return _moved(settings, RENAMED)
 
 
-def copied(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings whose sections can be changed without changing the given ones."""
-    return {name: copied(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+def first_named(settings: Any) -> Any:
+    """Return settings under the names that they had first: what digests hold for ever."""
+    return _moved(settings, {new: old for old, new in RENAMED.items()})
 
 
 def renamed_option(argument: str) -> str:
@@ -45,3 +27,23 @@ def renamed_option(argument: str) -> str:
     option, equals, value = argument.partition("=")
     new = RENAMED.get(option.removeprefix("--")) if option.startswith("--") else None
     return f"--{new}{equals}{value}" if new else argument
+
+
+def _moved(settings: Any, names: Mapping[str, str]) -> Any:
+    """Return settings with those that names holds under their other name; sections that this empties are gone."""
+    if not isinstance(settings, dict):
+        return settings
+    settings = _copied(settings)
+    for name, other in names.items():
+        (section, part, setting), (_, to, new) = name.split("."), other.split(".")
+        outer = settings.get(section)
+        if isinstance(outer, dict) and isinstance(outer.get(part), dict) and setting in outer[part]:
+            outer.setdefault(to, {})[new] = outer[part].pop(setting)
+            if not outer[part]:
+                del outer[part]
+    return settings
+
+
+def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings whose sections can be changed without changing the given ones."""
+    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in settings.items()}

@@ -107,9 +107,9 @@ class TokenizerSection:
     bottleneck: Literal["ema", "gradient", "fsq", "gaussian"] = field(default="ema", metadata={"introduced": "ema"})
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
-    gradient: GradientConfig = field(default_factory=GradientConfig)
-    fsq: FSQConfig = field(default_factory=FSQConfig)
-    gaussian: GaussianConfig = field(default_factory=GaussianConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig, metadata={"introduced": hashed(GradientConfig())})
+    fsq: FSQConfig = field(default_factory=FSQConfig, metadata={"introduced": hashed(FSQConfig())})
+    gaussian: GaussianConfig = field(default_factory=GaussianConfig, metadata={"introduced": hashed(GaussianConfig())})
     loss: Literal["mse", "l1"] = "mse"
     shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)

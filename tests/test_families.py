@@ -1,0 +1,81 @@
+"""Each family of bottlenecks goes from images to samples by one setting, and every promise of a run holds for it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.storage.shards import index_shard, read_member
+
+Smalti = Callable[..., tuple[int, str]]
+FEW = {"training": {"steps": 2, "val_every": 2, "checkpoint_every": 1, "weight_ema": 0.9, "log_every": 1}}
+
+
+@pytest.fixture(scope="module", params=["gradient", "fsq", "gaussian"])
+def finished(
+    request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable
+) -> Path:
+    from pipelines.cli import main
+
+    images = {"from": str(tiny_run.parent / "run" / "images")}
+    changes = {"images": images, "tokenizer": FEW, "prior": {"network": "auto", **FEW}}
+    config = write_config(tmp_path_factory.mktemp(request.param), changes)
+    assert main(["run", str(config), f"--tokenizer.bottleneck={request.param}", "--traceback"]) == 0
+    return config
+
+
+def kind_of(config: Path) -> str:
+    kind = json.loads((config.parent / "run/tokenizer/config.json").read_text())["bottleneck"]["kind"]
+    return f"--tokenizer.bottleneck={kind}"
+
+
+def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(finished: Path, smalti: Smalti) -> None:
+    run = finished.parent / "run"
+    assert (run / "samples" / "grid.png").stat().st_size > 100
+    code, said = smalti("run", finished, kind_of(finished))
+    assert code == 0 and said.count("skipped") == 6
+    code, said = smalti("verify", finished, kind_of(finished))
+    assert code == 0 and said.count("holds what it says") == 5
+    code, said = smalti("run", finished)
+    assert code == 1 and "made with other settings (tokenizer.bottleneck" in said
+
+
+def test_codes_are_made_again_to_the_same_bytes(finished: Path, smalti: Smalti) -> None:
+    codes = finished.parent / "run" / "codes"
+    before = {path.name: path.read_bytes() for path in codes.glob("*.tar")}
+    assert smalti("encode", finished, kind_of(finished), "--redo", "encode")[0] == 0
+    assert {path.name: path.read_bytes() for path in codes.glob("*.tar")} == before
+
+
+def test_numbers_in_shards_are_float32_and_damage_is_named(
+    tiny_run: Path, tmp_path: Path, write_config: Callable, smalti: Smalti
+) -> None:
+    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}, "tokenizer": FEW}
+    config, kind = write_config(tmp_path, changes), "--tokenizer.bottleneck=gaussian"
+    assert smalti("train-tokenizer", config, kind)[0] == smalti("encode", config, kind)[0] == 0
+    shard = tmp_path / "run" / "codes" / "val-000000.tar"
+    sample = index_shard(shard)[0]
+    with shard.open("rb") as file:
+        data = read_member(file, sample.members["level0.npy"])
+    array = np.frombuffer(data, np.float32, offset=128).reshape(8, 2, 2)
+    assert np.isfinite(array).all()
+    manifest = json.loads((tmp_path / "run" / "codes" / "manifest.json").read_text())
+    assert manifest["levels"][0] == {"grid": [2, 2], "codebook_size": None, "channels": 8}
+    code, said = smalti("train-prior", config, kind, "--prior.network=transformer")
+    assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
+    code, said = smalti("export", config, kind)
+    assert code == 2 and "tokens are made of codes" in said
+
+
+def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Path, smalti: Smalti) -> None:
+    code, said = smalti("run", tiny_run, "--tokenizer.fsq.levels=[5,5]")
+    assert code == 2 and "--tokenizer.fsq.levels would change nothing: tokenizer.bottleneck is ema" in said
+    code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")
+    assert code == 2 and "--prior.transformer.width would change nothing: prior.network is pixelsnail" in said
+
+
+def test_old_names_of_settings_read_on(tiny_run: Path, smalti: Smalti) -> None:
+    code, said = smalti("train-tokenizer", tiny_run, "--tokenizer.codebook.ema_decay=0.5")
+    assert code == 1 and "tokenizer.ema.decay: 0.99 -> 0.5" in said
