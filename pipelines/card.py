@@ -30,6 +30,11 @@ Not stated. Say here how the weights may be used, and name the licence in the he
 """
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder of models is that of a run, and not a published one."""
+    return (folder / "prior" / "level0" / "config.yaml").exists()
+
+
 def files_about(folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, bytes]:
     """Return what a folder tells of its generator, by path: figures, sample grid and card, as far as it has them.
 
@@ -40,10 +45,9 @@ def files_about(folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalP
     """
     levels = [f"prior/level{number}" for number in range(len(prior.levels))]
     names = ["metrics.json", "tokenizer/metrics.json", *(f"{level}/metrics.json" for level in levels)]
-    is_run = (folder / levels[0] / "config.yaml").exists()
-    names += [] if is_run else ["README.md", "grid.png"]
+    names += [] if is_run(folder) else ["README.md", "grid.png"]
     about = {name: read_bytes(folder / name) for name in names if (folder / name).is_file()}
-    if not is_run:
+    if not is_run(folder):
         return about
     marks, drawn_with = model_fingerprints(tokenizer, prior), {}
     with suppress(StageError, OSError):  # a run may do without samples

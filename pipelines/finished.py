@@ -102,8 +102,8 @@ class Finished:
             mark = tokenizer_fingerprint(self.tokenizer())
             if manifest["tokenizer"] != mark:
                 raise StageError(
-                    f"{self.codes} was written with tokenizer {manifest['tokenizer'][:12]} "
-                    f"but this run's is {mark[:12]}; run `smalti encode` with this tokenizer"
+                    f"{self.codes} was written with tokenizer {manifest['tokenizer'][:12]} but this run's is "
+                    f"{mark[:12]}, another one or damaged; restore that, or run `smalti encode` with this tokenizer"
                 )
         return manifest
 
@@ -116,12 +116,40 @@ class Finished:
         """Whether the codes' val split was held out from the priors' training; see `held_out`."""
         return held_out(self._levels(), "codes", self.codes, own=not self.config.codes.from_)
 
+    def unfinished(self) -> list[str]:
+        """Say what the run itself has begun and not finished, and what is missing though later parts are there."""
+        config = self.config
+        levels = self._levels() if is_complete(self.codes) else sorted((self.root / "prior").glob("level*"))
+        own_images = self.needs_images() and not config.images.from_
+        parts = {
+            "pack": [self.root / "images"] * own_images,
+            "train-tokenizer": [self.root / "tokenizer"] * (not config.tokenizer.from_),
+            "encode": [self.root / "codes"] * (not config.codes.from_),
+            "export": [self.root / config.export.folder],
+            "train-prior": levels,
+            "sample": [self.root / config.sample.folder],
+        }
+        begun = {stage for stage, folders in parts.items() if any(map(_is_begun, folders))}
+        needed = {stage for number, stage in enumerate(parts) if begun & {*list(parts)[number + 1 :]}} - {"export"}
+        return [
+            f"{folder} is {'begun, not finished' if _is_begun(folder) else 'missing, though other parts need it'}; "
+            f"run `smalti {stage}`"
+            for stage, folders in parts.items()
+            for folder in folders
+            if stage in begun | needed and not is_complete(folder)
+        ]
+
     def _levels(self) -> list[Path]:
         levels = read_manifest(self.codes, "codes", "encode")["levels"]
         return [self.level(number) for number in range(len(levels))]
 
     def _files(self, folder: Path) -> Path:
         return self.config.compute.cache.files(folder, ["config.json", "model.safetensors"])
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a stage has left anything in a folder: its settings, receipts or results."""
+    return exists(folder / "config.yaml") or next(folder.glob("*.json"), None) is not None
 
 
 def what_came_of(folder: Path) -> str:

@@ -4,7 +4,7 @@ B batch, C channels, H W pixels, h w code grid.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 
-from pipelines.card import files_about, model_card
+from pipelines.card import files_about, is_run, model_card
 from pipelines.errors import StageError, told_to_user
 from pipelines.stages.sample import Drawn, SampleConfig, drawn_batches
 from pipelines.storage.fingerprint import check_belong_together, tokenizer_fingerprint
@@ -24,10 +24,11 @@ from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
 from tokenizer.hub import can_be_repository, model_folder
 
-# What is fetched from the hub of a published generator.
-FILES = [
-    *("README.md", "grid.png", "metrics.json"),
-    *(f"{model}/{name}" for model in ("tokenizer", "prior/level*") for name in ("*.json", "model.safetensors")),
+# Files of a model, and all that a published generator may have.
+OF_MODEL = ("config.json", "model.safetensors")
+PUBLISHED = [
+    *("README.md", "grid.png", "metrics.json", "tokenizer/README.md"),
+    *(f"{model}/{name}" for model in ("tokenizer", "prior/level*") for name in (*OF_MODEL, "metrics.json")),
 ]
 # Samples drawn at once when nobody says how many: as many as the stage does.
 BATCH_SIZE = SampleConfig().batch_size
@@ -139,19 +140,30 @@ class Generator(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write models, model card, figures and sample grid; a card that the generator came with stays as it is.
 
+        A generator that was published in the folder is replaced.
+
         Raises:
-            StageError: the folder cannot be written.
+            StageError: the folder cannot be written, or holds a run or anything else that is no published generator.
         """
+        if not str(folder):
+            raise StageError("folder must name a folder to publish in, got an empty name")
         root = place(folder, writable=True)
+        before = _published_in(root)
         models: dict[str, HierarchicalVQVAE | LevelPrior] = {"tokenizer": self.tokenizer}
         models |= {f"prior/level{number}": level for number, level in enumerate(self.prior.levels)}
         for name, model in models.items():
             make_folder(root / name)
             publish_model(model, root / name)
         card = model_card(self.tokenizer, self.prior, self.about).encode()
-        for name, data in ({"README.md": card} | self.about).items():
+        about = {"README.md": card} | self.about
+        for name, data in about.items():
             with whole(root / name) as temporary:
                 temporary.write_bytes(data)
+        written = {*about, "tokenizer/README.md", *(f"{name}/{file}" for name in models for file in OF_MODEL)}
+        for path in before - {root / name for name in written}:
+            path.unlink()
+            with suppress(OSError):  # not empty, or a store, which has no folders
+                path.parent.rmdir()
 
     def push_to_hub(self, name: str, private: bool | None = None, commit_message: str = "Generator of smalti") -> str:
         """Publish on the hub what `save_pretrained` writes, over what is there; return the URL of the commit.
@@ -165,7 +177,9 @@ class Generator(nn.Module):
         repository = api.create_repo(name, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=commit_message)
+            done = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=commit_message, delete_patterns=PUBLISHED
+            )
         return done.commit_url
 
     @classmethod
@@ -181,12 +195,30 @@ class Generator(nn.Module):
             StageError: no such folder, something is missing in it, or the models do not belong together.
         """
         with told_to_user():
-            folder = model_folder(name, "generator", FILES, revision)
+            folder = model_folder(name, "generator", PUBLISHED, revision)
             model = HierarchicalVQVAE.from_pretrained(tokenizer or folder / "tokenizer")
-            # A run may hold levels that an earlier tokenizer had.
-            folders = [folder / "prior" / f"level{level}" for level in range(model.config.num_levels)]
-            prior = HierarchicalPrior([LevelPrior.from_pretrained(path) for path in folders])
+            if is_run(folder):  # it may hold levels that an earlier tokenizer had
+                folders = [folder / "prior" / f"level{level}" for level in range(model.config.num_levels)]
+                prior = HierarchicalPrior([LevelPrior.from_pretrained(path) for path in folders])
+            else:
+                prior = HierarchicalPrior.from_pretrained(folder / "prior")
         return cls(model, prior, files_about(folder, model, prior))
+
+
+def _published_in(root: Path) -> set[Path]:
+    """Return the files of the generator that is published in a folder; none where it is empty.
+
+    Raises:
+        StageError: it holds a run or anything else.
+    """
+    ours = {path for pattern in PUBLISHED for path in root.glob(pattern)}
+    whole_one = {root / name for name in ("README.md", "tokenizer/model.safetensors", "prior/level0/model.safetensors")}
+    beside = {path for part in ("tokenizer", "prior") for path in (root / part).rglob("*") if path.is_file()} - ours
+    if next(root.glob("[!.]*"), None) and (beside or not whole_one <= ours):
+        raise StageError(
+            f"{root} must be empty or hold a published generator, but holds other work; choose another folder"
+        )
+    return ours
 
 
 def names_models(name: str) -> bool:

@@ -22,10 +22,18 @@ from pipelines.stages.encode import encode
 from pipelines.stages.export import export, files_read, is_exported, plan_export
 from pipelines.stages.pack import pack, settle_source
 from pipelines.stages.sample import sample
-from pipelines.stages.verify import verify_codes, verify_images, verify_priors, verify_samples, verify_tokens
+from pipelines.stages.verify import (
+    counted,
+    told,
+    verify_codes,
+    verify_images,
+    verify_priors,
+    verify_samples,
+    verify_tokens,
+)
 from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
-from pipelines.storage.manifest import all_receipts, read_manifest, shards_hold
+from pipelines.storage.manifest import read_manifest, shards_hold
 from pipelines.storage.paths import make_folder, write_json
 from pipelines.training.sections import at_level, prior_for, used
 from prior import HierarchicalPrior
@@ -232,31 +240,34 @@ class Run:
         """Check what is there of a run, file by file, in the order in which it was made; models by loading them.
 
         Raises:
-            StageError: the first thing that is not what it should be, named.
+            StageError: the first thing that is not what it should be, named; or, where the rest holds, what is not
+                finished.
         """
         cache, images, tokenizer, codes, prior = self.config.compute.cache, None, None, None, None
         if self.finished.has_images():
             images = verify_images(self.finished.images, cache)
-            _verified(self.finished.images, _count(images))
+            told(self.finished.images, counted(images))
         if self.finished.has_tokenizer():
             tokenizer = self.finished.tokenizer()
-            _verified(self.config.tokenizer.from_ or self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
+            told(self.config.tokenizer.from_ or self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
         if images and tokenizer:
             self.finished.tokenizer_held_out()
         if is_complete(self.finished.codes):
             codes = verify_codes(self.finished.codes, images, tokenizer, cache)
-            _verified(self.finished.codes, _count(codes))
+            told(self.finished.codes, counted(codes))
         if codes and self.finished.has_priors():
             prior = self.finished.prior()
             verify_priors(prior, codes)
             self.finished.prior_held_out()
-            _verified(self.root / "prior", f"{len(prior.levels)} levels")
+            told(self.root / "prior", f"{len(prior.levels)} levels")
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
-            _verified(samples, _count(verify_samples(samples, tokenizer, prior, cache)))
+            told(samples, counted(verify_samples(samples, tokenizer, prior, cache)))
         tokens = self.root / self.config.export.folder
         if codes and is_complete(tokens):
-            _verified(tokens, f"{verify_tokens(tokens, codes)} records")
+            told(tokens, f"{verify_tokens(tokens, codes)} records")
+        if unfinished := self.finished.unfinished():
+            raise StageError("; ".join(unfinished))
         if not (images or tokenizer or codes):
             raise StageError(f"{self.root} holds nothing finished to verify; is it the right run_dir?")
         return True
@@ -330,15 +341,6 @@ class Run:
         manifest = read_manifest(folder, "samples", "sample")
         fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
-
-
-def _verified(folder: Path | str, what: str) -> None:
-    logger.info("verify: %s holds what it says (%s)", folder, what)
-
-
-def _count(manifest: dict) -> str:
-    receipts = [receipt for _, receipt in all_receipts(manifest)]
-    return f"{len(receipts)} shards, {sum(receipt['samples'] for receipt in receipts)} samples"
 
 
 def _skip(stage: str, why: str) -> bool:

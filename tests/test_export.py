@@ -281,12 +281,22 @@ def test_export_is_no_part_of_run(config: Path, smalti: Smalti) -> None:
 
 
 def test_verify_names_a_file_of_tokens(config: Path, smalti: Smalti) -> None:
+    for part in ("images", "tokenizer"):
+        shutil.copytree(FORMAT1 / "run" / part, config.parent / "run" / part)
     assert smalti("export", config)[0] == 0
     code, text = smalti("verify", config)
     assert code == 0 and f"{config.parent}/run/tokens holds what it says" in text
     (config.parent / "run" / "tokens" / "val-000000.idx").write_bytes(b"x")
     code, text = smalti("verify", config)
-    assert code == 1 and "val-000000.idx has sha256" in text
+    assert code == 1 and "val-000000.idx has sha256" in text and "which makes just that shard anew" in text
+    assert smalti("export", config)[0] == 0
+    (config.parent / "run" / "tokens" / "tokenizer.json").write_text("{}")
+    code, text = smalti("verify", config)
+    assert code == 1 and "tokenizer.json has sha256" in text and "which makes the files that go with all" in text
+    assert smalti("export", config)[0] == 0
+    (config.parent / "run" / "tokens" / "layout.json").unlink()
+    code, text = smalti("verify", config)
+    assert code == 1 and "tokens is begun, not finished; run `smalti export`" in text
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
         return SimpleNamespace(repo_id=repo_id)
 
-    def upload_folder(api: HfApi, *, repo_id: str, folder_path: str, commit_message: str) -> SimpleNamespace:
+    def upload_folder(
+        api: HfApi, *, repo_id: str, folder_path: str, commit_message: str, delete_patterns: list[str]
+    ) -> SimpleNamespace:
+        there = [str(path.relative_to(root / repo_id)) for path in (root / repo_id).rglob("*") if path.is_file()]
+        for name in filter_repo_objects(there, allow_patterns=delete_patterns):
+            (root / repo_id / name).unlink()
         shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
         return SimpleNamespace(commit_url=f"https://hub.example/{repo_id}/commit/1")
 
@@ -216,6 +221,61 @@ def test_saving_and_loading_gives_the_same_images_and_the_same_folder(generator:
         for name in ("one", "two")
     )
     assert first == second
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refuses(generator: Generator, folder: Path) -> bool:
+    before = contents(folder)
+    with pytest.raises(ValueError, match="must be empty or hold a published generator, but holds other work; choose"):
+        generator.save_pretrained(folder)
+    return contents(folder) == before
+
+
+def test_a_generator_is_not_saved_over_other_work(
+    generator: Generator, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refuses(generator, run)
+    (run / "README.md").write_text("my notes")
+    assert refuses(generator, run)
+    generator.tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
+    assert refuses(generator, tmp_path / "model")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("my notes")
+    assert refuses(generator, tmp_path / "notes")
+    generator.save_pretrained(tmp_path / "published")
+    (tmp_path / "published" / "tokenizer" / "notes.txt").write_text("mine")
+    assert refuses(generator, tmp_path / "published")
+    (tmp_path / "nowhere").mkdir()
+    monkeypatch.chdir(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="folder must name a folder to publish in, got an empty name"):
+        generator.save_pretrained("")
+    assert not contents(tmp_path / "nowhere")
+
+
+def test_a_published_generator_is_replaced_whole_and_what_lies_beside_it_stays(
+    generator: Generator, hub: Path, tmp_path: Path
+) -> None:
+    other = unconditional(tiny([4]))
+    other.save_pretrained(tmp_path / "fresh")
+    generator.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "LICENSE").write_text("mine")
+    other.save_pretrained(tmp_path / "model")
+    assert contents(tmp_path / "model") == contents(tmp_path / "fresh") | {"LICENSE": b"mine"}
+    assert not (tmp_path / "model" / "prior" / "level1").exists()
+    generator.push_to_hub("me/model")
+    other.push_to_hub("me/model")
+    assert contents(hub / "me" / "model") == contents(tmp_path / "fresh")
+
+
+def test_a_published_folder_with_a_level_of_another_is_refused(generator: Generator, tmp_path: Path) -> None:
+    generator.save_pretrained(tmp_path / "model")
+    shutil.copytree(tmp_path / "model" / "prior" / "level1", tmp_path / "model" / "prior" / "level2")
+    for load in (HierarchicalPrior.from_pretrained, lambda prior: Generator.from_pretrained(prior.parent)):
+        with pytest.raises(ValueError, match="level 2 must be there, but its place is taken by the prior of 1"):
+            load(tmp_path / "model" / "prior")
 
 
 def test_the_card_tells_what_it_draws_and_how_well(generator: Generator) -> None:

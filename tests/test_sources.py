@@ -304,6 +304,43 @@ def test_missing_shards_and_half_labels_are_refused(tmp_path: Path) -> None:
         open_source(f"shards:{tmp_path}/a.tar", CACHE)
 
 
+@pytest.mark.parametrize("value", [b"cat", b"-1", b"", b"3.0"])
+def test_a_class_that_is_no_number_is_refused(value: bytes, tmp_path: Path) -> None:
+    samples = [("a", {"png": b"x", "cls": b"0\n"}), ("b", {"png": b"x", "cls": value})]
+    write_shard(tmp_path / "a.tar", samples, {})
+    message = rf"sample b of .*a\.tar has the class '{value.decode()}' .* whole number; .* images\.classes: false"
+    with pytest.raises(StageError, match=message):
+        open_source(f"shards:{tmp_path}/a.tar", CACHE)
+    assert open_source(f"shards:{tmp_path}/a.tar", CACHE, classes=False).class_names == []
+
+
+def test_members_of_a_key_are_one_sample_wherever_they_lie_in_the_tar(tmp_path: Path) -> None:
+    """As `tar cf x.tar *.png *.txt *.cls` lays them; of a key that has no image, the log tells."""
+    members = [
+        ("a", "png"),
+        ("b", "png"),
+        ("b", "txt"),
+        ("a", "txt"),
+        ("c", "txt"),
+        ("d", "txt"),
+        ("a", "cls"),
+        ("b", "cls"),
+    ]
+    contents = {"png": b"x", "txt": b"a caption", "cls": b"1"}
+    write_shard(tmp_path / "x.tar", [(key, {name: contents[name]}) for key, name in members], {})
+    source = open_source(f"shards:{tmp_path}/x.tar", CACHE)
+    split = source.splits["train"]
+    assert [split.read(index) for index in range(len(split))] == [("a", b"x", 1), ("b", b"x", 1)]
+    assert split.beside(0, ["txt"]) == {"txt": b"a caption"}
+    assert described_beside(source, ["txt"]) == "beside the images: kept txt; dropped 2 samples of no image (c)"
+
+
+def test_a_file_that_comes_twice_in_a_tar_is_named(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.tar", [("a", {"png": b"x"}), ("b", {"png": b"x"}), ("a", {"png": b"y"})], {})
+    with pytest.raises(StageError, match=r"names of their own, but a\.png comes twice in .*x\.tar"):
+        open_source(f"shards:{tmp_path}/x.tar", CACHE)
+
+
 @pytest.mark.parametrize("name", ["digitz", "folder:", "parquet", ""])
 def test_an_unknown_source_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"images\.source must be digits, folder:PATH"):

@@ -30,7 +30,7 @@ def test_a_folder_without_a_run_does_not_pass_for_one(
 
 def change(path: Path, place: int = 700) -> None:
     data = path.read_bytes()
-    path.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
+    path.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place:][1:])
 
 
 def test_a_run_that_tells_no_lies_is_said_to_hold(
@@ -79,7 +79,7 @@ def test_a_shard_that_lies_is_named_and_made_again_alone(
         ("levels", "names other levels than the tokenizer has"),
         ("class", "must have a class below 1"),
         ("fewer", "holds 179 samples but its manifest tells of 178"),
-        ("models", "was drawn by other models than the run's"),
+        ("models", r"was drawn by other models than the run's \(prior0\), or those are damaged; restore them"),
         ("prior", "the prior learned codes of tokenizer"),
     ],
 )
@@ -111,3 +111,43 @@ def test_what_does_not_belong_together_is_named(damage: str, message: str, confi
     import re
 
     assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("images/manifest.json", "images is begun, not finished; run `smalti pack`"),
+        ("images", "images is missing, though other parts need it; run `smalti pack`"),
+        ("tokenizer", "tokenizer is missing, though other parts need it; run `smalti train-tokenizer`"),
+        ("tokenizer/model.safetensors", "tokenizer is begun, not finished"),
+        ("codes/manifest.json", "codes is begun, not finished; run `smalti encode`"),
+        ("prior/level0", "level0 is missing, though other parts need it; run `smalti train-prior`"),
+        ("prior/level1", "level1 is missing, though other parts need it; run `smalti train-prior`"),
+        ("prior", "level0 is missing, though other parts need it; run `smalti train-prior`"),
+        ("samples/manifest.json", "samples is begun, not finished; run `smalti sample`"),
+    ],
+)
+def test_what_is_begun_and_not_finished_or_missing_behind_later_parts_is_named(
+    lost: str, message: str, config: Path, smalti: Smalti
+) -> None:
+    path = config.parent / "run" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, text = smalti("verify", config)
+    assert code == 1
+    assert message in text
+
+
+@pytest.mark.parametrize("kept", [["images"], ["images", "tokenizer"], ["images", "tokenizer", "codes"]])
+def test_what_is_not_begun_yet_is_not_missed(kept: list[str], config: Path, smalti: Smalti) -> None:
+    for path in (config.parent / "run").iterdir():
+        if path.is_dir() and path.name not in kept:
+            shutil.rmtree(path)
+    code, text = smalti("verify", config)
+    assert code == 0, text
+
+
+def test_a_damaged_tokenizer_is_not_taken_for_a_new_one(config: Path, smalti: Smalti) -> None:
+    change(config.parent / "run" / "tokenizer" / "model.safetensors", -9)
+    code, text = smalti("verify", config)
+    assert code == 1
+    assert "another one or damaged; restore that, or run `smalti encode` with this tokenizer" in text

@@ -53,8 +53,12 @@ def open_shards(urls: str, cache: Cache, classes: bool) -> Source:
         paths += named
     chosen = chosen_splits(f"shards:{urls}", dict.fromkeys(split_of(path.name) for path in paths))
     used = {split: [path for path in paths if split_of(path.name) == name] for split, name in chosen.items()}
-    found = {split: [sample for path in some for sample in _samples(path, cache)] for split, some in used.items()}
-    numbers = {split: [label if classes else None for *_, label in samples] for split, samples in found.items()}
+    found = {
+        split: [sample for path in some for sample in _samples(path, cache, classes)] for split, some in used.items()
+    }
+    imageless = [sample.key for samples in found.values() for _, sample, extension, _ in samples if not extension]
+    found = {split: [sample for sample in samples if sample[2]] for split, samples in found.items()}
+    numbers = {split: [label for *_, label in samples] for split, samples in found.items()}
     every = [label for labels in numbers.values() for label in labels]
     known = [label for label in every if label is not None]
     if 0 < len(known) < len(every):
@@ -81,23 +85,45 @@ def open_shards(urls: str, cache: Cache, classes: bool) -> Source:
         {split: span(some) for split, some in used.items()},
         tuple(path.name for path in paths if split_of(path.name) not in chosen.values()),
         {name: "" for name in CARRIED if name in members},
-        tuple(sorted(members - set(CARRIED))),
+        (*_counted(imageless), *sorted(members - set(CARRIED))),
     )
 
 
-def _samples(path: Path, cache: Cache) -> Iterator[tuple[Path, SampleIndex, str, int | None]]:
-    """The samples of a tar that hold an image: each with the image's extension and its class."""
+def _samples(path: Path, cache: Cache, classes: bool) -> Iterator[tuple[Path, SampleIndex, str, int | None]]:
+    """The samples of a tar, each with its image's extension, "" where it holds none, and its class, if it has one."""
     local = on_disk(path, cache)
     with local.open("rb") as file:
-        for sample in index_shard(local):
-            extension = next((e for e in sample.members if f".{e.lower()}" in EXTENSIONS), None)
-            if extension is None:
-                continue
-            member = sample.members.get("cls")
-            text = read_member(file, member)[:32].strip() if member else b""
-            label = int(text) if text.isdigit() else None
-            if label is not None and label >= MAX_CLASSES:
-                raise StageError(
-                    f"sample {sample.key} of {path} has class {label}; classes must lie below {MAX_CLASSES}"
-                )
+        for sample in _joined(index_shard(local), path):
+            extension = next((e for e in sample.members if f".{e.lower()}" in EXTENSIONS), "")
+            label = None
+            if classes and extension and (member := sample.members.get("cls")):
+                label = _class(read_member(file, member), f"sample {sample.key} of {path}")
             yield path, sample, extension, label
+
+
+def _joined(samples: list[SampleIndex], path: Path) -> list[SampleIndex]:
+    """Join the members of a key that others lie between, as in `tar cf x.tar *.jpg *.txt`."""
+    joined: dict[str, SampleIndex] = {}
+    for sample in samples:
+        members = joined.setdefault(sample.key, SampleIndex(sample.key, {})).members
+        if twice := sorted({*members} & {*sample.members}):
+            raise StageError(f"files must have names of their own, but {sample.key}.{twice[0]} comes twice in {path}")
+        members |= sample.members
+    return list(joined.values())
+
+
+def _class(data: bytes, name: str) -> int:
+    text = data[:32].strip()
+    if not text.isdigit():
+        raise StageError(
+            f"{name} has the class {text.decode(errors='replace')!r} in its .cls, which must be a whole number; "
+            "mend it, or set images.classes: false"
+        )
+    if int(text) >= MAX_CLASSES:
+        raise StageError(f"{name} has class {int(text)}; classes must lie below {MAX_CLASSES}")
+    return int(text)
+
+
+def _counted(imageless: list[str]) -> list[str]:
+    number = len(imageless)
+    return [f"{number:,} sample{'s' * (number > 1)} of no image ({imageless[0]})"] if imageless else []

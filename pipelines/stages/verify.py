@@ -1,6 +1,7 @@
 """Command verify: whether what lies in a run folder is what its manifests, receipts and models say."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,6 +25,8 @@ from pipelines.tokens.layout import TokenLayout
 from pipelines.tokens.shards import ALL
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
+
+logger = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
@@ -71,8 +74,8 @@ def verify_codes(folder: Path, images: dict | None, tokenizer: HierarchicalVQVAE
         mark = tokenizer_fingerprint(tokenizer)
         if manifest["tokenizer"] != mark:
             raise StageError(
-                f"{folder} was written with tokenizer {manifest['tokenizer'][:12]} but the run's is {mark[:12]}; "
-                "run `smalti encode` with this tokenizer"
+                f"{folder} was written with tokenizer {manifest['tokenizer'][:12]} but the run's is {mark[:12]}, "
+                "another one or damaged; restore that, or run `smalti encode` with this tokenizer"
             )
         if manifest["levels"] != level_entries(tokenizer.levels):
             raise StageError(f"{folder}/manifest.json names other levels than the tokenizer has; run `smalti encode`")
@@ -115,8 +118,12 @@ def verify_samples(folder: Path, tokenizer: HierarchicalVQVAE, prior: Hierarchic
         cache: for remote shards.
     """
     manifest = read_manifest(folder, "samples", "sample")
-    if manifest["fingerprints"] != model_fingerprints(tokenizer, prior):
-        raise StageError(f"{folder} was drawn by other models than the run's; run `smalti sample` again")
+    told, marks = manifest["fingerprints"], model_fingerprints(tokenizer, prior)
+    if other := ", ".join(sorted(name for name in told | marks if told.get(name) != marks.get(name))):
+        raise StageError(
+            f"{folder} was drawn by other models than the run's ({other}), or those are damaged; "
+            "restore them, or run `smalti sample` again"
+        )
     described = manifest | {"levels": level_entries(tokenizer.levels)}
     for _, found in _samples(manifest, folder, cache, "sample"):
         code_sample(found.file, found.sample, described, found.shard)
@@ -144,8 +151,20 @@ def verify_tokens(folder: Path, codes: dict) -> int:
             found = _sha256(folder / file)
             if found != sha256:
                 what = f"has sha256 {found[:12]}, not {sha256[:12]}" if found else "is missing"
-                raise StageError(f"{folder / file} {what}; {again}, which makes just that shard anew")
+                only = "the files that go with all shards" if name == ALL else "just that shard"
+                raise StageError(f"{folder / file} {what}; {again}, which makes {only} anew")
     return sum(shard["records"] for shard in shards)
+
+
+def told(folder: Path | str, what: str) -> None:
+    """Log that a part of the run holds what it says."""
+    logger.info("verify: %s holds what it says (%s)", folder, what)
+
+
+def counted(manifest: dict) -> str:
+    """Return how many shards and samples a manifest tells of."""
+    receipts = [receipt for _, receipt in all_receipts(manifest)]
+    return f"{len(receipts)} shards, {sum(receipt['samples'] for receipt in receipts)} samples"
 
 
 def _samples(manifest: dict, folder: Path, cache: Cache, stage: str) -> Iterator[tuple[str, Found]]:
