@@ -104,7 +104,7 @@ class TokenizerSection:
     """
 
     from_: str = ""
-    bottleneck: Literal["ema", "gradient", "fsq", "gaussian"] = field(default="ema", metadata={"introduced": "ema"})
+    bottleneck: str = field(default="ema", metadata={"introduced": "ema"})
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig, metadata={"introduced": hashed(GradientConfig())})
@@ -116,6 +116,8 @@ class TokenizerSection:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        if self.bottleneck not in KINDS:
+            raise ValueError(f"tokenizer.bottleneck must be one of {', '.join(KINDS)}, got {self.bottleneck}")
         if self.shuffle_shards < 0:
             raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
 
