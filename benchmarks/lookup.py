@@ -127,7 +127,7 @@ def extra_mib(work: str) -> float:
     vectors, codebook = drawn(*MEMORY_SHAPE)
     ema = CodebookEMA(codebook, EMAConfig(decay=DECAY, revival_threshold=0.0)).to(DEVICE)
     size, dim = codebook.vectors.shape
-    output = Bottled(vectors, torch.randint(size, (len(vectors),), device=DEVICE), vectors.new_zeros(()), vectors)
+    output = Bottled(vectors, (torch.randint(size, (len(vectors),), device=DEVICE),), {}, vectors)
     small, few = drawn(64, 64, dim)
     ema_step(few, small)()  # libraries load their code and start their threads
     if DEVICE.type == "cuda":

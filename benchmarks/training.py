@@ -94,10 +94,10 @@ class UsualCodebook(nn.Module):
             dim=code_dim, codebook_size=codebook_size, decay=0.99, rotation_trick=False, accept_image_fmap=True
         )
 
-    def forward(self, latents: Tensor) -> Bottled:
+    def forward(self, latents: Tensor, noise: None = None) -> Bottled:
         """Look up, and take an EMA step."""
         quantized, codes, commitment = self.layer(latents)
-        return Bottled(quantized, codes, commitment.squeeze(), latents)
+        return Bottled(quantized, (codes,), {"commitment": commitment.squeeze()}, latents)
 
 
 def usual_tokenizer_step() -> Callable[[], None]:

@@ -28,7 +28,7 @@ def steps_of(part: slice, device: torch.device) -> dict[str, Tensor]:
         optimizer.step()
         for book, ema, level in zip(model.bottlenecks, emas, output.levels, strict=True):
             statistics = assignment_statistics(level, len(book.vectors), level.observed[:1])
-            ema.update(book, Statistics(*(sum_over_ranks(part) for part in statistics)))
+            ema.update(book, Statistics(*(sum_over_ranks(part) for part in statistics)), 10**6)
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 

@@ -68,7 +68,7 @@ def test_a_codebook_learns_as_on_a_cpu() -> None:
         codebook.to(device)
         for _ in range(3):
             output = codebook(latents.T[None, :, :, None])
-            ema.update(codebook, assignment_statistics(output, 32, latents[:16]))
+            ema.update(codebook, assignment_statistics(output, 32, latents[:16]), 10**6)
         found.append(codebook.vectors.cpu())
     torch.testing.assert_close(*found, **CLOSE)
 
