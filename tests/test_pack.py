@@ -14,7 +14,8 @@ from pipelines.config import Config, load_config
 from pipelines.data.images import ImageShards
 from pipelines.errors import ConfigError, StageError
 from pipelines.run import Run
-from pipelines.stages.pack import ImagesConfig, pack, settle_source, stratified_fraction
+from pipelines.sources.splits import stratified_fraction
+from pipelines.stages.pack import ImagesConfig, pack, settle_source
 from pipelines.storage.shards import index_shard, read_member
 
 COMPUTE = ComputeConfig(num_workers=0)
