@@ -1,9 +1,10 @@
 """Stage pack: an image source becomes image shards of one size."""
 
+import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -21,7 +22,7 @@ from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
 from pipelines.sources.open import check_source_outside, open_source
-from pipelines.sources.source import Source, described, described_beside
+from pipelines.sources.source import Raw, Source, Split, described, described_beside
 from pipelines.sources.splits import stratified_fraction
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest
@@ -33,6 +34,9 @@ from pipelines.storage.shards import CARRIED
 from pipelines.storage.yaml import read_yaml
 
 logger = logging.getLogger(__name__)
+
+# Of errors while a file is read, those that are the file's own: it is a link that leads nowhere, or is not for us.
+UNREADABLE = (errno.ENOENT, errno.ELOOP, errno.EACCES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,21 +268,31 @@ def _pack_shard(source: Source, job: ShardJob, plan: ShardPlan, config: ImagesCo
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for index in plan.indices:
-            raw = split.read(int(index))
             tick()
             try:
+                raw, beside = _read(split, int(index), kept)
                 fitted = fit(raw.data, config.size, config.channels, config.upscale, config.format)
             except BadImageError as error:
-                skipped.append({"key": raw.key, "reason": str(error)})
+                skipped.append({"key": split.key(int(index)), "reason": str(error)})
                 if len(skipped) > allowed:
                     raise _too_many_bad(skipped, config) from None
                 continue
-            contents = {fitted.extension: fitted.data, **kept, **(split.beside(int(index), kept) if kept else {})}
+            contents = {fitted.extension: fitted.data, **kept, **beside}
             if raw.label is not None:
                 contents["cls"] = str(raw.label).encode()
             yield raw.key, contents
 
     write_shard(job.path, samples(), job.provenance | {"skipped": skipped})
+
+
+def _read(split: Split, index: int, kept: Collection[str]) -> tuple[Raw, dict[str, bytes]]:
+    """Return an image and what lies beside it; what cannot be read counts as a bad image."""
+    try:
+        return split.read(index), split.beside(index, kept) if kept else {}
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        raise BadImageError(f"cannot be read: {error.strerror}") from error
 
 
 def _too_many_bad(skipped: list[dict[str, str]], config: ImagesConfig) -> StageError:
