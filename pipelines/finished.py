@@ -107,10 +107,14 @@ class Finished:
                 )
         return manifest
 
-    def tokenizer_held_out(self) -> bool | None:
-        """Whether the images' val split was held out from the tokenizer's training; see `held_out`."""
+    def tokenizer_held_out(self, strict: bool = True) -> bool | None:
+        """Whether the images' val split was held out from the tokenizer's training; see `held_out`.
+
+        Args:
+            strict: whether a run's own tokenizer of other images is an error, as it is to whoever measures it.
+        """
         name, own = self.config.tokenizer.from_, not (self.config.tokenizer.from_ or self.config.images.from_)
-        return held_out([place(name) if name else self.root / "tokenizer"], "images", self.images, own)
+        return held_out([place(name) if name else self.root / "tokenizer"], "images", self.images, own and strict)
 
     def prior_held_out(self) -> bool | None:
         """Whether the codes' val split was held out from the priors' training; see `held_out`."""

@@ -139,6 +139,8 @@ class Run:
         folder = self._open("encode", self.root / "codes", {"seed": config.seed, "encode": config.encode})
         if is_complete(folder) and self._codes_fit(tokenizer):
             return _skip("encode", f"{folder} is complete")
+        if this_worker().rank == 0:
+            self.finished.tokenizer_held_out(strict=False)
         self._begin("encode", self.finished.images, folder)
         with workers_of(config.compute):
             encode(config.encode, config.seed, config.compute, tokenizer, self.finished.images, folder)

@@ -158,6 +158,17 @@ def test_training_images_are_never_called_val(run: Path, smalti: Smalti) -> None
         assert "whose val split may hold what it was trained on" in text
 
 
+def test_who_encodes_other_images_than_the_tokenizer_was_trained_on_is_warned(
+    run: Path, smalti: Smalti, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, doubt = run.parent / "config.yaml", "is not known to be held out from the training of"
+    assert smalti("encode", config, "--redo=encode")[0] == 0
+    assert doubt not in caplog.text
+    split_anew(run / "images")
+    assert smalti("encode", config)[0] == 0
+    assert caplog.text.count(f"the val split of {run}/images {doubt} {run}/tokenizer") == 1
+
+
 def test_a_tokenizer_from_elsewhere_is_not_known_to_have_seen_another_split(
     run: Path, from_elsewhere: Callable[..., Path], smalti: Smalti, caplog: pytest.LogCaptureFixture
 ) -> None:

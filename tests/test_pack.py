@@ -14,7 +14,8 @@ from pipelines.config import Config, load_config
 from pipelines.data.images import ImageShards
 from pipelines.errors import ConfigError, StageError
 from pipelines.run import Run
-from pipelines.stages.pack import ImagesConfig, pack, settle_source, stratified_fraction
+from pipelines.sources.splits import stratified_fraction
+from pipelines.stages.pack import ImagesConfig, pack, settle_source
 from pipelines.storage.shards import index_shard, read_member
 
 COMPUTE = ComputeConfig(num_workers=0)
@@ -76,6 +77,24 @@ def test_bad_images_are_skipped_named_and_counted(picture_folder: Path, tmp_path
     report = (out / "skipped.txt").read_text()
     assert "cat/bad\tempty file" in report
     assert "dog/small\t8x8 pixels are fewer than 16" in report
+
+
+def test_links_that_lead_nowhere_are_skipped_and_counted(picture_folder: Path, tmp_path: Path) -> None:
+    for name in ("cat/lost.png", "dog/00.txt"):
+        (picture_folder / name).symlink_to(tmp_path / "nowhere")
+    (picture_folder / "cat" / "loop.png").symlink_to("loop.png")
+    out = tmp_path / "images"
+    out.mkdir()
+    with pytest.raises(StageError, match=r"images.max_bad .*cat/lo.*: cannot be read: "):
+        pack(config_of(picture_folder, max_bad=0.01), 0, COMPUTE, out)
+    pack(config_of(picture_folder, max_bad=0.1), 0, COMPUTE, out)
+    report = (out / "skipped.txt").read_text()
+    for line in (
+        "cat/lost\tcannot be read: No such file",
+        "cat/loop\tcannot be read: Too many",
+        "dog/00\tcannot be read",
+    ):
+        assert line in report, report
 
 
 def test_too_many_bad_images_are_an_error(picture_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import webdataset
 import yaml
 from safetensors.torch import load_file, save_file
 
+import pipelines.run
 import pipelines.stages.encode
 from pipelines.config import load_config
 from pipelines.run import Run
@@ -316,6 +317,33 @@ def test_a_stage_that_ends_without_its_manifest_has_not_done_well(
     assert "encode has ended but" in text and "give the same command again" in text
     assert smalti("encode", config, "--redo=encode")[0] == 0
     assert (run_of(config) / "codes" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "made"),
+    [
+        ("pack", "images/manifest"),
+        ("encode", "codes/manifest"),
+        ("sample", "samples/manifest"),
+        ("export", "tokens/layout"),
+    ],
+)
+def test_what_a_command_of_other_settings_works_on_is_not_completed(
+    stage: str, made: str, copy_of: Callable[..., Path], smalti: Smalti, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, honest = copy_of(), getattr(pipelines.run, stage)
+    completing = run_of(config) / f"{made}.json"
+    completing.unlink(missing_ok=True)
+
+    def while_another_begins(*arguments: object) -> None:
+        (completing.parent / "config.yaml").write_text("seed: 7")
+        honest(*arguments)
+
+    monkeypatch.setattr(pipelines.run, stage, while_another_begins)
+    code, text = smalti(stage, config)
+    assert code == 1
+    assert f"another command works in {completing.parent} with other settings (seed: 0 -> 7" in text
+    assert not completing.exists()
 
 
 def test_a_class_that_does_not_exist_is_named(tiny_run: Path, smalti: Smalti) -> None:

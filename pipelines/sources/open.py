@@ -1,11 +1,14 @@
 """A source by its name: one kind of source per file of this room."""
 
+from pathlib import Path
+
 from pipelines.errors import ConfigError, StageError
 from pipelines.sources.digits import open_digits
 from pipelines.sources.folder import open_folder
 from pipelines.sources.shards import open_shards
 from pipelines.sources.source import Source
 from pipelines.storage.cache import Cache
+from pipelines.storage.paths import lies_in, matches, place
 
 
 def open_source(
@@ -52,3 +55,21 @@ def open_source(
             split.labels = None
         found = found._replace(class_names=[])
     return found
+
+
+def check_source_outside(source: str, folder: Path) -> None:
+    """Raise ConfigError where a source, by its name, lies in the folder that it would be packed to."""
+    kind, _, rest = source.partition(":")
+    paths = [place(rest)] if kind == "folder" else matches(rest) if kind == "parquet" else []
+    if kind == "hf":  # its library takes the name of a folder too
+        paths = [Path(rest.partition(":")[0])]
+    if kind == "shards":
+        from webdataset.shardlists import expand_urls
+
+        paths = [path for url in expand_urls(rest) for path in matches(url)]
+    inside = next((path for path in paths if lies_in(path, folder)), None)
+    if inside:
+        raise ConfigError(
+            f"images.source must lie outside {folder}, which pack writes to, but {inside} lies in it; "
+            "move the source or choose another run_dir"
+        )

@@ -1,7 +1,9 @@
-"""Splits by their usual names: of folders, of files, and of data sets that name theirs."""
+"""Splits by their usual names: of folders, of files, of data sets that name theirs; or drawn where there are none."""
 
 import re
 from collections.abc import Iterable
+
+import numpy as np
 
 from pipelines.errors import StageError
 
@@ -63,3 +65,18 @@ def chosen_splits(source: str, names: Iterable[str]) -> dict[str, str]:
                 f"{source} must have one {split} split, but has {called[0]} and {called[1]}; leave one of them"
             )
     return {split: called[0] for split, called in chosen.items() if called}
+
+
+def stratified_fraction(labels: np.ndarray | None, count: int, fraction: float, seed: int) -> np.ndarray:
+    """Draw a fraction of each class, at least one image of each that has two: sorted int64 indices."""
+    generator = np.random.default_rng((seed, 1))
+    labels = np.zeros(count, dtype=np.int64) if labels is None else labels
+    drawn = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        wanted = max(round(fraction * len(members)), 1 if len(members) > 1 else 0)
+        drawn.append(generator.permutation(members)[:wanted])
+    chosen = np.concatenate(drawn)
+    if not len(chosen) and count > 1:  # classes of one image each: none can be spared for all, so some are drawn
+        chosen = generator.permutation(count)[: max(1, round(fraction * count))]
+    return np.sort(chosen)

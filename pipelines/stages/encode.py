@@ -21,6 +21,7 @@ from pipelines.errors import StageError
 from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest, manifest_digest, tokenizer_fingerprint
+from pipelines.storage.folders import check_settings_stay
 from pipelines.storage.manifest import all_receipts, level_entries, read_manifest, receipts_of, write_manifest
 from pipelines.storage.receipts import write_shard
 from pipelines.storage.shards import CARRIED, array_bytes, code_dtype, index_shard, read_member
@@ -100,6 +101,7 @@ def encode(
             samples = _encoded(shard, model, encoder, shown, config, seed, compute, bar.update)
             write_shard(jobs[number].path, samples, jobs[number].provenance)
     if all_done(jobs, share, cache):
+        check_settings_stay(folder, "encode", {"seed": seed, "encode": config})
         contents = {
             "kind": "codes",
             "tokenizer": mark,

@@ -12,7 +12,7 @@ from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, check_free, outstanding, this_workers
 from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import digest
-from pipelines.storage.folders import check_set_name
+from pipelines.storage.folders import check_set_name, check_settings_stay
 from pipelines.storage.manifest import all_receipts, read_manifest
 from pipelines.storage.paths import read_bytes
 from pipelines.storage.receipts import read_receipt, receipt_fits, remove_shards, write_files
@@ -153,6 +153,7 @@ def export(config: ExportConfig, seed: int, compute: ComputeConfig, codes: Path,
             _write_shard(plan, number, cache)
             bar.update(plan.jobs[number].samples)
     if all_done(plan.jobs, share, cache):
+        check_settings_stay(folder, "export", {"seed": seed, "export": config})
         _finish(plan, cache)
 
 

@@ -1,9 +1,10 @@
 """Stage pack: an image source becomes image shards of one size."""
 
+import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -18,19 +19,24 @@ from pipelines.compute.devices import ComputeConfig, num_loaders, this_worker
 from pipelines.compute.memory import keep_freed_memory
 from pipelines.compute.signals import PARENT, end_with_parent
 from pipelines.data.pictures import BadImageError, fit
-from pipelines.errors import ConfigError, StageError
+from pipelines.errors import StageError
 from pipelines.progress import progress_bar
-from pipelines.sources.open import open_source
-from pipelines.sources.source import Source, described, described_beside
+from pipelines.sources.open import check_source_outside, open_source
+from pipelines.sources.source import Raw, Source, Split, described, described_beside
+from pipelines.sources.splits import stratified_fraction
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest
+from pipelines.storage.folders import check_settings_stay
 from pipelines.storage.manifest import write_manifest
-from pipelines.storage.paths import lies_in, matches, place, read_bytes, write_text
+from pipelines.storage.paths import read_bytes, write_text
 from pipelines.storage.receipts import read_receipt, remove_shards, write_shard
 from pipelines.storage.shards import CARRIED
 from pipelines.storage.yaml import read_yaml
 
 logger = logging.getLogger(__name__)
+
+# Of errors while a file is read, those that are the file's own: it is a link that leads nowhere, or is not for us.
+UNREADABLE = (errno.ENOENT, errno.ELOOP, errno.EACCES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +136,7 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
             for task in tasks:
                 _pack_shard(source, *task, bar.update)
     if all_done(jobs, share, compute.cache):
+        check_settings_stay(folder, "pack", {"seed": seed, "images": config})
         _finish(folder, plans, source, config)
 
 
@@ -142,29 +149,12 @@ def settle_source(source: str, folder: Path) -> None:
     Raises:
         ConfigError: the source lies in the folder.
     """
-    _check_outside(source, folder)
+    check_source_outside(source, folder)
     kept = source
     with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
         kept = read_yaml(read_bytes(folder / "config.yaml"))["images"]["source"]
     if kept != source and this_worker().rank == 0:
         remove_shards(folder)
-
-
-def _check_outside(source: str, folder: Path) -> None:
-    kind, _, rest = source.partition(":")
-    paths = [place(rest)] if kind == "folder" else matches(rest) if kind == "parquet" else []
-    if kind == "hf":  # its library takes the name of a folder too
-        paths = [Path(rest.partition(":")[0])]
-    if kind == "shards":
-        from webdataset.shardlists import expand_urls
-
-        paths = [path for url in expand_urls(rest) for path in matches(url)]
-    inside = next((path for path in paths if lies_in(path, folder)), None)
-    if inside:
-        raise ConfigError(
-            f"images.source must lie outside {folder}, which pack writes to, but {inside} lies in it; "
-            "move the source or choose another run_dir"
-        )
 
 
 def kept_members(source: Source, config: ImagesConfig) -> list[str]:
@@ -215,21 +205,6 @@ def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPl
             part = indices[start : start + config.shard_size]
             plans.append(ShardPlan(f"{split}-{number:06d}.tar", source_split, part))
     return plans
-
-
-def stratified_fraction(labels: np.ndarray | None, count: int, fraction: float, seed: int) -> np.ndarray:
-    """Draw a fraction of each class, at least one image of each that has two: sorted int64 indices."""
-    generator = np.random.default_rng((seed, 1))
-    labels = np.zeros(count, dtype=np.int64) if labels is None else labels
-    drawn = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        wanted = max(round(fraction * len(members)), 1 if len(members) > 1 else 0)
-        drawn.append(generator.permutation(members)[:wanted])
-    chosen = np.concatenate(drawn)
-    if not len(chosen) and count > 1:  # classes of one image each: none can be spared for all, so some are drawn
-        chosen = generator.permutation(count)[: max(1, round(fraction * count))]
-    return np.sort(chosen)
 
 
 def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:
@@ -293,21 +268,31 @@ def _pack_shard(source: Source, job: ShardJob, plan: ShardPlan, config: ImagesCo
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for index in plan.indices:
-            raw = split.read(int(index))
             tick()
             try:
+                raw, beside = _read(split, int(index), kept)
                 fitted = fit(raw.data, config.size, config.channels, config.upscale, config.format)
             except BadImageError as error:
-                skipped.append({"key": raw.key, "reason": str(error)})
+                skipped.append({"key": split.key(int(index)), "reason": str(error)})
                 if len(skipped) > allowed:
                     raise _too_many_bad(skipped, config) from None
                 continue
-            contents = {fitted.extension: fitted.data, **kept, **(split.beside(int(index), kept) if kept else {})}
+            contents = {fitted.extension: fitted.data, **kept, **beside}
             if raw.label is not None:
                 contents["cls"] = str(raw.label).encode()
             yield raw.key, contents
 
     write_shard(job.path, samples(), job.provenance | {"skipped": skipped})
+
+
+def _read(split: Split, index: int, kept: Collection[str]) -> tuple[Raw, dict[str, bytes]]:
+    """Return an image and what lies beside it; what cannot be read counts as a bad image."""
+    try:
+        return split.read(index), split.beside(index, kept) if kept else {}
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        raise BadImageError(f"cannot be read: {error.strerror}") from error
 
 
 def _too_many_bad(skipped: list[dict[str, str]], config: ImagesConfig) -> StageError:

@@ -18,7 +18,7 @@ from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import check_belong_together, digest, hashed, model_fingerprints
-from pipelines.storage.folders import check_set_name
+from pipelines.storage.folders import check_set_name, check_settings_stay
 from pipelines.storage.manifest import write_manifest
 from pipelines.storage.paths import whole
 from pipelines.storage.receipts import write_shard
@@ -120,6 +120,7 @@ def sample(
             drawn = _drawn(config, seed, classes, tokenizer, prior, decoders, *ranges[number], bar.update)
             write_shard(jobs[number].path, drawn, jobs[number].provenance)
     if all_done(jobs, share, cache):
+        check_settings_stay(folder, "sample", {"seed": seed, "sample": config})
         names = [job.path.name for job in jobs]
         _write_grid(folder, names, prior.class_names, tokenizer, cache)
         contents = {

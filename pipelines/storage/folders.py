@@ -98,6 +98,16 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any]) -> None:
         raise StageError(f"cannot write to {folder}: {error.strerror}; choose a run_dir that can be written") from error
 
 
+def check_settings_stay(folder: Path, stage: str, settings: dict[str, Any]) -> None:
+    """Raise StageError where another command has opened a stage's folder meanwhile, with other settings."""
+    path = folder / "config.yaml"
+    if exists(path) and (found := differences(plain(settings), _kept_settings(path, stage))):
+        raise StageError(
+            f"another command works in {folder} with other settings ({'; '.join(found[:3])}), "
+            "so what this one has done counts for nothing; choose another run_dir or folder for one of them"
+        )
+
+
 def empty_stage(folder: Path, stage: str) -> None:
     """Remove from a stage's folder what the stage writes, and nothing else that lies there."""
     for path in [path for pattern in FILES[stage] for path in folder.glob(pattern)]:
