@@ -34,6 +34,8 @@ def kind_of(config: Path) -> str:
 def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(finished: Path, smalti: Smalti) -> None:
     run = finished.parent / "run"
     assert (run / "samples" / "grid.png").stat().st_size > 100
+    names = json.loads((run / "samples" / "manifest.json").read_text())["class_names"]
+    assert bool(names) == ("gaussian" not in kind_of(finished))  # N(0, I) knows no classes
     code, said = smalti("run", finished, kind_of(finished))
     assert code == 0 and said.count("skipped") == 6
     code, said = smalti("verify", finished, kind_of(finished))

@@ -62,7 +62,7 @@ def level_config(
         level=level,
         grids=grids[: level + 1],
         codebook_sizes=list(codebook_sizes[: level + 1]),
-        class_names=class_names,
+        class_names=[] if config.network == "normal" else class_names,  # which it knows nothing of
         size=sizes.get(str(config.network), config.transformer),
         tokenizer=tokenizer,
         unconditional=config.class_dropout > 0 or not class_names,

@@ -104,7 +104,8 @@ def verify_priors(prior: HierarchicalPrior, codes: dict) -> None:
     """
     check_belong_together(prior, codes["tokenizer"])
     config = prior.levels[-1].config
-    if level_entries(config.levels) != codes["levels"] or config.class_names != codes["class_names"]:
+    names = [] if config.network == "normal" else codes["class_names"]
+    if level_entries(config.levels) != codes["levels"] or config.class_names != names:
         raise StageError("the priors know other levels or classes than the codes have; run `smalti train-prior` again")
 
 
