@@ -8,7 +8,7 @@ numpy, which reads the arrays of the same shards and writes them flat. Scale is 
 that all shards are there, `verify` reads every record, `memory map` unpacks for training; `export` is killed when half
 of its shards are there, and goes on.
 
-Nothing here grows faster than the shards. At 100 times as many, 130,000, these would bend first: layout.json, some 1 kB
+Nothing quadratic was found. At 100 times as many, 130,000, these would bend first: layout.json, some 1 kB
 per shard, read whole by whoever loads it, and the receipts that `export` merges in memory, together some 1.5 GiB; the
 looks at every file with which each process begins and ends, minutes of each; and the syncs to disk, 14 per shard, that
 small shards spend most of their time on. Larger shards (`images.shard_size`) mend all three.
