@@ -10,6 +10,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from pipelines.stages import ORDER
+
 USAGE = """\
 smalti STAGE CONFIG.yaml [--section.key value ...]
 
@@ -40,7 +42,6 @@ options:
 SAME_COMMAND = "the same command goes on from there"
 # Packages whose errors tell of a store that does not answer or does not let us in.
 STORES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "s3fs")
-ORDER = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate")
 STAGES = (*ORDER, "run", "export", "verify")
 
 

@@ -1,5 +1,6 @@
 """The configuration of a run: one YAML file and the overrides of the command line, as one dataclass."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from importlib.resources import files
@@ -124,7 +125,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     except ConfigError:
         raise
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        message = " ".join(str(error).replace("from_", "from").split())
+        message = " ".join(re.sub(r"\bfrom_\b", "from", str(error)).split())
         raise ConfigError(message.replace("Parser key", "setting")) from error
 
 

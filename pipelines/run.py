@@ -18,6 +18,7 @@ from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
 from pipelines.judge import judge
 from pipelines.redo import Redo
+from pipelines.stages import ORDER
 from pipelines.stages.encode import encode
 from pipelines.stages.export import export, files_read, is_exported, plan_export
 from pipelines.stages.pack import pack, settle_source
@@ -40,8 +41,6 @@ from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
 logger = logging.getLogger(__name__)
-
-STAGES = ("pack", "train-tokenizer", "encode", "train-prior", "sample", "evaluate")
 
 
 class Run:
@@ -277,15 +276,15 @@ class Run:
     def all(self) -> None:
         """Do every stage in order in this process; a stage that is made again takes those after it along."""
         self.check_order()
-        first = min((STAGES.index(stage) for stage in self.redo.stages), default=len(STAGES))
-        self.redo.stages = set(STAGES[first:])
-        for name in STAGES:
+        first = min((ORDER.index(stage) for stage in self.redo.stages), default=len(ORDER))
+        self.redo.stages = set(ORDER[first:])
+        for name in ORDER:
             self._do(name)
         self.redo.done()
 
     def judge(self, stages: Sequence[str]) -> None:
         """Raise ConfigError for what the stages ahead would refuse; see `pipelines.judge`."""
-        if self.models or not set(stages) & set(STAGES[:-1]):
+        if self.models or not set(stages) & set(ORDER[:-1]):
             return
         config = self.config
         images = read_manifest(self.finished.images, "images", "pack") if is_complete(self.finished.images) else None
@@ -298,7 +297,7 @@ class Run:
             raise ConfigError("codes.from goes with tokenizer.from, the tokenizer that wrote those codes; name it too")
         if this_worker().world_size > 1:
             raise ConfigError("run starts its processes itself; under torchrun or Slurm start the stages one by one")
-        self.judge(STAGES)
+        self.judge(ORDER)
 
     def _open(self, stage: str, folder: Path, settings: dict) -> Path:
         sections = {name: getattr(self.config, name) for name in ("images", "tokenizer", "codes")}

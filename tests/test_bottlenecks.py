@@ -80,6 +80,7 @@ def test_figures_of_parts_are_those_of_the_whole_and_filling_does_not_count(fami
     filled = torch.cat([features[3:], torch.full((1, bottleneck.features, 3, 3), 9.0)])
     parts.update(bottleneck(filled), torch.tensor([1.0, 1.0, 0.0]))
     assert len(whole.compute()) == len(bottleneck.sizes)
+    assert all(torch.allclose(one, other) for one, other in zip(whole.sums, parts.sums, strict=True))
     for one, other in zip(whole.compute(), parts.compute(), strict=True):
         assert one == pytest.approx(other)
 

@@ -35,6 +35,10 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
     help_text = make_parser().format_help()
     assert "--images.from " in help_text
     assert "from_" not in help_text
+    with pytest.raises(ConfigError, match="/data/from_web"):
+        load_config(path, ["--images.size=/data/from_web"])
+    with pytest.raises(ConfigError, match=r"images\.from\b"):
+        load_config(path, ["--images.from=[1]", "--images.from.x=1"])
 
 
 @pytest.mark.parametrize(
