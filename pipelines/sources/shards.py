@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import StageError
+from pipelines.progress import counted
 from pipelines.sources.listing import EXTENSIONS, files_of, safe_key, span
 from pipelines.sources.source import Raw, Source, label_at, on_disk
 from pipelines.sources.splits import chosen_splits, split_mark, split_of
@@ -125,5 +126,4 @@ def _class(data: bytes, name: str) -> int:
 
 
 def _counted(imageless: list[str]) -> list[str]:
-    number = len(imageless)
-    return [f"{number:,} sample{'s' * (number > 1)} of no image ({imageless[0]})"] if imageless else []
+    return [f"{counted(len(imageless), 'sample')} of no image ({imageless[0]})"] if imageless else []
