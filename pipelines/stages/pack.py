@@ -21,7 +21,7 @@ from pipelines.compute.signals import PARENT, end_with_parent
 from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
-from pipelines.sources.open import check_source_outside, open_source
+from pipelines.sources.open import check_name, check_source_outside, open_source
 from pipelines.sources.source import Raw, Source, Split, described, described_beside
 from pipelines.sources.splits import stratified_fraction
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
@@ -147,8 +147,9 @@ def settle_source(source: str, folder: Path) -> None:
     its files, which another may have too, and then receipts fit.
 
     Raises:
-        ConfigError: the source lies in the folder.
+        ConfigError: there is no such kind of source, or it lies in the folder.
     """
+    check_name(source)
     check_source_outside(source, folder)
     kept = source
     with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
