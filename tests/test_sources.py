@@ -347,6 +347,16 @@ def test_a_parquet_file_without_rows_is_named(tmp_path: Path) -> None:
         open_source(f"parquet:{tmp_path}/*.parquet", CACHE)
 
 
+def test_tars_that_share_a_key_are_named(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar", "val-0.tar"):
+        write_shard(tmp_path / name, [("x", {"png": b"x"})], {})
+    with pytest.raises(
+        StageError, match=r"but x of train lies in .*/a\.tar and in .*/b\.tar; leave one of the tars out"
+    ):
+        open_source(f"shards:{tmp_path}/*.tar", CACHE)
+    assert len(open_source(f"shards:{tmp_path}/{{a,val-0}}.tar", CACHE).splits) == 2
+
+
 def test_a_file_that_comes_twice_in_a_tar_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "x.tar", [("a", {"png": b"x"}), ("b", {"png": b"x"}), ("a", {"png": b"y"})], {})
     with pytest.raises(StageError, match=r"names of their own, but a\.png comes twice in .*x\.tar"):

@@ -59,6 +59,8 @@ def open_shards(urls: str, cache: Cache, classes: bool) -> Source:
     }
     imageless = [sample.key for samples in found.values() for _, sample, extension, _ in samples if not extension]
     found = {split: [sample for sample in samples if sample[2]] for split, samples in found.items()}
+    for split, samples in found.items():
+        _check_keys(split, samples)
     numbers = {split: [label for *_, label in samples] for split, samples in found.items()}
     every = [label for labels in numbers.values() for label in labels]
     known = [label for label in every if label is not None]
@@ -111,6 +113,18 @@ def _joined(samples: list[SampleIndex], path: Path) -> list[SampleIndex]:
             raise StageError(f"files must have names of their own, but {sample.key}.{twice[0]} comes twice in {path}")
         members |= sample.members
     return list(joined.values())
+
+
+def _check_keys(split: str, samples: list[tuple[Path, SampleIndex, str, int | None]]) -> None:
+    """Raise StageError for a key that two tars of a split have."""
+    met: dict[str, Path] = {}
+    for path, sample, *_ in samples:
+        before = met.setdefault(safe_key(sample.key), path)
+        if before != path:
+            raise StageError(
+                f"keys must be unique in a split, but {sample.key} of {split} lies in {before} and in {path}; "
+                "leave one of the tars out, or rename its members"
+            )
 
 
 def _class(data: bytes, name: str) -> int:
