@@ -126,7 +126,34 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
         raise
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         message = " ".join(re.sub(r"\bfrom_\b", "from", str(error)).split())
-        raise ConfigError(message.replace("Parser key", "setting")) from error
+        raise ConfigError(_readable(message.replace("Parser key", "setting"))) from error
+
+
+# What jsonargparse calls the kinds of values, and what people do.
+KINDS = {
+    "list[str]": "a list of texts",
+    "list[int]": "a list of whole numbers",
+    "list[float]": "a list of numbers",
+    "<class 'list'>": "a list",
+    "<class 'bool'>": "true or false",
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'str'>": "a text",
+}
+
+
+def _readable(message: str) -> str:
+    """Return jsonargparse's words on a value of the wrong kind as a sentence; any others as they are."""
+    one = re.fullmatch(r'setting "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message)
+    union = re.fullmatch(r'setting "([^"]+)": Does not .*? Subtypes: \[(.+?)\] Errors: .* Given value: (.*)', message)
+    if not (found := one or union):
+        return message
+    name, kinds, value = found.groups()
+    kinds = kinds.replace(", ", " or ") if union else kinds
+    for kind, called in KINDS.items():
+        kinds = kinds.replace(kind, called)
+    kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds)
+    return f"{name} takes {kinds}, got {value}"
 
 
 def _find(path: Path) -> Traversable:
@@ -164,7 +191,10 @@ def _check_options(overrides: Sequence[str]) -> None:
 
 
 def _check_used(overrides: Sequence[str], config: Config) -> None:
-    """Refuse, on the command line, settings of a kind that is not the one chosen; a file may hold several kinds."""
+    """Refuse, on the command line, what would not be used as it is meant.
+
+    Settings of a kind that is not the one chosen, of which a file may hold several, and lists that are none.
+    """
     chosen = {
         "tokenizer": ("bottleneck", config.tokenizer.bottleneck, config.tokenizer.unused),
         "prior": ("network", config.prior.network, config.prior.unused),
@@ -174,6 +204,10 @@ def _check_used(overrides: Sequence[str], config: Config) -> None:
         if section in chosen and rest.partition(".")[0] in chosen[section][2]:
             setting, kind, _ = chosen[section]
             raise ConfigError(f"--{option} would change nothing: {section}.{setting} is {kind}; choose that kind too")
+    given = {*overrides, *(argument.partition("=")[2] for argument in overrides)}
+    for one in config.sample.classes:
+        if isinstance(one, str) and one.startswith("[") and one in given:  # read as one name, for it is no such list
+            raise ConfigError(f"sample.classes takes a list of names and whole numbers, got {one}")
 
 
 def _sections(section: type, path: str = "") -> set[str]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from pipelines.config import Config
 from pipelines.data.held_out import held_out
 from pipelines.errors import StageError, told_to_user
-from pipelines.storage.fingerprint import digest, tokenizer_fingerprint
+from pipelines.progress import counted
+from pipelines.storage.fingerprint import digest, manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete, named_folder
-from pipelines.storage.manifest import read_manifest
+from pipelines.storage.manifest import read_manifest, shards_hold
 from pipelines.storage.paths import exists, is_local, place, read_bytes
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
@@ -107,6 +108,19 @@ class Finished:
                 )
         return manifest
 
+    def codes_fit(self, tokenizer: HierarchicalVQVAE) -> bool:
+        """Whether the codes are whole, of the images, and of this tokenizer."""
+        manifest = read_manifest(self.codes, "codes", "encode")
+        images = manifest_digest(read_manifest(self.images, "images", "pack"))
+        fits = manifest["tokenizer"] == tokenizer_fingerprint(tokenizer) and manifest["made_from"] == images
+        return fits and shards_hold(manifest, self.codes, self.config.compute.cache)
+
+    def samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:
+        """Whether a set of samples is whole and was drawn by these models."""
+        manifest = read_manifest(folder, "samples", "sample")
+        fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
+        return fits and shards_hold(manifest, folder, self.config.compute.cache)
+
     def tokenizer_held_out(self, strict: bool = True) -> bool | None:
         """Whether the images' val split was held out from the tokenizer's training; see `held_out`.
 
@@ -162,8 +176,8 @@ def what_came_of(folder: Path) -> str:
         if exists(folder / name):
             splits = json.loads(read_bytes(folder / name))[key]
             counts = {split: sum(shard[unit] for shard in shards) for split, shards in splits.items()}
-            total = sum(map(len, splits.values()))
-            return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} in {total} shards"
+            total = counted(sum(map(len, splits.values())), "shard")
+            return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} in {total}"
     figures = json.loads(read_bytes(folder / "metrics.json")) if exists(folder / "metrics.json") else {}
     shown = {name.removeprefix("val_"): value for name, value in figures.items() if name.endswith(SHOWN)}
     return "done" + "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())

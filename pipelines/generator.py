@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
@@ -120,21 +121,21 @@ class Generator(nn.Module):
         images = torch.cat([batch.images for batch in batches])[:count]
         return Drawn(images, [torch.cat(codes)[:count] for codes in levels])
 
-    def _class_indices(self, wanted: Sequence[int | str] | Tensor | int | str | None) -> list[int]:
+    def _class_indices(self, wanted: Any) -> list[int]:
         """Return class indices from names and indices; all of them when none are wanted."""
         names = self.class_names
-        if isinstance(wanted, int | str):
-            wanted = [wanted]
+        if isinstance(wanted, str) or not hasattr(wanted, "__len__") or getattr(wanted, "ndim", 1) == 0:
+            wanted = [] if wanted is None else [wanted]
         indices = []
-        for one in [] if wanted is None else wanted:
-            found = names.index(one) if isinstance(one, str) and one in names else one
-            if isinstance(found, str) or not 0 <= index(found) < len(names):
+        for one in wanted:
+            number = names.index(one) if isinstance(one, str) and one in names else _integer(one)
+            if not 0 <= number < len(names):
                 shown = ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "")
                 known = (
                     f"names or indices of the {len(names)} classes ({shown})" if names else "left out: there are none"
                 )
                 raise ValueError(f"classes must be {known}, got {one!r}")
-            indices.append(index(found))
+            indices.append(number)
         return indices or list(range(len(names)))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -203,6 +204,16 @@ class Generator(nn.Module):
             else:
                 prior = HierarchicalPrior.from_pretrained(folder / "prior")
         return cls(model, prior, files_about(folder, model, prior))
+
+
+def _integer(value: object) -> int:
+    """Return what is given as an index, -1 where it is none."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.bool_):
+        return -1
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return -1
 
 
 def _published_in(root: Path) -> set[Path]:

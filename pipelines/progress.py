@@ -18,6 +18,11 @@ DELAY_S = 2.0
 LOGGED_EVERY_S = 30.0
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with what it counts: "1 shard", "1,200 shards"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 class Console(logging.Handler):
     """Lines on stderr, above the bar if there is one; of other packages only what is worth a warning.
 

@@ -17,6 +17,7 @@ from pipelines.errors import ConfigError, StageError
 from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
 from pipelines.judge import judge
+from pipelines.progress import counted
 from pipelines.redo import Redo
 from pipelines.stages import ORDER
 from pipelines.stages.encode import encode
@@ -24,7 +25,7 @@ from pipelines.stages.export import export, files_read, is_exported, plan_export
 from pipelines.stages.pack import pack, settle_source
 from pipelines.stages.sample import sample
 from pipelines.stages.verify import (
-    counted,
+    size_of,
     told,
     verify_codes,
     verify_images,
@@ -32,13 +33,11 @@ from pipelines.stages.verify import (
     verify_samples,
     verify_tokens,
 )
-from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, tokenizer_fingerprint
+from pipelines.storage.fingerprint import manifest_digest, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import read_manifest, shards_hold
 from pipelines.storage.paths import make_folder, write_json
 from pipelines.training.sections import at_level, prior_for, used
-from prior import HierarchicalPrior
-from tokenizer import HierarchicalVQVAE
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ class Run:
             return _skip("encode", f"codes come from {self.finished.codes}")
         tokenizer = self.finished.tokenizer()
         folder = self._open("encode", self.root / "codes", {"seed": config.seed, "encode": config.encode})
-        if is_complete(folder) and self._codes_fit(tokenizer):
+        if is_complete(folder) and self.finished.codes_fit(tokenizer):
             return _skip("encode", f"{folder} is complete")
         if this_worker().rank == 0:
             self.finished.tokenizer_held_out(strict=False)
@@ -199,9 +198,9 @@ class Run:
             tokenizer, prior = self.finished.tokenizer(), self.finished.prior()
         settings = {"seed": config.seed, "sample": config.sample}
         folder = self._open("sample", folder_of_set(self.root, config.sample.folder, "sample"), settings)
-        if is_complete(folder) and self._samples_fit(folder, tokenizer, prior):
+        if is_complete(folder) and self.finished.samples_fit(folder, tokenizer, prior):
             return _skip("sample", f"{folder} is complete")
-        self._begin("sample", f"{config.sample.count} images", folder)
+        self._begin("sample", counted(config.sample.count, "image"), folder)
         with workers_of(config.compute):
             sample(config.sample, config.seed, config.compute, tokenizer, prior, folder)
         return self._close("sample", folder)
@@ -247,7 +246,7 @@ class Run:
         cache, images, tokenizer, codes, prior = self.config.compute.cache, None, None, None, None
         if self.finished.has_images():
             images = verify_images(self.finished.images, cache)
-            told(self.finished.images, counted(images))
+            told(self.finished.images, size_of(images))
         if self.finished.has_tokenizer():
             tokenizer = self.finished.tokenizer()
             told(self.config.tokenizer.from_ or self.root / "tokenizer", tokenizer_fingerprint(tokenizer)[:12])
@@ -255,18 +254,18 @@ class Run:
             self.finished.tokenizer_held_out()
         if is_complete(self.finished.codes):
             codes = verify_codes(self.finished.codes, images, tokenizer, cache)
-            told(self.finished.codes, counted(codes))
+            told(self.finished.codes, size_of(codes))
         if codes and self.finished.has_priors():
             prior = self.finished.prior()
             verify_priors(prior, codes)
             self.finished.prior_held_out()
-            told(self.root / "prior", f"{len(prior.levels)} levels")
+            told(self.root / "prior", counted(len(prior.levels), "level"))
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
-            told(samples, counted(verify_samples(samples, tokenizer, prior, cache)))
+            told(samples, size_of(verify_samples(samples, tokenizer, prior, cache)))
         tokens = self.root / self.config.export.folder
         if codes and is_complete(tokens):
-            told(tokens, f"{verify_tokens(tokens, codes)} records")
+            told(tokens, counted(verify_tokens(tokens, codes), "record"))
         if unfinished := self.finished.unfinished():
             raise StageError("; ".join(unfinished))
         if not (images or tokenizer or codes):
@@ -330,18 +329,6 @@ class Run:
 
     def _alone(self, folder: Path) -> AbstractContextManager[None]:
         return only_process(folder) if this_worker().rank == 0 else nullcontext()
-
-    def _codes_fit(self, tokenizer: HierarchicalVQVAE) -> bool:
-        manifest = read_manifest(self.finished.codes, "codes", "encode")
-        images = read_manifest(self.finished.images, "images", "pack")
-        mark = tokenizer_fingerprint(tokenizer)
-        fits = manifest["tokenizer"] == mark and manifest["made_from"] == manifest_digest(images)
-        return fits and shards_hold(manifest, self.finished.codes, self.config.compute.cache)
-
-    def _samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:
-        manifest = read_manifest(folder, "samples", "sample")
-        fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
-        return fits and shards_hold(manifest, folder, self.config.compute.cache)
 
 
 def _skip(stage: str, why: str) -> bool:

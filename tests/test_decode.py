@@ -28,6 +28,8 @@ FORMAT1 = Path(__file__).parent / "data" / "format1" / "run"
 CODES = read_manifest(FORMAT1 / "codes", "codes", "encode")
 COUNT = 3
 
+RECORD = f"{[0] * layout(CODES).length}\n".encode()  # type: ignore[operator]
+
 
 def run_with(folder: Path, made: TokenLayout) -> tuple[Path, Records]:
     """A run with a tokenizer and exported tokens; those, and the records."""
@@ -127,7 +129,9 @@ def test_records_that_cannot_be_are_named_and_nothing_is_written(tokens: Path, t
     ("name", "data", "message"),
     [
         ("x.npy", b"no array", "cannot be decoded after 0 records"),
-        ("x.jsonl", b'[1]\n{"ids": [1]}\n', "cannot be decoded"),
+        ("x.jsonl", RECORD * 70 + b'{"ids": [1]}\n', "cannot be decoded after 70 records: line 71 has no input_ids"),
+        ("x.jsonl", RECORD + b"\n" + RECORD, "cannot be decoded after 1 record: line 2 is blank"),
+        ("x.jsonl", RECORD + b"[1,\n", "cannot be decoded after 1 record: line 2 is not JSON: .* at character 4"),
         ("x.jsonl", b"[1, [2]]\n", "cannot be decoded"),
         ("x.parquet", b"PAR1", "cannot be decoded"),
         ("x.bin", b"", "must be whole records"),
@@ -141,6 +145,11 @@ def test_files_that_hold_no_tokens_are_told_in_a_line(
         (tmp_path / name).write_bytes(data)
     with pytest.raises(StageError, match=message):
         list(batches(tmp_path / name, layout(CODES)))
+
+
+def test_blank_lines_at_the_end_are_no_records(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(RECORD * 65 + b"\n  \n")
+    assert [(first, len(batch)) for first, batch in batches(tmp_path / "x.jsonl", layout(CODES))] == [(0, 64), (64, 1)]
 
 
 def test_objects_are_not_unpickled(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.config import load_config
 from pipelines.storage.shards import index_shard, read_member
 
 Smalti = Callable[..., tuple[int, str]]
@@ -78,6 +79,10 @@ def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Pa
     assert code == 2 and "--prior.transformer.width would change nothing: prior.network is pixelsnail" in said
 
 
-def test_old_names_of_settings_read_on(tiny_run: Path, smalti: Smalti) -> None:
+def test_old_names_of_settings_read_on(
+    tiny_run: Path, smalti: Smalti, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    config = write_config(tmp_path, {"tokenizer": {"codebook": {"ema_decay": 0.5, "kmeans_iterations": 3}}})
+    assert (found := load_config(config).tokenizer.ema).decay == 0.5 and found.kmeans_iterations == 3
     code, said = smalti("train-tokenizer", tiny_run, "--tokenizer.codebook.ema_decay=0.5")
     assert code == 1 and "tokenizer.ema.decay: 0.99 -> 0.5" in said

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,11 +120,14 @@ def test_classes_are_indices_or_names_and_taken_in_turn(generator: Generator) ->
     assert len(generator.sample().images) == 3  # one of each
 
 
-@pytest.mark.parametrize("unknown", ["2", 3, -1, "cat"])
+@pytest.mark.parametrize("unknown", ["2", 3, -1, "cat", 1.0, True, None, torch.tensor(True), np.float32(1)])
 def test_a_class_that_does_not_exist_is_named(generator: Generator, unknown: int | str) -> None:
-    message = rf"classes must be names or indices of the 3 classes \('0', '1', '7'\), got {unknown!r}"
+    message = re.escape(f"classes must be names or indices of the 3 classes ('0', '1', '7'), got {unknown!r}")
     with pytest.raises(ValueError, match=message):
         generator.sample([0, unknown])
+    if unknown is not None:
+        with pytest.raises(ValueError, match=message):
+            generator.sample(unknown)
 
 
 def test_without_classes_there_is_a_count() -> None:

@@ -120,6 +120,12 @@ def test_records_of_another_length_and_ids_that_are_none_are_refused() -> None:
         made.decode(torch.full_like(ids, -1))
 
 
+def test_captions_without_a_place_in_the_template_are_refused() -> None:
+    grids, classes = draw(SMALL, 1)
+    with pytest.raises(ValueError, match=r"captions have no place in the template '<bos> .*'; leave them out"):
+        layout().encode(grids, classes, captions=["a cab"])
+
+
 @pytest.mark.parametrize("order", ["levels", "nested"])
 def test_only_what_is_allowed_next_is_a_record(order: str) -> None:
     made = layout(order=order)

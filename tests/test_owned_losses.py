@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipelines.config import load_config
 from pipelines.run import Run
+from pipelines.training.owned_losses import OwnedLosses
 
 STAGE = "pipelines.stages.train_tokenizer"
 
@@ -70,6 +71,7 @@ def test_codebooks_schedule_clock_and_export_are_what_they_are_without_it(train:
     beside, critic = train("beside", 0.0, micro_batches=2)
     assert same(weights(alone), weights(beside))
     assert not same(start, critic.state_dict())  # it has learned meanwhile
+    assert not any(parameter.requires_grad for parameter in critic.parameters())
     last, other = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (alone, beside))
     assert last["global_step"] == other["global_step"] == 6
     for part in ("state_dict", "current_model_state"):
@@ -77,6 +79,18 @@ def test_codebooks_schedule_clock_and_export_are_what_they_are_without_it(train:
     assert last["lr_schedulers"] == other["lr_schedulers"] and len(other["optimizer_states"]) == 1
     rows = list(csv.DictReader((beside / "metrics.csv").read_text().splitlines()))
     assert [row["train_adversarial"] for row in rows if row["train_loss"]]
+
+
+def test_what_is_owned_gets_gradients_from_its_own_loss_alone() -> None:
+    critic, images = Critic(1.0), torch.rand(2, 1, 16, 16)
+    reconstruction = torch.rand(2, 1, 16, 16, requires_grad=True)
+    wanted = torch.autograd.grad(critic.own(reconstruction.detach(), images), list(critic.parameters()))
+    owned = OwnedLosses([critic])
+    for _ in range(2):  # the two micro-batches of a step
+        sum(owned(reconstruction, images, 2).values(), start=torch.zeros(())).backward()
+    for parameter, gradient in zip(critic.parameters(), wanted, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+    assert reconstruction.grad.abs().sum() > 0
 
 
 def test_what_it_asks_for_moves_the_tokenizer(train: Callable) -> None:

@@ -97,6 +97,18 @@ def test_links_that_lead_nowhere_are_skipped_and_counted(picture_folder: Path, t
         assert line in report, report
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_captions_that_should_be_json_and_are_not_are_told_of_once(
+    workers: int, picture_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, text in (("cat/01", "{not json"), ("dog/02", ""), ("dog/04", '{"fine": 1}')):
+        (picture_folder / f"{name}.json").write_text(text)
+    pack(config_of(picture_folder, shuffle=False), 0, ComputeConfig(num_workers=workers), tmp_path)
+    told = [record.getMessage() for record in caplog.records if "should be JSON" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("2 json members that should be JSON") and told[0].endswith("the first is of cat/01")
+
+
 def test_too_many_bad_images_are_an_error(picture_folder: Path, tmp_path: Path) -> None:
     (picture_folder / "cat" / "bad.png").write_bytes(b"")
     out = tmp_path / "images"

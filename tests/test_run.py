@@ -300,6 +300,16 @@ def test_a_source_in_the_folder_it_would_be_packed_to_is_refused_before_anything
     assert written(tmp_path) == before
 
 
+@pytest.mark.parametrize("source", ["digitsx", "folder:", "folder", "ftp:x"])
+def test_a_source_of_no_kind_leaves_no_folder(
+    source: str, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    code, text = smalti("pack", write_config(tmp_path, {"images": {"source": source}}))
+    assert code == 2
+    assert "images.source must be digits, folder:PATH" in text
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stage_that_ends_without_its_manifest_has_not_done_well(
     copy_of: Callable[..., Path], smalti: Smalti, monkeypatch: pytest.MonkeyPatch
 ) -> None:

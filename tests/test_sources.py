@@ -335,6 +335,28 @@ def test_members_of_a_key_are_one_sample_wherever_they_lie_in_the_tar(tmp_path: 
     assert described_beside(source, ["txt"]) == "beside the images: kept txt; dropped 2 samples of no image (c)"
 
 
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_a_folder_that_should_be_files_is_named(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=f"must name files, but {tmp_path} is a folder; name what lies in it"):
+        open_source(f"{kind}:{tmp_path}", CACHE)
+
+
+def test_a_parquet_file_without_rows_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"image": [], "label": []}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(StageError, match=r"cannot be loaded: .*x\.parquet has no rows; leave it out"):
+        open_source(f"parquet:{tmp_path}/*.parquet", CACHE)
+
+
+def test_tars_that_share_a_key_are_named(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar", "val-0.tar"):
+        write_shard(tmp_path / name, [("x", {"png": b"x"})], {})
+    with pytest.raises(
+        StageError, match=r"but x of train lies in .*/a\.tar and in .*/b\.tar; leave one of the tars out"
+    ):
+        open_source(f"shards:{tmp_path}/*.tar", CACHE)
+    assert len(open_source(f"shards:{tmp_path}/{{a,val-0}}.tar", CACHE).splits) == 2
+
+
 def test_a_file_that_comes_twice_in_a_tar_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "x.tar", [("a", {"png": b"x"}), ("b", {"png": b"x"}), ("a", {"png": b"y"})], {})
     with pytest.raises(StageError, match=r"names of their own, but a\.png comes twice in .*x\.tar"):

@@ -50,6 +50,8 @@ def test_records_come_in_the_order_of_the_shards(tmp_path: Path) -> None:
     for number in (-1, 5):
         with pytest.raises(IndexError, match=f"records are numbered from 0 to 4, got {number}"):
             found[number]
+    with pytest.raises(ValueError, match="records are numbered by integers, got True"):
+        found[True]
 
 
 def test_records_of_any_length_come_with_their_captions(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.finished import what_came_of
+from pipelines.progress import counted
 from tests.test_hostile import relist
 
 Smalti = Callable[..., tuple[int, str]]
@@ -144,6 +146,11 @@ def test_what_is_not_begun_yet_is_not_missed(kept: list[str], config: Path, smal
             shutil.rmtree(path)
     code, text = smalti("verify", config)
     assert code == 0, text
+
+
+def test_numbers_agree_with_what_they_count(config: Path) -> None:
+    assert [counted(number, "shard") for number in (0, 1, 1200)] == ["0 shards", "1 shard", "1,200 shards"]
+    assert what_came_of(config.parent / "run" / "samples") == "7 samples in 2 shards"
 
 
 def test_a_damaged_tokenizer_is_not_taken_for_a_new_one(config: Path, smalti: Smalti) -> None:

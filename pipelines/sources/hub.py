@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 
 from pipelines.errors import ConfigError, StageError
 from pipelines.sources.listing import files_of, span
@@ -79,7 +81,8 @@ def open_dataset(
     except (ConfigError, StageError):
         raise
     except Exception as error:  # the library raises many kinds for what is missing or malformed
-        raise StageError(f"{kind}:{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        reason = _without_rows(files) or " ".join(str(error).split())[:300]
+        raise StageError(f"{kind}:{name} cannot be loaded: {reason}") from error
     origins = chosen_splits(f"{kind}:{name}", loaded)
     chosen = {split: loaded[called] for split, called in origins.items()}
     left_out = [called for called in loaded if called not in origins.values()]
@@ -115,6 +118,15 @@ def open_dataset(
     beside = {"txt": ""} if caption_column else {}
     dropped = [column for column in features if column not in (image_column, label_column, caption_column)]
     return Source(splits, names, identity, origins, tuple(left_out), beside, tuple(dropped))
+
+
+def _without_rows(files: dict[str, list[Path]]) -> str:
+    """Say which file has no rows, of which the library says nothing that helps; empty if none is known."""
+    for path in (path for paths in files.values() for path in paths):
+        with suppress(Exception):  # what cannot be read is told of by the library
+            if not pq.read_metadata(path).num_rows:
+                return f"{path} has no rows; leave it out"
+    return ""
 
 
 def _check_captions(column: str, features: Any) -> None:

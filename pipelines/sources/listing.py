@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from pipelines.errors import StageError
 from pipelines.storage.paths import is_local, matches, retried
 from pipelines.storage.shards import CARRIED
 
@@ -51,9 +52,17 @@ def beside_pictures(pictures: Iterable[str], others: Iterable[str]) -> tuple[dic
 
 
 def files_of(pattern: str) -> list[Path]:
-    """Return the files that a path or URL with wildcards matches, each once however many links lead to it."""
+    """Return the files that a path or URL with wildcards matches, each once however many links lead to it.
+
+    Raises:
+        StageError: one is a folder.
+    """
     found: dict[Path, Path] = {}
     for path in sorted(matches(pattern), key=lambda path: len(path.parts)):
+        if is_local(path) and path.is_dir():
+            raise StageError(
+                f"images.source must name files, but {path} is a folder; name what lies in it, as {path}/*"
+            )
         found.setdefault(path.resolve() if is_local(path) else path, path)
     return sorted(found.values())
 

@@ -33,21 +33,18 @@ def open_source(
         ConfigError: no such kind of source.
         StageError: nothing there.
     """
+    check_name(source)
     kind, _, rest = source.partition(":")
     if source == "digits":
         found = open_digits()
-    elif kind == "folder" and rest:
+    elif kind == "folder":
         found = open_folder(rest, classes)
-    elif kind in ("parquet", "hf") and rest:
+    elif kind in ("parquet", "hf"):
         from pipelines.sources.hub import open_dataset  # its library takes seconds to import
 
         found = open_dataset(kind, rest, cache, classes, image_column, label_column, caption_column)
-    elif kind == "shards" and rest:
-        found = open_shards(rest, cache, classes)
     else:
-        raise ConfigError(
-            f"images.source must be digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS, got {source!r}"
-        )
+        found = open_shards(rest, cache, classes)
     if not sum(len(split) for split in found.splits.values()):
         raise StageError(f"{source} holds no images")
     if not classes:
@@ -55,6 +52,15 @@ def open_source(
             split.labels = None
         found = found._replace(class_names=[])
     return found
+
+
+def check_name(source: str) -> None:
+    """Raise ConfigError unless a source is called by a kind that there is."""
+    kind, _, rest = source.partition(":")
+    if source != "digits" and not (kind in ("folder", "parquet", "hf", "shards") and rest):
+        raise ConfigError(
+            f"images.source must be digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS, got {source!r}"
+        )
 
 
 def check_source_outside(source: str, folder: Path) -> None:

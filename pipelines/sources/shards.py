@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import StageError
+from pipelines.progress import counted
 from pipelines.sources.listing import EXTENSIONS, files_of, safe_key, span
 from pipelines.sources.source import Raw, Source, label_at, on_disk
 from pipelines.sources.splits import chosen_splits, split_mark, split_of
@@ -58,6 +59,8 @@ def open_shards(urls: str, cache: Cache, classes: bool) -> Source:
     }
     imageless = [sample.key for samples in found.values() for _, sample, extension, _ in samples if not extension]
     found = {split: [sample for sample in samples if sample[2]] for split, samples in found.items()}
+    for split, samples in found.items():
+        _check_keys(split, samples)
     numbers = {split: [label for *_, label in samples] for split, samples in found.items()}
     every = [label for labels in numbers.values() for label in labels]
     known = [label for label in every if label is not None]
@@ -112,6 +115,18 @@ def _joined(samples: list[SampleIndex], path: Path) -> list[SampleIndex]:
     return list(joined.values())
 
 
+def _check_keys(split: str, samples: list[tuple[Path, SampleIndex, str, int | None]]) -> None:
+    """Raise StageError for a key that two tars of a split have."""
+    met: dict[str, Path] = {}
+    for path, sample, *_ in samples:
+        before = met.setdefault(safe_key(sample.key), path)
+        if before != path:
+            raise StageError(
+                f"keys must be unique in a split, but {sample.key} of {split} lies in {before} and in {path}; "
+                "leave one of the tars out, or rename its members"
+            )
+
+
 def _class(data: bytes, name: str) -> int:
     text = data[:32].strip()
     if not text.isdigit():
@@ -125,5 +140,4 @@ def _class(data: bytes, name: str) -> int:
 
 
 def _counted(imageless: list[str]) -> list[str]:
-    number = len(imageless)
-    return [f"{number:,} sample{'s' * (number > 1)} of no image ({imageless[0]})"] if imageless else []
+    return [f"{counted(len(imageless), 'sample')} of no image ({imageless[0]})"] if imageless else []

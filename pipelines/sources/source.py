@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pipelines.progress import counted
 from pipelines.sources.listing import shortly
 from pipelines.storage.cache import Cache
 
@@ -55,8 +56,7 @@ class Source(NamedTuple):
 def described(name: str, source: Source) -> str:
     """Say in one line how a source was understood: its splits, their origins and counts, and the classes."""
     counts = [
-        f"{split} {len(images):,} image{'s' * (len(images) != 1)}"
-        + (f" ({source.origins[split]})" if split in source.origins else "")
+        f"{split} {counted(len(images), 'image')}" + (f" ({source.origins[split]})" if split in source.origins else "")
         for split, images in source.splits.items()
     ]
     held_out = "" if "val" in source.splits else ", of which some are set aside for val"

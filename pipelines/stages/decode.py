@@ -18,7 +18,7 @@ from pipelines.compute.devices import ComputeConfig, inference_device
 from pipelines.data.images import to_uint8
 from pipelines.data.pictures import encode_image, picture_grid, to_picture
 from pipelines.errors import ConfigError, StageError, told_to_user
-from pipelines.progress import progress_bar
+from pipelines.progress import counted, progress_bar
 from pipelines.storage.fingerprint import digest, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete
 from pipelines.storage.paths import exists, is_local, make_folder, place, read_bytes, whole, write_text
@@ -154,18 +154,23 @@ def batches(tokens: Path, layout: TokenLayout) -> Iterator[tuple[int, list[np.nd
     read = READERS.get(tokens.suffix)
     if read is None or not is_local(tokens):
         raise StageError(f"tokens must be a local file, {', '.join(READERS)}; got {tokens}")
-    first = 0
+    done = 0
+
+    def checked() -> Iterator[np.ndarray]:
+        nonlocal done
+        for record in map(np.asarray, read(tokens, layout)):
+            _check_record(record, done, layout.length)
+            done += 1
+            yield record
+
     try:
-        records = read(tokens, layout)
-        while batch := [np.asarray(record) for record in islice(records, BATCH)]:
-            for number, record in enumerate(batch, first):
-                _check_record(record, number, layout.length)
-            yield first, batch
-            first += len(batch)
+        records = checked()
+        while batch := list(islice(records, BATCH)):
+            yield done - len(batch), batch
     except OSError as error:
         raise StageError(f"cannot read {error.filename or tokens}: {error.strerror or error}") from error
     except Exception as error:  # parsers raise many kinds on bytes that lie
-        raise StageError(f"{tokens} cannot be decoded after {first} records: {error}") from error
+        raise StageError(f"{tokens} cannot be decoded after {counted(done, 'record')}: {error}") from error
 
 
 def _check_record(record: np.ndarray, number: int, length: int | None) -> None:
@@ -199,9 +204,20 @@ def _bin(path: Path, layout: TokenLayout) -> Iterator[np.ndarray]:
 
 def _jsonl(path: Path, layout: TokenLayout) -> Iterator[Any]:
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            found = json.loads(line)
-            yield found["input_ids"] if isinstance(found, dict) else found
+        blank = 0
+        for number, line in enumerate(file, 1):
+            if not line.strip():  # at the end, that is
+                blank = blank or number
+                continue
+            if blank:
+                raise ValueError(f"line {blank} is blank")
+            try:
+                found = json.loads(line.rstrip())
+                yield found["input_ids"] if isinstance(found, dict) else found
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON: {error.msg} at character {error.colno}") from error
+            except KeyError as error:
+                raise ValueError(f"line {number} has no input_ids") from error
 
 
 def _parquet(path: Path, layout: TokenLayout) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pipelines.compute.devices import ComputeConfig, this_worker
 from pipelines.errors import ConfigError, StageError
-from pipelines.progress import progress_bar
+from pipelines.progress import counted, progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, check_free, outstanding, this_workers
 from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import digest
@@ -285,9 +285,8 @@ def _warn(train: list[dict], class_names: list[str]) -> None:
         )
     if 0 < len(train) < USUAL_WORKERS:
         logger.warning(
-            "export: there are %d train shards, and readers with more workers leave some idle; "
-            "pack smaller shards (images.shard_size)",
-            len(train),
+            "export: there %s, and readers with more workers leave some idle; pack smaller shards (images.shard_size)",
+            f"{'is' if len(train) == 1 else 'are'} {counted(len(train), 'train shard')}",
         )
     records, images, repeated = (sum(receipt[name] for receipt in train) for name in ("samples", "images", "repeated"))
     if records > images:

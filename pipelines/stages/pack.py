@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -20,8 +21,8 @@ from pipelines.compute.memory import keep_freed_memory
 from pipelines.compute.signals import PARENT, end_with_parent
 from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import StageError
-from pipelines.progress import progress_bar
-from pipelines.sources.open import check_source_outside, open_source
+from pipelines.progress import counted, progress_bar
+from pipelines.sources.open import check_name, check_source_outside, open_source
 from pipelines.sources.source import Raw, Source, Split, described, described_beside
 from pipelines.sources.splits import stratified_fraction
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
@@ -147,8 +148,9 @@ def settle_source(source: str, folder: Path) -> None:
     its files, which another may have too, and then receipts fit.
 
     Raises:
-        ConfigError: the source lies in the folder.
+        ConfigError: there is no such kind of source, or it lies in the folder.
     """
+    check_name(source)
     check_source_outside(source, folder)
     kept = source
     with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
@@ -263,6 +265,7 @@ def _pack_in_worker(task: Task) -> None:
 def _pack_shard(source: Source, job: ShardJob, plan: ShardPlan, config: ImagesConfig, tick: Callable[[], Any]) -> None:
     """Write one shard, calling tick once an image."""
     skipped: list[dict[str, str]] = []
+    provenance = job.provenance | {"skipped": skipped}
     kept = {name: CARRIED[name] for name in kept_members(source, config)}
     split, allowed = source.splits[plan.source_split], config.max_bad * sum(map(len, source.splits.values()))
 
@@ -280,9 +283,11 @@ def _pack_shard(source: Source, job: ShardJob, plan: ShardPlan, config: ImagesCo
             contents = {fitted.extension: fitted.data, **kept, **beside}
             if raw.label is not None:
                 contents["cls"] = str(raw.label).encode()
+            if not _is_json(contents.get("json", b"{}")):
+                provenance.setdefault("not_json", {"count": 0, "first": raw.key})["count"] += 1
             yield raw.key, contents
 
-    write_shard(job.path, samples(), job.provenance | {"skipped": skipped})
+    write_shard(job.path, samples(), provenance)
 
 
 def _read(split: Split, index: int, kept: Collection[str]) -> tuple[Raw, dict[str, bytes]]:
@@ -293,6 +298,14 @@ def _read(split: Split, index: int, kept: Collection[str]) -> tuple[Raw, dict[st
         if error.errno not in UNREADABLE:
             raise
         raise BadImageError(f"cannot be read: {error.strerror}") from error
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _too_many_bad(skipped: list[dict[str, str]], config: ImagesConfig) -> StageError:
@@ -318,6 +331,12 @@ def _finish(folder: Path, plans: list[ShardPlan], source: Source, config: Images
         logger.warning("%d images skipped; %s and the manifest name them", len(skipped), folder / "skipped.txt")
         report = "".join(f"{entry['key']}\t{entry['reason']}\n" for entry in skipped)
         write_text(folder / "skipped.txt", report)
+    if not_json := [receipt["not_json"] for receipt in receipts if "not_json" in receipt]:
+        logger.warning(
+            "%s that should be JSON cannot be read as such, which stops Hugging Face's reader; the first is of %s",
+            counted(sum(told["count"] for told in not_json), "json member"),
+            not_json[0]["first"],
+        )
     contents = {
         "kind": "images",
         "image_size": config.size,

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 from pipelines.data.codes import code_sample
 from pipelines.data.images import checked_pixels
 from pipelines.errors import StageError
-from pipelines.progress import progress_bar
+from pipelines.progress import counted, progress_bar
 from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import (
     check_belong_together,
@@ -162,10 +162,10 @@ def told(folder: Path | str, what: str) -> None:
     logger.info("verify: %s holds what it says (%s)", folder, what)
 
 
-def counted(manifest: dict) -> str:
+def size_of(manifest: dict) -> str:
     """Return how many shards and samples a manifest tells of."""
-    receipts = [receipt for _, receipt in all_receipts(manifest)]
-    return f"{len(receipts)} shards, {sum(receipt['samples'] for receipt in receipts)} samples"
+    samples = [receipt["samples"] for _, receipt in all_receipts(manifest)]
+    return f"{counted(len(samples), 'shard')}, {counted(sum(samples), 'sample')}"
 
 
 def _samples(manifest: dict, folder: Path, cache: Cache, stage: str) -> Iterator[tuple[str, Found]]:

@@ -82,6 +82,8 @@ class TokenDataset(Dataset[Tensor]):
 
     def _find(self, index: int) -> tuple[dict, int]:
         """Return the shard that holds a record, and its number in it."""
+        if isinstance(index, bool):
+            raise ValueError(f"records are numbered by integers, got {index}")
         if not 0 <= index < len(self):
             raise IndexError(f"records are numbered from 0 to {len(self) - 1}, got {index}")
         number = bisect_right(self.ends, index)

@@ -170,8 +170,10 @@ class TokenLayout:
             int64 (B, N); where the template has <text>, a list of B tensors.
 
         Raises:
-            StageError: something is missing, of another shape or out of range.
+            StageError: something is missing, of another shape or out of range, or captions have no place.
         """
+        if captions is not None and "<text>" not in self.words:
+            raise StageError(f"captions have no place in the template {self.stated.template!r}; leave them out")
         laid = self.lay(codes, classes, captions)
         ids = torch.from_numpy(laid.ids.astype(np.int64))
         return ids.view(len(laid.lengths), self.length) if self.length else list(ids.split(laid.lengths.tolist()))
