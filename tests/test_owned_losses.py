@@ -86,6 +86,7 @@ def test_what_is_owned_gets_gradients_from_its_own_loss_alone() -> None:
     reconstruction = torch.rand(2, 1, 16, 16, requires_grad=True)
     wanted = torch.autograd.grad(critic.own(reconstruction.detach(), images), list(critic.parameters()))
     owned = OwnedLosses([critic])
+    assert not any(parameter.requires_grad for parameter in critic.parameters())
     for _ in range(2):  # the two micro-batches of a step
         sum(owned(reconstruction, images, 2).values(), start=torch.zeros(())).backward()
     for parameter, gradient in zip(critic.parameters(), wanted, strict=True):
