@@ -158,9 +158,10 @@ def _flat(figures: Any) -> Iterator[tuple[str, str, float]]:
     """Yield level ("" of all), name and value from "psnr", "val_level0_usage" and "level0": {"bits_per_code": …}."""
     for name, value in figures.items() if isinstance(figures, dict) else ():
         level, rest = re.findall(r"^(?:val_)?(?:level(\d+)(?:_|$))?(.*)", name)[0]
-        for inner, number in value.items() if isinstance(value, dict) else [(rest, value)]:
-            if isinstance(number, int | float):
-                yield level, inner.removeprefix("val_"), number
+        if isinstance(value, int | float):
+            yield level, rest, value
+        for inner, below, number in _flat(value):
+            yield level or inner, " ".join(one for one in (rest, below) if one not in ("", "total")), number
 
 
 def _read(about: dict[str, bytes], name: str) -> dict[str, Any]:

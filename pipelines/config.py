@@ -19,7 +19,7 @@ from pipelines.stages.sample import SampleConfig
 from pipelines.storage.fingerprint import hashed
 from pipelines.storage.renamed import renamed, renamed_option
 from pipelines.storage.yaml import read_yaml
-from pipelines.training.sections import PriorConfig, TokenizerSection, at_level, prior_at_level
+from pipelines.training.sections import PriorConfig, TokenizerSection, at_level, prior_for, stored_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +74,24 @@ class Config:
         if not self.tokenizer.from_ and not self.images.from_:
             self.tokenizer.model.grids(self.images.size)
         if not self.tokenizer.from_ and not self.codes.from_:
-            self.check_levels(self.tokenizer.model.num_levels)
+            self.check_levels(stored_sizes(self.tokenizer))
         if not self.tokenizer.from_:
             at_level(self.tokenizer.training, 0, 1, "tokenizer.training.")
 
-    def check_levels(self, num_levels: int) -> None:
-        """Raise ValueError unless every setting per level fits so many levels, and each level's prior can be built."""
-        for level in range(num_levels):
-            at_level(self.sample, level, num_levels, "sample.", ("temperature", "top_k", "top_p", "guidance"))
-            prior_at_level(self.prior, level, num_levels)
+    def check_levels(self, sizes: Sequence[int | None]) -> None:
+        """Raise ConfigError unless settings per level fit these levels, and each one's prior can be built and drawn.
+
+        Args:
+            sizes: K of each level, None where it is continuous.
+        """
+        for level, size in enumerate(sizes):
+            drawn = at_level(self.sample, level, len(sizes), "sample.", ("temperature", "top_k", "top_p", "guidance"))
+            prior_for(self.prior, level, sizes)
+            if size is None and (drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1 or drawn.classes):
+                raise ConfigError(
+                    f"sample.top_k, top_p, guidance and classes are of codes, and level {level} holds numbers; "
+                    "leave them out"
+                )
 
 
 def make_parser(stage: str = "STAGE") -> ArgumentParser:
@@ -110,7 +119,10 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
         raise ConfigError(f"cannot use the config {path}: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
-    settings = renamed(_rename(settings, "from", "from_"))
+    try:
+        settings = renamed(_rename(settings, "from", "from_"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     overrides = [renamed_option(argument) for argument in overrides]
     _check_sections(settings, Config)
     _check_options(overrides)
@@ -201,7 +213,8 @@ def _check_used(overrides: Sequence[str], config: Config) -> None:
     }
     for option in (argument.split("=")[0].removeprefix("--") for argument in overrides if argument.startswith("--")):
         section, _, rest = option.partition(".")
-        if section in chosen and rest.partition(".")[0] in chosen[section][2]:
+        unread = option.removeprefix("tokenizer.model.") in config.tokenizer.family.unread
+        if unread or (section in chosen and rest.partition(".")[0] in chosen[section][2]):
             setting, kind, _ = chosen[section]
             raise ConfigError(f"--{option} would change nothing: {section}.{setting} is {kind}; choose that kind too")
     given = {*overrides, *(argument.partition("=")[2] for argument in overrides)}

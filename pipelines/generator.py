@@ -199,7 +199,7 @@ class Generator(nn.Module):
             folder = model_folder(name, "generator", PUBLISHED, revision)
             model = HierarchicalVQVAE.from_pretrained(tokenizer or folder / "tokenizer")
             if is_run(folder):  # it may hold levels that an earlier tokenizer had
-                folders = [folder / "prior" / f"level{level}" for level in range(model.config.num_levels)]
+                folders = [folder / "prior" / f"level{level}" for level in range(len(model.levels))]
                 prior = HierarchicalPrior([LevelPrior.from_pretrained(path) for path in folders])
             else:
                 prior = HierarchicalPrior.from_pretrained(folder / "prior")

@@ -7,7 +7,7 @@ from pipelines.compute.devices import ComputeConfig, local_processes, this_worke
 from pipelines.config import Config
 from pipelines.errors import ConfigError
 from pipelines.stages.sample import SampleConfig, class_indices
-from pipelines.training.sections import TrainingConfig, at_level, prior_at_level
+from pipelines.training.sections import TrainingConfig, at_level, prior_for, stored_sizes
 from tokenizer import HierarchicalVQVAE
 
 
@@ -30,9 +30,10 @@ def judge(
     Raises:
         ConfigError: names the settings that do not go together.
     """
-    model = tokenizer.config if tokenizer else config.tokenizer.model
-    levels = len(codes["levels"]) if codes else model.num_levels
-    config.check_levels(levels)
+    sizes = tokenizer.codebook_sizes if tokenizer else stored_sizes(config.tokenizer)
+    if codes:
+        sizes = [level["codebook_size"] for level in codes["levels"]]
+    config.check_levels(sizes)
     if not codes:
         _check_images(config, images, tokenizer)
     if known := codes or images:
@@ -43,7 +44,7 @@ def judge(
         if config.compute.strategy == "fsdp":
             raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
     if "train-prior" in stages:
-        training += [prior_at_level(config.prior, level, levels).training for level in range(levels)]
+        training += [prior_for(config.prior, level, sizes).training for level in range(len(sizes))]
     for section in training:
         _check_training(section, config.compute)
 

@@ -175,7 +175,7 @@ class Run:
 
     def _train_level(self, level: int, manifest: dict) -> bool:
         config, stage = self.config, "train-prior"
-        section = prior_for(config.prior, level, manifest["levels"])
+        section = prior_for(config.prior, level, [one["codebook_size"] for one in manifest["levels"]])
         settings = {"seed": config.seed, "prior": used(section), "made_from": {"codes": manifest_digest(manifest)}}
         folder = self.finished.level(level)
         with self._alone(folder):

@@ -165,6 +165,7 @@ def test_a_gaussian_is_drawn_from_with_its_mean_and_variance() -> None:
 def test_units_that_do_not_vary_are_not_active() -> None:
     bottleneck = Gaussian(2)
     features = torch.zeros(50, 4, 2, 2)
+    features[:, 0] = torch.randn(2, 2)  # a pattern, the same in every image, says nothing of one
     features[:, 1] = torch.randn(50, 2, 2)
     figures = bottleneck.figures()
     figures.update(bottleneck(features), torch.ones(50))

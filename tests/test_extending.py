@@ -41,7 +41,11 @@ def test_the_bottleneck_of_the_page_goes_from_images_to_samples(
     (tmp_path / "tokenizer" / "bottlenecks" / "signs.py").write_text(code)
     apply(diff, tmp_path)
     few = {"training": {"steps": 2, "val_every": 2, "weight_ema": 0.9}}
-    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}, "tokenizer": few, "prior": few}
+    changes = {
+        "images": {"from": str(tiny_run.parent / "run" / "images")},
+        "tokenizer": {"model": {"code_dim": 32}, **few},
+        "prior": few,
+    }
     config = write_config(tmp_path / "job", changes)
     command = [sys.executable, "-m", "pipelines.cli", "run", config, "--tokenizer.bottleneck=signs"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

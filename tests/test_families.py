@@ -55,7 +55,8 @@ def test_codes_are_made_again_to_the_same_bytes(finished: Path, smalti: Smalti) 
 def test_numbers_in_shards_are_float32_and_damage_is_named(
     tiny_run: Path, tmp_path: Path, write_config: Callable, smalti: Smalti
 ) -> None:
-    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}, "tokenizer": FEW}
+    images = {"from": str(tiny_run.parent / "run" / "images")}
+    changes = {"images": images, "tokenizer": FEW, "prior": {"network": "auto"}}
     config, kind = write_config(tmp_path, changes), "--tokenizer.bottleneck=gaussian"
     assert smalti("train-tokenizer", config, kind)[0] == smalti("encode", config, kind)[0] == 0
     shard = tmp_path / "run" / "codes" / "val-000000.tar"
@@ -75,6 +76,12 @@ def test_numbers_in_shards_are_float32_and_damage_is_named(
 def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Path, smalti: Smalti) -> None:
     code, said = smalti("run", tiny_run, "--tokenizer.fsq.levels=[5,5]")
     assert code == 2 and "--tokenizer.fsq.levels would change nothing: tokenizer.bottleneck is ema" in said
+    code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=fsq", "--tokenizer.model.codebook_size=8")
+    assert code == 2 and "--tokenizer.model.codebook_size would change nothing: tokenizer.bottleneck is fsq" in said
+    code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.top_k=3")
+    assert code == 2 and "sample.top_k, top_p, guidance and classes are of codes, and level 0 holds numbers" in said
+    code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian")
+    assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
     code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")
     assert code == 2 and "--prior.transformer.width would change nothing: prior.network is pixelsnail" in said
 

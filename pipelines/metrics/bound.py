@@ -17,6 +17,7 @@ from torch import Tensor
 from pipelines.data.batches import ValidationBatches, epoch_permutation
 from pipelines.data.codes import Codes
 from pipelines.data.images import ImageShards, to_unit_range
+from pipelines.data.noise import normals
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
 from tokenizer import HierarchicalVQVAE
@@ -129,12 +130,15 @@ def distortion_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards, codes: Co
 
 
 @torch.no_grad()
-def kl_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards) -> Tensor:
+def kl_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards, seed: int) -> Tensor:
     """Return the rate of continuous levels under N(0, I), of each image in nats: KL(q(z | x) || N(0, I)), float64 (N,).
+
+    That of a finer level depends on what was drawn of the coarser ones: it is taken where they are drawn, once.
 
     Args:
         tokenizer: in eval mode, its bottlenecks having a loss "kl".
         shards: a split of images.
+        seed: of what is drawn.
 
     Source: Kingma and Welling 2014, equation 3.
     """
@@ -143,7 +147,9 @@ def kl_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards) -> Tensor:
     for batch in ValidationBatches(len(shards), BATCH_SIZE):
         rows = [row for row in batch if row >= 0]
         pixels = torch.from_numpy(np.stack([shards.pixels(row) for row in rows])).to(device)
-        levels = tokenizer(to_unit_range(pixels)).levels
+        pairs = enumerate(zip(tokenizer.bottlenecks, tokenizer.level_grids, strict=True))
+        noise = [normals(seed, n, rows, (part.noise_channels, *grid)).to(device) for n, (part, grid) in pairs]
+        levels = tokenizer(to_unit_range(pixels), noise).levels
         nats[rows] = torch.stack([level.losses["kl"].double() for level in levels]).sum(0).cpu()
     return nats
 

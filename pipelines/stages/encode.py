@@ -87,7 +87,7 @@ def encode(
     for split, receipt in all_receipts(manifest):
         provenance = {"made_from": receipt["sha256"], "fingerprints": {"tokenizer": mark}, "settings": settings}
         jobs.append(ShardJob(folder / receipt["shard"], receipt["samples"] * len(views[split]), provenance))
-        sources.append((receipt, views[split]))
+        sources.append((split, receipt))
     cache = compute.cache
     share = this_workers(jobs, folder, cache)
     device = inference_device(compute, precise=config.precision == "float32")
@@ -96,9 +96,9 @@ def encode(
     total = sum(jobs[number].samples for number in share.todo)
     with progress_bar(total, "encode", "images", disable=this_worker().rank > 0) as bar:
         for number in share.todo:
-            receipt, shown = sources[number]
+            split, receipt = sources[number]
             shard = cache.shard(images / receipt["shard"], receipt)
-            samples = _encoded(shard, model, encoder, shown, config, seed, compute, bar.update)
+            samples = _encoded(shard, model, encoder, split, views[split], config, seed, compute, bar.update)
             write_shard(jobs[number].path, samples, jobs[number].provenance)
     if all_done(jobs, share, cache):
         check_settings_stay(folder, "encode", {"seed": seed, "encode": config})
@@ -180,6 +180,7 @@ def _encoded(
     path: Path,
     model: HierarchicalVQVAE,
     encoder: Callable[..., list[Tensor]],
+    split: str,
     views: list[str],
     config: EncodeConfig,
     seed: int,
@@ -197,12 +198,12 @@ def _encoded(
     noisy = any(bottleneck.noise_channels for bottleneck in model.bottlenecks)
 
     def noise_of(keys: list[str]) -> tuple:
-        """Return what bottlenecks are given to draw what is stored, a function of the sample's key."""
+        """Return what bottlenecks are given to draw what is stored, a function of split and key."""
         if not noisy:
             return ()
-        places = [int(digest(key)[:8], 16) for key in keys]
+        places = [int(digest(["encode", seed, split, key])[:16], 16) for key in keys]
         shapes = [(part.noise_channels, *grid) for part, grid in zip(model.bottlenecks, model.level_grids, strict=True)]
-        return ([normals(seed * 101 + level, 0, places, shape).to(device) for level, shape in enumerate(shapes)],)
+        return ([normals(level, 0, places, shape).to(device) for level, shape in enumerate(shapes)],)
 
     for batch in loader:
         images = to_unit_range(torch.from_numpy(np.stack([pixels for _, _, pixels in batch])).to(device))

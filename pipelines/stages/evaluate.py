@@ -77,8 +77,8 @@ def evaluate(
         train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
         scales = fitted_scales(tokenizer, train, seed)
         distortion = distortion_nats(tokenizer, val, Codes(codes, "val", unpacked, compute.cache), scales)
-        if any(size is None for size in tokenizer.codebook_sizes):
-            nats = {"without_class": kl_nats(tokenizer, val)}
+        if any(size is None for size in tokenizer.codebook_sizes):  # N(0, I) is the only prior of numbers
+            nats = {"without_class": kl_nats(tokenizer, val, seed)}
         fitted = {"fitted_to_images": min(len(train), FITTED_IMAGES), "scales_grey_levels": scales.tolist()}
         figures["bound"] = fitted | bound_figures(nats, distortion, val.channels * val.size**2)
     return figures
@@ -194,10 +194,12 @@ def _tokenizer_table(figures: dict[str, Any]) -> list[str]:
     ]
     names = [name.removeprefix("level0_") for name in figures if name.startswith("level0_")]
     lines.append("  level" + "".join(f" {name:>12}" for name in names))
-    for level in range(sum(name.endswith(f"_{names[0]}") for name in figures)):
-        values = [(name, figures[f"level{level}_{name}"]) for name in names]
-        shown = [f"{value:>12.1%}" if name in SHARES else f"{value:>12.5g}" for name, value in values]
-        lines.append(f"  {level:>5} " + " ".join(shown))
+    for level in range(sum(name.endswith(f"_{names[-1]}") for name in figures)):
+        values = [(name, figures.get(f"level{level}_{name}")) for name in names]  # losses are of the first grid alone
+        shown = [
+            "-" if value is None else f"{value:.1%}" if name in SHARES else f"{value:.5g}" for name, value in values
+        ]
+        lines.append(f"  {level:>5} " + " ".join(f"{one:>12}" for one in shown))
     return lines
 
 

@@ -191,6 +191,8 @@ def _check_settings(config: SampleConfig, prior: HierarchicalPrior) -> None:
             raise StageError(f"sample.{name} must be one value or one per level ({levels}), got {values}")
     guidance = config.guidance if isinstance(config.guidance, list) else [config.guidance] * levels
     for level, value in zip(prior.levels, guidance, strict=True):
+        if level.config.codebook_sizes[-1] is None and (value != 1 or config.top_k or config.top_p != 1):
+            raise StageError("sample.top_k, top_p and guidance are of codes, and these levels hold numbers; leave them")
         if value != 1 and not prior.class_names:
             raise StageError("sample.guidance needs classes, but the prior was trained without; leave it at 1")
         if value != 1:

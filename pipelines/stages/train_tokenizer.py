@@ -115,6 +115,7 @@ class TokenizerTraining(pl.LightningModule):
         learners = [section.family.learner(bottleneck) for bottleneck in model.bottlenecks]
         self.learners = nn.ModuleList(one for one in learners if one is not None)  # type: ignore[assignment]
         self.owned = OwnedLosses(losses)
+        self.owned_before: list[dict[str, Any]] = []
         self.training_config, self.seed, self.folder = training, seed, folder
         self.statistics: list[Tensor] | None = None  # of the micro-batches since the last optimizer step
         self.micro = 0
@@ -130,11 +131,13 @@ class TokenizerTraining(pl.LightningModule):
         checkpoint["owned"] = self.owned.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.counted = checkpoint["counted"]
-        self.owned.load(checkpoint["owned"])
+        self.counted = checkpoint.get("counted", {})
+        self.owned_before = checkpoint.get("owned", [])
 
     def on_fit_start(self) -> None:
         self.owned.to(self.device)
+        if self.owned_before:  # loaded once all is where it stays: an optimizer's state follows its parameters
+            self.owned.load(self.owned_before)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         seed_step(self.seed, self.global_step, self.micro, self.global_rank)

@@ -30,7 +30,7 @@ def renamed_option(argument: str) -> str:
 
 
 def _moved(settings: Any, names: Mapping[str, str]) -> Any:
-    """Return settings with those that names holds under their other name; sections that this empties are gone."""
+    """Return settings with those that names holds under their other name, without the sections left empty."""
     if not isinstance(settings, dict):
         return settings
     settings = _copied(settings)
@@ -38,9 +38,13 @@ def _moved(settings: Any, names: Mapping[str, str]) -> Any:
         (section, part, setting), (_, to, new) = name.split("."), other.split(".")
         outer = settings.get(section)
         if isinstance(outer, dict) and isinstance(outer.get(part), dict) and setting in outer[part]:
-            outer.setdefault(to, {})[new] = outer[part].pop(setting)
-            if not outer[part]:
-                del outer[part]
+            there = outer.setdefault(to, {})
+            if not isinstance(there, dict) or new in there:
+                raise ValueError(f"{name} is called {other} now; give it once, by that name")
+            there[new] = outer[part].pop(setting)
+    for section, part, _ in (name.split(".") for name in names):
+        if isinstance(settings.get(section), dict) and settings[section].get(part) == {}:
+            del settings[section][part]
     return settings
 
 

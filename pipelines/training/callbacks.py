@@ -45,6 +45,9 @@ class WholeCheckpoints(TorchCheckpointIO):
                 checkpoint = retried(lambda: _load_remote(source, map_location), f"read {source}")
             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
                 raise ValueError("it holds no weights")
+            for part in ("state_dict", "current_model_state"):
+                if part in checkpoint:
+                    checkpoint[part] = {_renamed(name): tensor for name, tensor in checkpoint[part].items()}
         except OSError:
             raise
         except Exception as error:  # torch raises many kinds on files that are not its own
@@ -53,6 +56,11 @@ class WholeCheckpoints(TorchCheckpointIO):
                 f"{source} is no checkpoint that can be read ({reason}); remove it to go on without, from the beginning"
             ) from error
         return checkpoint
+
+
+def _renamed(name: str) -> str:
+    """Return what a tensor of a training is called now that was saved under what it was called once."""
+    return name.replace("model.codebooks.", "model.bottlenecks.").replace("emas.", "learners.")
 
 
 def _load_remote(source: Path, map_location: Any) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class OwnedLosses:
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for module in self._modules() for parameter in module.parameters()]
 
+    def __deepcopy__(self, memo: dict) -> "OwnedLosses":
+        """An average of the tokenizer copies the whole training; these are not averaged."""
+        return self
+
     def to(self, device: torch.device) -> None:
         """Move all that they own."""
         for module in self._modules():

@@ -1,8 +1,10 @@
 """The sections of a config that train: they are read by every stage, also by those that do without Lightning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
+
+import torch
 
 from pipelines.data.images import AugmentConfig
 from pipelines.errors import ConfigError
@@ -10,7 +12,10 @@ from pipelines.storage.fingerprint import hashed
 from prior import PixelSNAILConfig, TransformerConfig
 from tokenizer import EMAConfig, TokenizerConfig
 from tokenizer.bottlenecks import KINDS, FSQConfig, GaussianConfig, GradientConfig, Settings
+from tokenizer.bottlenecks.bottleneck import VectorSizes
 
+# What these settings were when they came, for ever.
+GRADIENT_THEN = {"codebook_weight": 1.0, "commitment_weight": 0.25, "kmeans_iterations": 10}
 # What `prior.network` may name; a network's settings stand under its name.
 NETWORKS = ("auto", "transformer", "pixelsnail", "normal")
 
@@ -107,9 +112,9 @@ class TokenizerSection:
     bottleneck: str = field(default="ema", metadata={"introduced": "ema"})
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
-    gradient: GradientConfig = field(default_factory=GradientConfig, metadata={"introduced": hashed(GradientConfig())})
-    fsq: FSQConfig = field(default_factory=FSQConfig, metadata={"introduced": hashed(FSQConfig())})
-    gaussian: GaussianConfig = field(default_factory=GaussianConfig, metadata={"introduced": hashed(GaussianConfig())})
+    gradient: GradientConfig = field(default_factory=GradientConfig, metadata={"introduced": GRADIENT_THEN})
+    fsq: FSQConfig = field(default_factory=FSQConfig, metadata={"introduced": {"levels": [8, 5, 5, 5]}})
+    gaussian: GaussianConfig = field(default_factory=GaussianConfig, metadata={"introduced": {"beta": 0.02}})
     loss: Literal["mse", "l1"] = "mse"
     shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -171,9 +176,21 @@ class PriorConfig:
         return [name for name in ("transformer", "pixelsnail") if name not in used]
 
 
+def stored_sizes(section: TokenizerSection) -> list[int | None]:
+    """Return K of each grid that a tokenizer of this section stores, coarse to fine; None where it is continuous."""
+    model = section.model
+    sizes: list[int | None] = []
+    with torch.device("meta"):  # nothing is computed
+        for size, dim in zip(model.codebook_sizes, model.code_dims, strict=True):
+            told = VectorSizes(codebook_size=size, code_dim=dim, normalize=model.normalize)
+            sizes += section.family.build(told).sizes
+    return sizes
+
+
 def used(section: TokenizerSection | PriorConfig) -> dict[str, Any]:
-    """Return a section as plain data, without the settings of kinds that are not used."""
-    return {name: value for name, value in hashed(section).items() if name not in section.unused}
+    """Return a section as plain data: of several kinds the settings of the one that is used, all of them."""
+    own = {section.bottleneck: hashed(section.family)} if isinstance(section, TokenizerSection) else {}
+    return {name: value for name, value in hashed(section).items() if name not in section.unused} | own
 
 
 T = TypeVar("T")
@@ -218,19 +235,19 @@ def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorCon
     return replace(section, **sizes)
 
 
-def prior_for(config: PriorConfig, level: int, levels: Sequence[Mapping[str, Any]]) -> PriorConfig:
-    """Return the section for one level of codes that are there, its network chosen.
+def prior_for(config: PriorConfig, level: int, sizes: Sequence[int | None]) -> PriorConfig:
+    """Return the section for one level, its network chosen.
 
     Args:
         config: the section.
         level: 0 for the coarsest.
-        levels: those of the codes' manifest.
+        sizes: K of each level, None where it is continuous.
 
     Raises:
         ConfigError: the network is no prior for what that level holds.
     """
-    section = prior_at_level(config, level, len(levels))
-    continuous = levels[level]["codebook_size"] is None
+    section = prior_at_level(config, level, len(sizes))
+    continuous = sizes[level] is None
     network = {"auto": "normal" if continuous else "transformer"}.get(str(section.network), section.network)
     if (network == "normal") != continuous:
         holds, fits = ("numbers", "normal") if continuous else ("codes", "transformer or pixelsnail")

@@ -119,12 +119,17 @@ class VectorSizes:
 
 
 class Settings(Protocol):
-    """Settings of a family; `of_model` names those that are part of the model, the rest is training's.
+    """Settings of a family.
 
     A family has `build`, the weights of its losses, and its learner, which is None where gradients move everything.
+
+    Attributes:
+        of_model: names of the settings that are part of the model; the rest is training's.
+        unread: names of what it is told by `VectorSizes` and does not use.
     """
 
     of_model: ClassVar[tuple[str, ...]]
+    unread: ClassVar[tuple[str, ...]]
 
     def build(self, sizes: VectorSizes) -> Any:
         """Return a bottleneck for one level."""

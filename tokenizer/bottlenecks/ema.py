@@ -33,6 +33,7 @@ class EMAConfig:
     """
 
     of_model: ClassVar[tuple[str, ...]] = ()
+    unread: ClassVar[tuple[str, ...]] = ()
 
     decay: float = 0.99
     commitment_weight: float = 0.25

@@ -31,6 +31,7 @@ class GaussianConfig:
     """
 
     of_model: ClassVar[tuple[str, ...]] = ()
+    unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
 
     beta: float = 0.02
 
@@ -53,7 +54,7 @@ class GaussianConfig:
 class Gaussian(Float32Module):
     """Features are means and log-variances; what is seen and stored is mean + noise * standard deviation.
 
-    Without noise that is the mean. The loss "kl" is KL(q || N(0, I)) of an image in nats, summed over the grid.
+    Without noise, as in validation, that is the mean. The loss "kl" is KL(q || N(0, I)) of an image in nats.
 
     Args:
         code_dim: D.
@@ -94,28 +95,28 @@ class Gaussian(Float32Module):
 
     def figures(self) -> "ActiveUnits":
         """Return the share of active units, of nothing yet."""
-        return ActiveUnits(self.channels, self.zero.device)
+        return ActiveUnits(self.zero.device)
 
 
 class ActiveUnits:
-    """The share of channels whose mean varies over images and cells by more than ACTIVE_VARIANCE.
+    """The share of channels whose mean varies over images, by ACTIVE_VARIANCE in the mean over cells.
 
     Args:
-        channels: D.
         device: where means are.
     """
 
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.sums = [torch.zeros(2, channels, dtype=torch.float64, device=device), torch.zeros((), device=device)]
+    def __init__(self, device: torch.device) -> None:
+        self.sums = [torch.zeros((), dtype=torch.float64, device=device)] * 3  # of images, means and their squares
 
     def update(self, output: Bottled, mask: Tensor) -> None:
         """Add the means of the images that count."""
         means = output.observed.double().view(len(mask), -1, output.observed.shape[1])  # (B, h*w, D)
         weights = mask.double()[:, None, None]
-        self.sums[0] += torch.stack([(means * weights).sum((0, 1)), (means.square() * weights).sum((0, 1))])
-        self.sums[1] += mask.sum() * means.shape[1]
+        found = (mask.double().sum(), (means * weights).sum(0), (means.square() * weights).sum(0))
+        self.sums = [old + new for old, new in zip(self.sums, found, strict=True)]
 
     def compute(self) -> list[dict[str, float]]:
         """Return "active"."""
-        first, second = self.sums[0] / self.sums[1]
-        return [{"active": float((second - first.square() > ACTIVE_VARIANCE).double().mean())}]
+        images, first, second = self.sums
+        variance = second / images - (first / images).square()  # (h*w, D)
+        return [{"active": float((variance.mean(0) > ACTIVE_VARIANCE).double().mean())}]

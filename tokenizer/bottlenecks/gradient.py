@@ -28,6 +28,7 @@ class GradientConfig:
     """
 
     of_model: ClassVar[tuple[str, ...]] = ()
+    unread: ClassVar[tuple[str, ...]] = ()
 
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
