@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -222,6 +223,23 @@ def test_micro_batches_take_the_codebook_step_of_the_whole_batch(
         found.append(load_file(tmp_path / str(micro) / "run" / "tokenizer" / "model.safetensors"))
     assert least_margin(tmp_path / "1") > 1e-3  # rounding tips no latent to another code
     assert all(torch.allclose(tensor, found[1][name], atol=1e-5) for name, tensor in found[0].items())
+
+
+def test_training_leaves_the_environment_that_says_how_many_processes_there_are(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("NODE_RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    honest = pl.Trainer.fit
+
+    def fit(*args: object, **options: object) -> None:
+        honest(*args, **options)  # type: ignore[arg-type]
+        del os.environ["WORLD_SIZE"]  # as Lightning's own environment does under DDP
+
+    monkeypatch.setattr(pl.Trainer, "fit", fit)
+    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}}
+    Run(load_config(write_config(tmp_path, changes))).stage("train-tokenizer")
+    assert os.environ["WORLD_SIZE"] == "1"  # stages after it ask
 
 
 def test_eval_changes_no_buffer_and_the_codebook_moves_in_training(tiny_run: Path) -> None:

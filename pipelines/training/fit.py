@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -240,10 +241,12 @@ def fit(
         data.batch_size,
         trainer.precision,
     )
+    given = {name: value for name, value in os.environ.items() if name == "WORLD_SIZE"}
     try:
         with Together(trainer.strategy.launcher):
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if exists(last) else None, weights_only=True)
             stop_on_nan.check(trainer.global_step)
+        os.environ.update(given)  # Lightning takes it away at the end, and later stages ask
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
     except torch.OutOfMemoryError as error:
