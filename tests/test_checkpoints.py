@@ -14,7 +14,7 @@ from pipelines.data import codes
 from pipelines.data import images as data
 from pipelines.errors import StageError
 from pipelines.run import Run
-from pipelines.training.callbacks import KeepBest
+from pipelines.training.checkpoints import KeepBest
 from tests.test_training import Killed, dying_at, rows
 
 Job = Callable[[Path, str], Path]

@@ -29,7 +29,7 @@ from pipelines.storage.manifest import read_manifest
 from pipelines.storage.paths import write_json
 from pipelines.storage.receipts import read_receipt
 from pipelines.storage.shards import MAX_MEMBER_BYTES, index_shard
-from pipelines.training.callbacks import WholeCheckpoints
+from pipelines.training.checkpoints import WholeCheckpoints
 from prior import LevelPrior
 from tests.jobs import Job
 from tests.test_pictures import data_of, noise

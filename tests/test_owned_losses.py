@@ -100,7 +100,7 @@ def test_what_it_asks_for_moves_the_tokenizer(train: Callable) -> None:
 
 def test_it_goes_on_where_it_was(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, wanted = train("whole", 0.5, checkpoint_every=1)
-    from pipelines.training.callbacks import KeepLast
+    from pipelines.training.checkpoints import KeepLast
 
     honest = KeepLast.on_train_batch_end
 

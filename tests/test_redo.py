@@ -103,7 +103,7 @@ def test_a_process_that_the_command_has_started_ends_neither_its_stage_nor_its_n
 def test_a_command_with_redo_goes_on_where_it_was_stopped_and_begins_again_once_it_was_done(
     copy_of: Callable[..., Path], smalti: Smalti, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.training.callbacks import KeepLast
+    from pipelines.training.checkpoints import KeepLast
 
     arguments = ("run", copy_of(), "--redo", "train-prior")
     finer = arguments[1].parent / "run" / "prior" / "level1" / "model.safetensors"

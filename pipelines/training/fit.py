@@ -28,15 +28,9 @@ from pipelines.data.batches import TrainingBatches, ValidationBatches
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.folders import publish_model
 from pipelines.storage.paths import exists, write_json
-from pipelines.training.callbacks import (
-    AverageWeights,
-    KeepBest,
-    KeepLast,
-    Leave,
-    Progress,
-    StopOnNonFinite,
-    WholeCheckpoints,
-)
+from pipelines.training.callbacks import AverageWeights, Progress, StopOnNonFinite
+from pipelines.training.checkpoints import KeepBest, KeepLast, WholeCheckpoints
+from pipelines.training.leaving import Leave
 from pipelines.training.loggers import make_loggers
 from pipelines.training.sections import TrainingConfig
 from prior import LevelPrior

@@ -52,7 +52,7 @@ from pipelines.run import Run
 from pipelines.storage.cache import Cache
 from pipelines.storage.receipts import read_receipt
 from pipelines.storage.shards import index_shard
-from pipelines.training.callbacks import WholeCheckpoints
+from pipelines.training.checkpoints import WholeCheckpoints
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
 
