@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelines.data.batches import ValidationBatches, epoch_permutation
 from pipelines.data.codes import Codes
 from pipelines.data.images import ImageShards, to_unit_range
-from pipelines.data.noise import normals
+from pipelines.data.noise import noise_for
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
 from tokenizer import HierarchicalVQVAE
@@ -147,8 +147,7 @@ def kl_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards, seed: int) -> Ten
     for batch in ValidationBatches(len(shards), BATCH_SIZE):
         rows = [row for row in batch if row >= 0]
         pixels = torch.from_numpy(np.stack([shards.pixels(row) for row in rows])).to(device)
-        pairs = enumerate(zip(tokenizer.bottlenecks, tokenizer.level_grids, strict=True))
-        noise = [normals(seed, n, rows, (part.noise_channels, *grid)).to(device) for n, (part, grid) in pairs]
+        noise = noise_for(tokenizer, [(seed, level) for level in range(len(tokenizer.bottlenecks))], rows)
         levels = tokenizer(to_unit_range(pixels), noise).levels
         nats[rows] = torch.stack([level.losses["kl"].double() for level in levels]).sum(0).cpu()
     return nats

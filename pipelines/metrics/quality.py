@@ -36,9 +36,8 @@ class TokenizerQuality:
         """
         mask = mask.double()
         errors = (output.reconstruction.float() - images).double().flatten(1)  # (B, C*H*W)
-        self.errors += (torch.stack([torch.ones_like(mask), errors.square().mean(1), errors.abs().mean(1)]) * mask).sum(
-            1
-        )
+        per_image = torch.stack([torch.ones_like(mask), errors.square().mean(1), errors.abs().mean(1)])
+        self.errors += (per_image * mask).sum(1)
         first = 0  # of the level's stored grids
         for level, figures in zip(output.levels, self.of_levels, strict=True):
             figures.update(level, mask)

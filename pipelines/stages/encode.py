@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from pipelines.compute.devices import ComputeConfig, inference_device, num_loaders, on_gpu, this_worker
 from pipelines.data.images import sample_pixels, shift_pixels, to_unit_range
-from pipelines.data.noise import normals
+from pipelines.data.noise import noise_for
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
@@ -137,10 +137,12 @@ def compiled_encoder(model: HierarchicalVQVAE, batch_size: int) -> Callable[...,
     """
     encode = torch.compile(model.encode, dynamic=False)
 
-    def encoder(images: Tensor, *noise: list[Tensor]) -> list[Tensor]:
-        filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))
-        drawn = [[F.pad(one, (0, 0, 0, 0, 0, 0, 0, batch_size - len(one))) for one in levels] for levels in noise]
-        return encode(filled.contiguous(memory_format=torch.channels_last), *drawn)
+    def filled(batch: Tensor) -> Tensor:
+        return F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - len(batch)))
+
+    def encoder(images: Tensor, noise: list[Tensor] | None = None) -> list[Tensor]:
+        whole = filled(images).contiguous(memory_format=torch.channels_last)
+        return encode(whole) if noise is None else encode(whole, [filled(one) for one in noise])
 
     return encoder
 
@@ -195,22 +197,14 @@ def _encoded(
     workers = min(8, num_loaders(compute)) if len(data) * model.image_size**2 > 2**26 else 0
     loader = DataLoader(data, config.batch_size, num_workers=workers, collate_fn=list)  # type: ignore[arg-type,var-annotated]
     half = config.precision == "bfloat16"
-    noisy = any(bottleneck.noise_channels for bottleneck in model.bottlenecks)
-
-    def noise_of(keys: list[str]) -> tuple:
-        """Return what bottlenecks are given to draw what is stored, a function of split and key."""
-        if not noisy:
-            return ()
-        places = [int(digest(["encode", seed, split, key])[:16], 16) for key in keys]
-        shapes = [(part.noise_channels, *grid) for part, grid in zip(model.bottlenecks, model.level_grids, strict=True)]
-        return ([normals(level, 0, places, shape).to(device) for level, shape in enumerate(shapes)],)
-
+    streams = [(level, 0) for level in range(len(model.bottlenecks))]
     for batch in loader:
         images = to_unit_range(torch.from_numpy(np.stack([pixels for _, _, pixels in batch])).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            codes = encoder(
-                images.contiguous(memory_format=torch.channels_last), *noise_of([key for key, _, _ in batch])
-            )
+            # What is drawn to be stored is a function of split and key.
+            places = (int(digest(["encode", seed, split, key])[:16], 16) for key, _, _ in batch)
+            noise = noise_for(model, streams, places)
+            codes = encoder(images.contiguous(memory_format=torch.channels_last), noise)
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
         for row, (key, beside, _) in enumerate(batch):
             grids = {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}

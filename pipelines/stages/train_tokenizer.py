@@ -22,7 +22,7 @@ from pipelines.data.images import (
     to_uint8,
     to_unit_range,
 )
-from pipelines.data.noise import normals
+from pipelines.data.noise import noise_for
 from pipelines.data.pictures import picture_grid
 from pipelines.metrics.quality import TokenizerQuality
 from pipelines.storage.paths import whole
@@ -172,7 +172,8 @@ class TokenizerTraining(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         images = to_unit_range(batch).contiguous(memory_format=torch.channels_last)
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
-        output = self.model(images, self._noise(range(first, first + len(images))))
+        streams = [(self.seed * 101 + level, self.global_step) for level in range(1, len(self.model.bottlenecks) + 1)]
+        output = self.model(images, noise_for(self.model, streams, range(first, first + len(images))))
         loss = self.loss(output.reconstruction, images, [level.losses for level in output.levels])
         parts = self.owned(output.reconstruction, images, self.training_config.micro_batches)
         loss = loss + sum(parts.values(), start=torch.zeros_like(loss))
@@ -181,17 +182,6 @@ class TokenizerTraining(pl.LightningModule):
         named = {f"train_{name}": value.detach() for name, value in parts.items()}
         self.log_dict({"train_loss": loss.detach(), "train_mse": mse, **named})
         return loss
-
-    def _noise(self, places: range) -> list[Tensor | None] | None:
-        """Return what each bottleneck is given for the images of these places in the global batch."""
-        if not any(bottleneck.noise_channels for bottleneck in self.model.bottlenecks):
-            return None
-        noise = []
-        for level, (bottleneck, grid) in enumerate(zip(self.model.bottlenecks, self.model.level_grids, strict=True)):
-            seed = self.seed * 101 + level + 1
-            drawn = normals(seed, self.global_step, places, (bottleneck.noise_channels, *grid))
-            noise.append(drawn.to(self.device, non_blocking=True) if bottleneck.noise_channels else None)
-        return noise
 
     @torch.no_grad()
     def _collect(self, levels: list[Bottled], first: int, number: int) -> None:
