@@ -3,7 +3,7 @@ import torch
 
 from prior.decoder import RecomputingDecoder
 from prior.pixelsnail_decoder import PixelSNAILDecoder
-from tests.priors import decoded, draw_codes, tiny_level, tiny_prior
+from tests.priors import decoded, draw_codes, tiny_level
 
 
 def assert_exact(grids: list[tuple[int, int]], batch: int, **changes: object) -> None:
@@ -34,15 +34,6 @@ def test_each_position_has_the_logits_of_the_full_forward_on_any_grid(grid: tupl
 @pytest.mark.parametrize("attention", [False, True])
 def test_each_position_has_the_logits_of_the_full_forward_below_another_level(attention: bool) -> None:
     assert_exact([(2, 3), (4, 6)], 2, attention=attention)
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_the_codes_are_those_of_the_recomputing_decoder(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    prior = tiny_prior("pixelsnail", [(2, 2), (4, 4)], [16, 16])
-    fast = prior.sample([0, 1, 2], seed=3, guidance=guidance)
-    monkeypatch.setattr("prior.level.decoder_of", RecomputingDecoder)
-    plain = prior.sample([0, 1, 2], seed=3, guidance=guidance)
-    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
 
 def test_kept_rows_do_not_grow_with_the_grid() -> None:

@@ -55,13 +55,18 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         job.wait()
 
 
-@pytest.fixture(scope="module")
-def hung(endless: Callable[..., Path], start: Start) -> tuple[Job, list[int], float]:
-    """A job of which one process has stopped, that one, and when; the job takes time to tell, which other tests use."""
+def job_of_two(endless: Callable[..., Path], start: Start) -> tuple[Job, list[int]]:
+    """Return a training of two processes that has saved a checkpoint, and all its processes but the first."""
     config = endless(devices=2, timeout_s=TIMEOUT_S)
     job = start(SMALTI, "train-tokenizer", config)
     wait_for(last(config).exists)
-    others = children(job)
+    return job, children(job)
+
+
+@pytest.fixture(scope="module")
+def hung(endless: Callable[..., Path], start: Start) -> tuple[Job, list[int], float]:
+    """A job of which one process has stopped, that one, and when; the job takes time to tell, which other tests use."""
+    job, others = job_of_two(endless, start)
     for pid in others:
         os.kill(pid, signal.SIGSTOP)
     return job, others, time.time()
@@ -148,10 +153,7 @@ def assert_told(job: Job, others: list[int]) -> None:
 def test_a_job_ends_with_a_sentence_when_one_of_its_processes_dies(
     hung: tuple[Job, list[int], float], endless: Callable[..., Path], start: Start
 ) -> None:
-    config = endless(devices=2, timeout_s=TIMEOUT_S)
-    job = start(SMALTI, "train-tokenizer", config)
-    wait_for(last(config).exists)
-    others = children(job)
+    job, others = job_of_two(endless, start)
     for pid in others:
         os.kill(pid, signal.SIGKILL)
     begun = time.time()

@@ -5,7 +5,7 @@ from prior.decoder import RecomputingDecoder, draw_by_steps
 from prior.sampling import filtered_probabilities, inverse_cdf
 from prior.transformer import CodeTransformer, TransformerConfig
 from prior.transformer_decoder import BUCKET, TransformerDecoder
-from tests.priors import decoded, draw_codes, randomize, tiny_level, tiny_prior
+from tests.priors import decoded, draw_codes, randomize, tiny_level
 
 
 def assert_exact(grids: list[tuple[int, int]], batch: int, **changes: object) -> None:
@@ -54,15 +54,6 @@ def test_the_first_position_after_a_bucket_sees_the_last_before_it() -> None:
     before, after = (decoded(TransformerDecoder(network, condition), given)[0] for given in (codes, changed))
     assert torch.equal(before[:BUCKET], after[:BUCKET])
     assert not torch.allclose(before[BUCKET], after[BUCKET])
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_the_codes_are_those_of_the_recomputing_decoder(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    prior = tiny_prior("transformer", [(2, 2), (4, 4)], [16, 16])
-    fast = prior.sample([0, 1, 2], seed=3, guidance=guidance)
-    monkeypatch.setattr("prior.level.decoder_of", RecomputingDecoder)
-    plain = prior.sample([0, 1, 2], seed=3, guidance=guidance)
-    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
 
 def test_under_autocast_the_logits_are_those_of_the_full_forward_up_to_its_rounding() -> None:
