@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from pipelines.config import Config
-from pipelines.data.held_out import held_out
+from pipelines.data.held_out import check_codes_of_images, held_out
 from pipelines.errors import StageError, told_to_user
+from pipelines.metrics.subject import Subject, open_subject
 from pipelines.progress import counted
 from pipelines.storage.fingerprint import digest, manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete, named_folder
@@ -133,6 +134,40 @@ class Finished:
     def prior_held_out(self) -> bool | None:
         """Whether the codes' val split was held out from the priors' training; see `held_out`."""
         return held_out(self._levels(), "codes", self.codes, own=not self.config.codes.from_)
+
+    def samples(self) -> Path | None:
+        """Return the folder of the finished set of samples, if there is one, and tokenizer and priors too.
+
+        Raises:
+            StageError: others drew it, or it is damaged.
+        """
+        folder = self.root / self.config.sample.folder
+        if not (self.has_tokenizer() and self.has_priors() and is_complete(folder)):
+            return None
+        if not self.samples_fit(folder, self.tokenizer(), self.prior()):
+            raise StageError(f"{folder} is damaged or was drawn by other models; run `smalti sample` first")
+        return folder
+
+    def subject(self) -> tuple[Subject, dict[str, bool | None]]:
+        """Open what there is to evaluate; also whether val was held out from training, of the tokenizer and of priors.
+
+        Raises:
+            StageError: nothing is there, or what is there does not belong together.
+        """
+        known: dict[str, bool | None] = {}
+        tokenizer = self.tokenizer() if self.has_tokenizer() else None
+        images = self.images if self.has_images() and tokenizer else None
+        prior = self.prior() if self.has_priors() and self.checked_codes() else None
+        if images:
+            known["tokenizer"] = self.tokenizer_held_out()
+        if prior:
+            known["prior"] = self.prior_held_out()
+        if not known:
+            raise StageError(f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated")
+        if images and prior:
+            check_codes_of_images(self.codes, images)
+        seed, compute = self.config.seed, self.config.compute
+        return open_subject(tokenizer, images, prior, self.codes, self.unpacked, self.samples(), seed, compute), known
 
     def unfinished(self) -> list[str]:
         """Say what the run itself has begun and not finished, and what is missing though later parts are there."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from pipelines.begun import as_begun
 from pipelines.compute.devices import described, started_by_a_launcher, this_worker
 from pipelines.compute.launching import workers_of
+from pipelines.compute.ranks import adding_up
 from pipelines.compute.signals import PARENT
 from pipelines.config import Config
-from pipelines.data.held_out import check_codes_of_images
 from pipelines.errors import ConfigError, StageError
 from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
@@ -206,34 +206,19 @@ class Run:
         return self._close("sample", folder)
 
     def evaluate(self) -> bool:
-        """Measure what is there: a tokenizer where images are, priors where codes are, and the bound where all are.
+        """Measure what is there: a tokenizer where images are, priors where codes are, samples, and the bound.
 
         Raises:
             StageError: nothing is there, or what is there does not belong together.
         """
         from pipelines.stages.evaluate import evaluate, table  # its metrics take seconds to import
 
-        if this_worker().rank > 0:
-            return _skip("evaluate", "the first process does it")
         make_folder(self.root)
-        images = self.finished.images if self.finished.has_images() else None
-        tokenizer = self.finished.tokenizer() if self.finished.has_tokenizer() else None
-        prior = self.finished.prior() if self.finished.has_priors() and self.finished.checked_codes() else None
-        known: dict[str, bool | None] = {}
-        if tokenizer and images:
-            known["tokenizer"] = self.finished.tokenizer_held_out()
-        if prior:
-            known["prior"] = self.finished.prior_held_out()
-        if not known:
-            raise StageError(f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated")
-        if tokenizer and images and prior:
-            check_codes_of_images(self.finished.codes, images)
-            known["bound"] = known["tokenizer"] and known["prior"]
-        codes, unpacked = self.finished.codes, self.finished.unpacked
-        figures = evaluate(tokenizer, images, prior, codes, unpacked, self.config.seed, self.config.compute)
-        figures = {part: {"held_out": known[part], **found} for part, found in figures.items()}
-        print(table(figures))
-        write_json(self.root / "metrics.json", figures)
+        with workers_of(self.config.compute), adding_up(self.config.compute):
+            figures = evaluate(*self.finished.subject())
+        if this_worker().rank == 0:
+            print(table(figures))
+            write_json(self.root / "metrics.json", figures)
         return True
 
     def verify(self) -> bool:

@@ -11,8 +11,9 @@ import torch
 from pipelines.config import load_config
 from pipelines.data.images import ImageShards
 from pipelines.metrics.bound import fitted_scales
+from pipelines.metrics.subject import open_subject
 from pipelines.run import Run
-from pipelines.stages.evaluate import evaluate_prior, table
+from pipelines.stages.evaluate import evaluate, table
 from pipelines.storage.cache import Cache
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
@@ -115,9 +116,10 @@ def test_priors_are_asked_without_class_only_where_training_hid_classes(run: Pat
     for level in prior.levels:
         object.__setattr__(level.config, "unconditional", hides_classes)
     compute = load_config(run.parent / "config.yaml").compute
-    judged = evaluate_prior(prior, run / "codes", run / "prior" / "codes", compute)
+    subject = open_subject(None, None, prior, run / "codes", run / "prior" / "codes", None, 0, compute)
+    figures = evaluate(subject, {"prior": True})["prior"]
     wanted = ["given_class", "without_class"] if hides_classes else ["given_class"]
-    assert list(judged.nats) == list(judged.figures["rate_bits_per_dim"]) == wanted
+    assert list(figures["level1"]["nats_per_code"]) == list(figures["rate_bits_per_dim"]) == wanted
 
 
 def test_tables_fit_a_terminal_and_call_things_what_they_are(tiny_run: Path) -> None:

@@ -60,8 +60,11 @@ class ImageShards:
         StageError: the split is empty.
     """
 
+    # What its manifest is one of, and the stage that makes it.
+    kind, stage = "images", "pack"
+
     def __init__(self, folder: Path, split: str, cache: Cache) -> None:
-        manifest = read_manifest(folder, "images", "pack")
+        manifest = read_manifest(folder, self.kind, self.stage)
         self.folder, self.cache = folder, cache
         self.size: int = manifest["image_size"]
         self.channels: int = manifest["channels"]
@@ -73,7 +76,7 @@ class ImageShards:
         self.keeps = len(self) * self.channels * self.size**2 <= KEPT_BYTES
         self.kept: dict[int, np.ndarray] = {}
         if not len(self):
-            raise StageError(f"{folder} holds no images of the {split} split; run `smalti pack` again")
+            raise StageError(f"{folder} holds no images of the {split} split; run `smalti {self.stage}` again")
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -87,11 +90,19 @@ class ImageShards:
                 self.kept[index] = pixels
         return pixels
 
-    def _decoded(self, index: int) -> np.ndarray:
+    def key(self, index: int) -> str:
+        """Return the key of an image."""
+        return self.sample(index)[1].key
+
+    def sample(self, index: int) -> tuple[Path, SampleIndex]:
+        """Return where an image and what goes with it lie: a local shard, and the members in it."""
         number = bisect_right(self.ends, index)
         before = self.ends[number - 1] if number else 0
         path = self._shard(number)
-        return sample_pixels(path, _shard_index(path)[index - before], self.size, self.channels)
+        return path, _shard_index(path)[index - before]
+
+    def _decoded(self, index: int) -> np.ndarray:
+        return sample_pixels(*self.sample(index), self.size, self.channels)
 
     def _shard(self, number: int) -> Path:
         path = self.checked.get(number)
@@ -100,7 +111,7 @@ class ImageShards:
             if len(_shard_index(path)) != self.sizes[number]:
                 raise StageError(
                     f"{path} holds {len(_shard_index(path))} samples but its manifest tells of {self.sizes[number]}; "
-                    "run `smalti pack` again"
+                    f"run `smalti {self.stage}` again"
                 )
             self.checked[number] = path
         return path

@@ -14,22 +14,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.data.batches import ValidationBatches, epoch_permutation
-from pipelines.data.codes import Codes
+from pipelines.data.batches import epoch_permutation
 from pipelines.data.images import ImageShards, to_unit_range
 from pipelines.data.noise import noise_for
-from pipelines.errors import StageError
+from pipelines.metrics.metric import Metric, Rows, title
+from pipelines.metrics.subject import BATCH_SIZE, Seen, Subject
 from pipelines.progress import progress_bar
 from tokenizer import HierarchicalVQVAE
 
-# Images at once; nothing but rounding depends on it.
-BATCH_SIZE = 64
 # Training images that scales are fitted to, and the shards that they are drawn from, so that few are fetched.
 FITTED_IMAGES, FITTED_SHARDS = 1000, 8
 # Scales to choose from, in grey levels. The best of them costs less than 0.001 bits a value more than the best of all.
 SCALES = [2 ** (power / 16) for power in range(-4 * 16, 7 * 16 + 1)]
 # Reconstructions are counted to an eighth of a grey level while scales are fitted.
 PARTS = 8
+
+
+class Bound(Metric):
+    """The bound in bits per dimension, rate + distortion, with a 95% interval over images.
+
+    The rate of continuous levels is KL(q(z | x) || N(0, I)) (Kingma and Welling 2014, equation 3), and N(0, I) their
+    only prior. That of a finer level depends on what was drawn of the coarser ones: it is taken where they are drawn,
+    once.
+    """
+
+    name = "bound"
+    needs = ("val.images", "val.decoded", "val.nats", "train.images")
+    less_is_better = ("bits_per_dim", "distortion_bits_per_dim", "rate_bits_per_dim")
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        assert subject.tokenizer
+        val, self.train = subject.splits["val"], subject.splits["train"].images
+        self.scales = fitted_scales(subject.tokenizer, self.train, subject.seed)
+        self.distortion = Rows(len(val))
+        self.rates = {condition: Rows(len(val)) for condition in subject.conditions}
+        self.continuous = any(size is None for size in subject.tokenizer.codebook_sizes)
+
+    def update(self, seen: Seen) -> None:
+        if seen.split != "val":
+            return
+        scales = self.scales.float().to(seen.decoded.device)[:, None, None]
+        nats = pixel_nats(seen.pixels.to(seen.decoded.device), grey_levels(seen.decoded), scales)
+        self.distortion.put(seen.rows, nats.flatten(1).sum(1, dtype=torch.float64))
+        for condition, rates in self.rates.items():
+            levels = [self._kl(seen)] if self.continuous else [level.nats for level in seen.judged(condition)]
+            rates.put(seen.rows, torch.stack(levels).sum(0))
+
+    def compute(self) -> dict[str, Any]:
+        fitted = {
+            "fitted_to_images": min(len(self.train), FITTED_IMAGES),
+            "scales_grey_levels": self.scales.tolist(),
+        }
+        rates = {condition: rows.all() for condition, rows in self.rates.items()}
+        return fitted | bound_figures(rates, self.distortion.all(), self.subject.dims)
+
+    def _kl(self, seen: Seen) -> Tensor:
+        """Return the rate of each image in nats, float64 (B,)."""
+        tokenizer = self.subject.tokenizer
+        assert tokenizer
+        streams = [(self.subject.seed, level) for level in range(len(tokenizer.bottlenecks))]
+        levels = tokenizer(seen.images, noise_for(tokenizer, streams, seen.rows)).levels
+        return torch.stack([level.losses["kl"].double() for level in levels]).sum(0).cpu()
+
+    @classmethod
+    def table(cls, figures: dict[str, Any]) -> list[str]:
+        lines = [
+            title("bound on the pixels", figures),
+            "  bits per image dimension at most: rate of the codes + distortion",
+        ]
+        lines.append(f"  {'-log2 of':<13} {'rate':>9} {'distortion':>11} {'bound':>9}   95% interval over images")
+        for what, bits in figures["bits_per_dim"].items():
+            rate, interval = figures["rate_bits_per_dim"][what], figures["bits_per_dim_interval95"][what]
+            shown = "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+            what = {"given_class": "p(x | class)", "without_class": "p(x)"}[what]
+            lines.append(
+                f"  {what:<13} {rate:>9.4f} {figures['distortion_bits_per_dim']:>11.4f} {bits:>9.4f}   {shown}"
+            )
+        return lines
 
 
 def pixel_nats(values: Tensor, means: Tensor, scales: Tensor | float) -> Tensor:
@@ -99,58 +161,6 @@ def _likeliest_scale(counts: Tensor, means: int) -> float:
         middle = (low + high) // 2
         low, high = (low, middle) if cost(middle) <= cost(middle + 1) else (middle + 1, high)
     return SCALES[low]
-
-
-@torch.no_grad()
-def distortion_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards, codes: Codes, scales: Tensor) -> Tensor:
-    """Return -log p(x | codes) of each image in nats, float64 (N,) on the CPU.
-
-    Args:
-        tokenizer: in eval mode.
-        shards: a split of images.
-        codes: of the same split, one of each image, in the same order.
-        scales: (C,) in grey levels.
-
-    Raises:
-        StageError: there are not as many codes as images.
-    """
-    if len(codes) != len(shards):
-        raise StageError(f"{shards.folder} holds {len(shards)} images but {len(codes)} codes of them are there")
-    device = next(tokenizer.parameters()).device
-    scales = scales.float().to(device)[:, None, None]
-    nats = torch.zeros(len(shards), dtype=torch.float64)
-    with progress_bar(len(shards), "evaluate bound", "images") as bar:
-        for batch in ValidationBatches(len(shards), BATCH_SIZE):
-            rows = [row for row in batch if row >= 0]
-            pixels = torch.from_numpy(np.stack([shards.pixels(row) for row in rows])).to(device)
-            means = grey_levels(tokenizer.decode([grid.to(device) for grid in codes.batch(rows)[0]]))
-            nats[rows] = pixel_nats(pixels, means, scales).flatten(1).sum(1, dtype=torch.float64).cpu()
-            bar.update(len(rows))
-    return nats
-
-
-@torch.no_grad()
-def kl_nats(tokenizer: HierarchicalVQVAE, shards: ImageShards, seed: int) -> Tensor:
-    """Return the rate of continuous levels under N(0, I), of each image in nats: KL(q(z | x) || N(0, I)), float64 (N,).
-
-    That of a finer level depends on what was drawn of the coarser ones: it is taken where they are drawn, once.
-
-    Args:
-        tokenizer: in eval mode, its bottlenecks having a loss "kl".
-        shards: a split of images.
-        seed: of what is drawn.
-
-    Source: Kingma and Welling 2014, equation 3.
-    """
-    device = next(tokenizer.parameters()).device
-    nats = torch.zeros(len(shards), dtype=torch.float64)
-    for batch in ValidationBatches(len(shards), BATCH_SIZE):
-        rows = [row for row in batch if row >= 0]
-        pixels = torch.from_numpy(np.stack([shards.pixels(row) for row in rows])).to(device)
-        noise = noise_for(tokenizer, [(seed, level) for level in range(len(tokenizer.bottlenecks))], rows)
-        levels = tokenizer(to_unit_range(pixels), noise).levels
-        nats[rows] = torch.stack([level.losses["kl"].double() for level in levels]).sum(0).cpu()
-    return nats
 
 
 def bound_figures(rates: dict[str, Tensor], distortion: Tensor, dims: int) -> dict[str, Any]:

@@ -46,18 +46,23 @@ class TokenizerQuality:
                 self.losses[f"level{first}_{name}"] = self.losses.get(f"level{first}_{name}", 0) + found
             first += len(level.stored)
 
+    def sums(self) -> list[Tensor]:
+        """Return all that is added up, the same tensors for all that have seen anything of one model."""
+        return [self.errors, *self.losses.values(), *(one for figures in self.of_levels for one in figures.sums)]
+
     def figures(self) -> dict[str, float]:
-        """Return mse, l1, psnr, and for each level its losses and what its bottleneck tells of itself."""
-        images, mse, l1 = sum_over_ranks(self.errors).tolist()
+        """Return mse, l1, psnr, and for each level its losses and what its bottleneck tells of itself; of all ranks."""
+        for tensor in self.sums():
+            sum_over_ranks(tensor)
+        return self.compute()
+
+    def compute(self) -> dict[str, float]:
+        """Return the same of what this one has seen."""
+        images, mse, l1 = self.errors.tolist()
         mse, l1 = mse / images, l1 / images
         figures = {"mse": mse, "l1": l1, "psnr": 10 * math.log10(4 / max(mse, 1e-12)) if mse == mse else math.nan}
-        told = []
-        for one in self.of_levels:
-            for tensor in one.sums:
-                sum_over_ranks(tensor)
-            told += one.compute()
-        for level, named in enumerate(told):
+        for level, named in enumerate(told for one in self.of_levels for told in one.compute()):
             losses = {name: value for name, value in self.losses.items() if name.startswith(f"level{level}_")}
-            figures |= {name: float(sum_over_ranks(value)) / images for name, value in losses.items()}
+            figures |= {name: float(value) / images for name, value in losses.items()}
             figures |= {f"level{level}_{name}": value for name, value in named.items()}
         return figures
