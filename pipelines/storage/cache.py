@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,7 +24,7 @@ class Cache(NamedTuple):
     folder: Path
     limit_bytes: int
 
-    def shard(self, path: Path, receipt: dict[str, Any]) -> Path:
+    def shard(self, path: Path, receipt: Mapping[str, Any]) -> Path:
         """Return a local file with the content that a receipt vouches for.
 
         Args:
@@ -50,7 +51,7 @@ class Cache(NamedTuple):
             )
         return path
 
-    def holds(self, path: Path, receipt: dict[str, Any]) -> bool:
+    def holds(self, path: Path, receipt: Mapping[str, Any]) -> bool:
         """Whether a shard is what its receipt says; a remote one, which is written whole, is judged by its size."""
         if is_local(path):
             return path.is_file() and self._local_sha256(path) == receipt.get("sha256")
