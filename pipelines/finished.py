@@ -10,7 +10,7 @@ from pipelines.metrics.subject import Subject, open_subject
 from pipelines.progress import counted
 from pipelines.storage.fingerprint import digest, manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete, named_folder
-from pipelines.storage.manifest import read_manifest, shards_hold
+from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import exists, is_local, place, read_bytes
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
@@ -97,7 +97,7 @@ class Finished:
         with told_to_user():
             return HierarchicalPrior([LevelPrior.from_pretrained(self._files(folder)) for folder in folders]).eval()
 
-    def checked_codes(self) -> dict:
+    def checked_codes(self) -> CodesManifest:
         """Return the codes' manifest; where this run has the tokenizer too, they must belong together."""
         manifest = read_manifest(self.codes, "codes", "encode")
         if self.has_tokenizer():

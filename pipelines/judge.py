@@ -7,6 +7,7 @@ from pipelines.compute.devices import ComputeConfig, local_processes, this_worke
 from pipelines.config import Config
 from pipelines.errors import ConfigError
 from pipelines.stages.sample import SampleConfig, class_indices
+from pipelines.storage.manifest import CodesManifest, ImagesManifest
 from pipelines.training.sections import TrainingConfig, at_level, prior_for, stored_sizes
 from tokenizer import HierarchicalVQVAE
 
@@ -14,8 +15,8 @@ from tokenizer import HierarchicalVQVAE
 def judge(
     config: Config,
     stages: Collection[str],
-    images: dict | None,
-    codes: dict | None,
+    images: ImagesManifest | None,
+    codes: CodesManifest | None,
     tokenizer: HierarchicalVQVAE | None,
 ) -> None:
     """Refuse what the stages ahead cannot do with what is there already.
@@ -49,7 +50,7 @@ def judge(
         _check_training(section, config.compute)
 
 
-def _check_images(config: Config, images: dict | None, tokenizer: HierarchicalVQVAE | None) -> None:
+def _check_images(config: Config, images: ImagesManifest | None, tokenizer: HierarchicalVQVAE | None) -> None:
     """Refuse images of another size than the tokenizer's, trained or to be trained."""
     size, channels = config.images.size, config.images.channels
     if images:

@@ -35,7 +35,7 @@ from pipelines.stages.verify import (
 )
 from pipelines.storage.fingerprint import manifest_digest, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
-from pipelines.storage.manifest import read_manifest, shards_hold
+from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import make_folder, write_json
 from pipelines.training.sections import at_level, prior_for, used
 
@@ -173,7 +173,7 @@ class Run:
         done = [self._train_level(number, manifest) for number in numbers]
         return any(done)
 
-    def _train_level(self, level: int, manifest: dict) -> bool:
+    def _train_level(self, level: int, manifest: CodesManifest) -> bool:
         config, stage = self.config, "train-prior"
         section = prior_for(config.prior, level, [one["codebook_size"] for one in manifest["levels"]])
         settings = {"seed": config.seed, "prior": used(section), "made_from": {"codes": manifest_digest(manifest)}}

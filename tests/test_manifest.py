@@ -64,6 +64,8 @@ def test_a_manifest_of_another_kind_or_format_is_refused(tmp_path: Path) -> None
         ({"channels": "3"}, "channels is '3'"),
         ({"class_names": [1]}, r"class_names is \[1\]"),
         ({"tokenizer": "../x"}, "tokenizer is"),
+        ({"levels": [{"grid": [2, 2], "codebook_size": None}]}, "levels is"),
+        ({"views": 3}, "views is 3"),
         ({"splits": []}, r"splits is \[\]"),
         ({"splits": {"train": {}}}, "splits is"),
         ({"splits": {"train": [None]}}, "entry 0 of split 'train' is None"),
@@ -106,3 +108,12 @@ def test_a_manifest_too_deep_to_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[" * 100000)
     with pytest.raises(StageError, match="cannot be read"):
         read_manifest(tmp_path, "codes", "encode")
+
+
+def test_samples_say_how_they_were_drawn(tmp_path: Path) -> None:
+    samples = {"kind": "samples", "image_size": 8, "channels": 1, "class_names": [], "fingerprints": {}}
+    write_manifest(tmp_path, {}, samples)
+    with pytest.raises(StageError, match="settings is None"):
+        read_manifest(tmp_path, "samples", "sample")
+    write_manifest(tmp_path, {}, samples | {"settings": {}})
+    read_manifest(tmp_path, "samples", "sample")

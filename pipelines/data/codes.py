@@ -5,7 +5,7 @@ B batch, h w code grid, K codebook_size.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipelines.data.batches import drawn_sample
 from pipelines.errors import StageError
 from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import digest
-from pipelines.storage.manifest import read_manifest, receipts_of
+from pipelines.storage.manifest import CodesManifest, Level, read_manifest, receipts_of
 from pipelines.storage.paths import sweep, whole
 from pipelines.storage.shards import SampleIndex, code_dtype, index_shard, level_shape, read_member
 
@@ -36,7 +36,7 @@ class Codes:
 
     def __init__(self, folder: Path, split: str, unpacked: Path, cache: Cache) -> None:
         manifest = read_manifest(folder, "codes", "encode")
-        self.grids = [tuple(level["grid"]) for level in manifest["levels"]]
+        self.grids = [(level["grid"][0], level["grid"][1]) for level in manifest["levels"]]
         self.codebook_sizes = [level["codebook_size"] for level in manifest["levels"]]
         self.class_names: list[str] = manifest["class_names"]
         paths = unpack_codes(folder, manifest, split, unpacked, cache)
@@ -58,7 +58,7 @@ class Codes:
         return codes, torch.from_numpy(self.labels[rows].astype(np.int64))
 
 
-def unpack_codes(folder: Path, manifest: dict, split: str, unpacked: Path, cache: Cache) -> list[Path]:
+def unpack_codes(folder: Path, manifest: CodesManifest, split: str, unpacked: Path, cache: Cache) -> list[Path]:
     """Write a split's codes and classes as plain arrays, unless they are there: their names hold the shards' hashes.
 
     Returns:
@@ -106,7 +106,7 @@ def unpack_codes(folder: Path, manifest: dict, split: str, unpacked: Path, cache
     return paths
 
 
-def _unpack_shard(path: Path, shard: Path, manifest: dict, arrays: Sequence[np.ndarray], row: int) -> int:
+def _unpack_shard(path: Path, shard: Path, manifest: CodesManifest, arrays: Sequence[np.ndarray], row: int) -> int:
     """Copy a code shard's grids and classes into the arrays from a row on; return how many samples it has."""
     samples = index_shard(path)
     if row + len(samples) > len(arrays[-1]):
@@ -120,7 +120,9 @@ def _unpack_shard(path: Path, shard: Path, manifest: dict, arrays: Sequence[np.n
     return len(samples)
 
 
-def code_sample(file: BinaryIO, sample: SampleIndex, manifest: dict, shard: Path) -> tuple[list[np.ndarray], int]:
+def code_sample(
+    file: BinaryIO, sample: SampleIndex, manifest: Mapping[str, Any], shard: Path
+) -> tuple[list[np.ndarray], int]:
     """Return the grids of a sample, coarse to fine, and its class index, 0 where there are no classes.
 
     Args:
@@ -148,7 +150,7 @@ def code_sample(file: BinaryIO, sample: SampleIndex, manifest: dict, shard: Path
     return codes, int(text)
 
 
-def _grid(data: bytes, level: dict, name: str) -> np.ndarray:
+def _grid(data: bytes, level: Level, name: str) -> np.ndarray:
     """Read a level's array; what its header claims is believed only if it is what the level is."""
     wanted = (level_shape(level), code_dtype(level["codebook_size"]))
     # Up to where versions 1 and 2 of the format say that values begin.

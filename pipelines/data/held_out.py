@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pipelines.errors import StageError
 from pipelines.storage.fingerprint import manifest_digest
@@ -34,7 +35,7 @@ def trained_on(model: Path, kind: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def held_out(models: Sequence[Path], kind: str, data: Path, own: bool) -> bool | None:
+def held_out(models: Sequence[Path], kind: Literal["images", "codes"], data: Path, own: bool) -> bool | None:
     """Whether a val split was held out from training; None, with a warning, where that cannot be known.
 
     Args:

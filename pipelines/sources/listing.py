@@ -6,10 +6,9 @@ import textwrap
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
 
 from pipelines.errors import StageError
-from pipelines.storage.paths import is_local, matches, retried
+from pipelines.storage.paths import is_local, matches, retried, store_of
 from pipelines.storage.shards import CARRIED
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -122,9 +121,9 @@ def _local_tree(root: Path) -> tuple[list[str], set[str]]:
 
 def _remote_tree(root: Path) -> tuple[list[str], set[str]]:
     """The same of a store, which knows no empty folders."""
-    remote = cast(Any, root)
-    base = remote.path.rstrip("/") + "/"
-    paths = [name.removeprefix(base) for name in retried(lambda: remote.fs.find(remote.path), f"list {root}")]
+    store, top = store_of(root)
+    base = top.rstrip("/") + "/"
+    paths = [name.removeprefix(base) for name in retried(lambda: store.find(top), f"list {root}")]
     found = [path for path in paths if "/." not in f"/{path}"]
     return found, {path.rpartition("/")[0] + "/" for path in found if "/" in path and _is_picture(path)}
 

@@ -13,7 +13,7 @@ from pipelines.stages.shard_job import ShardJob, all_done, check_free, outstandi
 from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.folders import check_set_name, check_settings_stay
-from pipelines.storage.manifest import all_receipts, read_manifest
+from pipelines.storage.manifest import CodesManifest, Receipt, all_receipts, read_manifest
 from pipelines.storage.paths import read_bytes
 from pipelines.storage.receipts import read_receipt, receipt_fits, remove_shards, write_files
 from pipelines.storage.shards import index_shard
@@ -85,10 +85,10 @@ class Plan(NamedTuple):
     config: ExportConfig
     seed: int
     codes: Path
-    manifest: dict
+    manifest: CodesManifest
     layout: TokenLayout
     folder: Path
-    sources: list[tuple[str, dict]]
+    sources: list[tuple[str, Receipt]]
     jobs: list[ShardJob]
 
     def receipts(self) -> dict[str, list[dict]]:
@@ -170,7 +170,7 @@ def is_exported(plan: Plan, cache: Cache) -> bool:
     return kept == json.loads(json.dumps(wanted)) and not outstanding([_job_of_all(plan, receipts)], cache)
 
 
-def num_views(manifest: dict, split: str) -> int:
+def num_views(manifest: CodesManifest, split: str) -> int:
     """Return V, how many code samples there are of each image of a split."""
     return len(manifest.get("views", ["image"])) if split == "train" else 1
 
@@ -258,7 +258,7 @@ def _check(plan: Plan, cache: Cache) -> None:
             )
 
 
-def _check_size(plan: Plan, receipt: dict, most_equal: int) -> None:
+def _check_size(plan: Plan, receipt: Receipt, most_equal: int) -> None:
     """Refuse a shard that a format cannot hold, however many of an image's views are equal."""
     tokens = receipt["samples"] // most_equal * len(plan.layout.slots.low)
     size = {

@@ -17,7 +17,15 @@ from pipelines.storage.fingerprint import (
     model_fingerprints,
     tokenizer_fingerprint,
 )
-from pipelines.storage.manifest import all_receipts, level_entries, read_manifest
+from pipelines.storage.manifest import (
+    CodesManifest,
+    ImagesManifest,
+    Manifest,
+    SamplesManifest,
+    all_receipts,
+    level_entries,
+    read_manifest,
+)
 from pipelines.storage.paths import retried
 from pipelines.storage.receipts import read_receipt
 from pipelines.storage.shards import SampleIndex, index_shard
@@ -37,7 +45,7 @@ class Found(NamedTuple):
     shard: Path
 
 
-def verify_images(folder: Path, cache: Cache) -> dict:
+def verify_images(folder: Path, cache: Cache) -> ImagesManifest:
     """Check every image shard and every picture in it, and that keys are unique; return the manifest.
 
     Args:
@@ -60,7 +68,9 @@ def verify_images(folder: Path, cache: Cache) -> dict:
     return manifest
 
 
-def verify_codes(folder: Path, images: dict | None, tokenizer: HierarchicalVQVAE | None, cache: Cache) -> dict:
+def verify_codes(
+    folder: Path, images: ImagesManifest | None, tokenizer: HierarchicalVQVAE | None, cache: Cache
+) -> CodesManifest:
     """Check every code shard and every grid in it, and what they were made from and with; return the manifest.
 
     Args:
@@ -95,7 +105,7 @@ def verify_codes(folder: Path, images: dict | None, tokenizer: HierarchicalVQVAE
     return manifest
 
 
-def verify_priors(prior: HierarchicalPrior, codes: dict) -> None:
+def verify_priors(prior: HierarchicalPrior, codes: CodesManifest) -> None:
     """Check that priors and codes belong together.
 
     Args:
@@ -109,7 +119,9 @@ def verify_priors(prior: HierarchicalPrior, codes: dict) -> None:
         raise StageError("the priors know other levels or classes than the codes have; run `smalti train-prior` again")
 
 
-def verify_samples(folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior, cache: Cache) -> dict:
+def verify_samples(
+    folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior, cache: Cache
+) -> SamplesManifest:
     """Check every sample shard, its codes and its pictures, and which models drew them; return the manifest.
 
     Args:
@@ -132,7 +144,7 @@ def verify_samples(folder: Path, tokenizer: HierarchicalVQVAE, prior: Hierarchic
     return manifest
 
 
-def verify_tokens(folder: Path, codes: dict) -> int:
+def verify_tokens(folder: Path, codes: CodesManifest) -> int:
     """Check every file of exported tokens, and what they were made from; return how many records there are.
 
     Args:
@@ -162,13 +174,13 @@ def told(folder: Path | str, what: str) -> None:
     logger.info("verify: %s holds what it says (%s)", folder, what)
 
 
-def size_of(manifest: dict) -> str:
+def size_of(manifest: Manifest) -> str:
     """Return how many shards and samples a manifest tells of."""
     samples = [receipt["samples"] for _, receipt in all_receipts(manifest)]
     return f"{counted(len(samples), 'shard')}, {counted(sum(samples), 'sample')}"
 
 
-def _samples(manifest: dict, folder: Path, cache: Cache, stage: str) -> Iterator[tuple[str, Found]]:
+def _samples(manifest: Manifest, folder: Path, cache: Cache, stage: str) -> Iterator[tuple[str, Found]]:
     """Yield every sample with its split, once its shard is known to be what manifest and receipt say.
 
     Shards are read anew: what was found of them before does not count here.

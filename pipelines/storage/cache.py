@@ -3,13 +3,14 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from pipelines.errors import StageError
 from pipelines.storage.fingerprint import digest
-from pipelines.storage.paths import exists, is_local, retried, whole, write_text
+from pipelines.storage.paths import exists, is_local, retried, store_of, whole, write_text
 
 
 class Cache(NamedTuple):
@@ -23,7 +24,7 @@ class Cache(NamedTuple):
     folder: Path
     limit_bytes: int
 
-    def shard(self, path: Path, receipt: dict[str, Any]) -> Path:
+    def shard(self, path: Path, receipt: Mapping[str, Any]) -> Path:
         """Return a local file with the content that a receipt vouches for.
 
         Args:
@@ -50,7 +51,7 @@ class Cache(NamedTuple):
             )
         return path
 
-    def holds(self, path: Path, receipt: dict[str, Any]) -> bool:
+    def holds(self, path: Path, receipt: Mapping[str, Any]) -> bool:
         """Whether a shard is what its receipt says; a remote one, which is written whole, is judged by its size."""
         if is_local(path):
             return path.is_file() and self._local_sha256(path) == receipt.get("sha256")
@@ -88,10 +89,10 @@ class Cache(NamedTuple):
         """Copy a remote file to the cache if its checksum is the wanted one; return the checksum that it has."""
         kept.parent.mkdir(parents=True, exist_ok=True)
         self._make_room()
-        remote = cast(Any, path)
+        store, name = store_of(path)
         try:
             with whole(kept) as temporary:
-                retried(lambda: remote.fs.get_file(remote.path, str(temporary)), f"fetch {path}")
+                retried(lambda: store.get_file(name, str(temporary)), f"fetch {path}")
                 with temporary.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if sha256 not in (None, found):
@@ -125,8 +126,8 @@ def _used(path: Path) -> bool:
 
 def _version(path: Path) -> str:
     """What a store says of a file that changes with its content."""
-    remote = cast(Any, path)
-    return retried(lambda: str(remote.fs.ukey(remote.path)), f"read {path}")
+    store, name = store_of(path)
+    return retried(lambda: str(store.ukey(name)), f"read {path}")
 
 
 class _Refused(Exception):

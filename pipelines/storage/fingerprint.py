@@ -62,13 +62,13 @@ def prior_fingerprint(level: LevelPrior) -> str:
     return fingerprint(level.state_dict(), hashed(level.config))
 
 
-def manifest_digest(manifest: dict) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Return what a manifest is named by in that which is made from it: the same for receipts of before `format: 1`."""
     splits = {
         split: [{key: value for key, value in receipt.items() if (key, value) != ("format", 1)} for receipt in receipts]
         for split, receipts in manifest["splits"].items()
     }
-    return digest(manifest | {"splits": splits})
+    return digest({**manifest, "splits": splits})
 
 
 def model_fingerprints(tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 import json
 import logging
-import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, overload
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from pipelines.errors import StageError
 from pipelines.storage.cache import Cache
@@ -16,8 +17,72 @@ from pipelines.storage.receipts import SHARD_NAME, read_receipt, remove_shards
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-# Beyond these nothing is believed; they keep a manifest from claiming memory.
-MAX_SIDE, MAX_CODES, MAX_LEVELS, MAX_COUNT = 2**16, 2**31, 16, 2**48
+# Beyond the ends of these nothing is believed; they keep a manifest from claiming memory.
+Side = Annotated[int, Field(ge=1, le=2**16)]
+Count = Annotated[int, Field(ge=0, le=2**48)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Level(TypedDict):
+    """A stored grid: (h, w), and K; where there is no K, how many numbers stand at each position."""
+
+    grid: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    codebook_size: Annotated[int, Field(ge=2, le=2**31)] | None
+    channels: NotRequired[Side]
+
+
+def _complete(level: Level) -> Level:
+    if level["codebook_size"] is None and "channels" not in level:
+        raise ValueError("numbers need channels")
+    return level
+
+
+class Receipt(TypedDict):
+    """What vouches for a shard; what it was made from and with stands beside, see `receipts`."""
+
+    shard: Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
+    sha256: Sha256
+    bytes: Count
+    samples: Count
+
+
+class Manifest(TypedDict):
+    """What every folder of shards says; other keys may stand beside these."""
+
+    image_size: Side
+    channels: Annotated[int, Field(ge=1, le=4)]
+    class_names: list[str]
+    splits: dict[str, list[Receipt]]
+
+
+class ImagesManifest(Manifest):
+    """Of packed images; `preprocessing` is the settings that shaped them."""
+
+    preprocessing: dict[str, Any]
+
+
+class CodesManifest(Manifest):
+    """Of codes: their tokenizer's fingerprint and stored grids, and the digest of the images they are of."""
+
+    tokenizer: Sha256
+    levels: Annotated[list[Annotated[Level, AfterValidator(_complete)]], Field(min_length=1, max_length=16)]
+    made_from: Sha256
+    views: NotRequired[list[str]]
+
+
+class SamplesManifest(Manifest):
+    """Of drawn images: the fingerprints of what drew them, and how they were drawn."""
+
+    fingerprints: dict[str, Sha256]
+    settings: dict[str, Any]
+
+
+Kind = Literal["images", "codes", "samples"]
+KINDS: dict[Kind, TypeAdapter] = {
+    "images": TypeAdapter(ImagesManifest),
+    "codes": TypeAdapter(CodesManifest),
+    "samples": TypeAdapter(SamplesManifest),
+}
 
 
 def write_manifest(folder: Path, splits: dict[str, list[str]], contents: dict[str, Any]) -> dict:
@@ -32,7 +97,15 @@ def write_manifest(folder: Path, splits: dict[str, list[str]], contents: dict[st
     return manifest
 
 
-def read_manifest(folder: Path, kind: str, stage: str) -> dict:
+@overload
+def read_manifest(folder: Path, kind: Literal["images"], stage: str) -> ImagesManifest: ...
+@overload
+def read_manifest(folder: Path, kind: Literal["codes"], stage: str) -> CodesManifest: ...
+@overload
+def read_manifest(folder: Path, kind: Literal["samples"], stage: str) -> SamplesManifest: ...
+@overload
+def read_manifest(folder: Path, kind: Kind, stage: str) -> Manifest: ...
+def read_manifest(folder: Path, kind: Kind, stage: str) -> Any:
     """Read a stage folder's manifest. It may come from somebody else, so all that is used of it is checked.
 
     Args:
@@ -68,17 +141,17 @@ def level_entries(levels: Sequence[tuple[tuple[int, int], int | None, int]]) -> 
     ]
 
 
-def receipts_of(manifest: dict, split: str) -> list[dict]:
+def receipts_of(manifest: Manifest, split: str) -> list[Receipt]:
     """Return the receipts of a split's shards, in order; none where there is no such split."""
     return manifest["splits"].get(split, [])
 
 
-def all_receipts(manifest: dict) -> list[tuple[str, dict]]:
+def all_receipts(manifest: Manifest) -> list[tuple[str, Receipt]]:
     """Return (split, receipt) of all shards, in order."""
     return [(split, receipt) for split in manifest["splits"] for receipt in receipts_of(manifest, split)]
 
 
-def shards_hold(manifest: dict, folder: Path, cache: Cache) -> bool:
+def shards_hold(manifest: Manifest, folder: Path, cache: Cache) -> bool:
     """Whether all shards of a manifest are what it says; one that is not is made again by the stage."""
     receipts = [receipt for _, receipt in all_receipts(manifest)]
     wrong = next((receipt for receipt in receipts if not cache.holds(folder / receipt["shard"], receipt)), None)
@@ -87,73 +160,33 @@ def shards_hold(manifest: dict, folder: Path, cache: Cache) -> bool:
     return wrong is None
 
 
-def _wrong_entries(manifest: dict, kind: str) -> Any:
+def _wrong_entries(manifest: Any, kind: Kind) -> Iterator[str]:
     """Yield a sentence about each entry that cannot be."""
-    rules: dict[str, Callable[[Any], bool]] = {
-        "image_size": lambda v: _count(v, 1, MAX_SIDE),
-        "channels": lambda v: _count(v, 1, 4),
-        "class_names": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
-        "splits": lambda v: isinstance(v, dict) and all(isinstance(part, list) for part in v.values()),
-    }
-    if kind == "codes":
-        rules |= {"tokenizer": _sha256, "levels": _levels, "made_from": _sha256}
-    if kind == "images":
-        rules |= {"preprocessing": lambda v: isinstance(v, dict)}
-    if kind == "samples":
-        rules |= {"fingerprints": lambda v: isinstance(v, dict) and all(map(_sha256, v.values()))}
-    for name, right in rules.items():
-        if not right(manifest.get(name)):
-            yield f"{name} is {_shown(manifest.get(name))}"
-            return
+    try:
+        KINDS[kind].validate_python(manifest, strict=True)
+    except ValidationError as error:
+        yield _told(manifest, error.errors()[0]["loc"])
+        return
     seen: set[str] = set()
     for split, receipts in manifest["splits"].items():
         for number, receipt in enumerate(receipts):
-            place = f"entry {number} of split {_shown(split)}"
-            if not isinstance(receipt, dict):
-                yield f"{place} is {_shown(receipt)}"
-                return
-            for name, right in _RECEIPT.items():
-                if not right(receipt.get(name)):
-                    yield f"{name} in {place} is {_shown(receipt.get(name))}"
-                    return
             if receipt["samples"] * 512 > receipt["bytes"]:  # the least that a tar spends on a file
+                place = f"entry {number} of split {_shown(split)}"
                 yield f"{place} has {receipt['samples']} samples in {receipt['bytes']} bytes"
-                return
             if receipt["shard"] in seen:
                 yield f"{receipt['shard']} is listed twice"
             seen.add(receipt["shard"])
 
 
-def _count(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _levels(value: Any) -> bool:
-    with suppress(TypeError, KeyError, ValueError):
-        return 1 <= len(value) <= MAX_LEVELS and all(
-            isinstance(level["grid"], list)
-            and [_count(side, 1, MAX_SIDE) for side in level["grid"]] == [True, True]
-            and (
-                _count(level["channels"], 1, MAX_SIDE)
-                if level["codebook_size"] is None
-                else _count(level["codebook_size"], 2, MAX_CODES)
-            )
-            for level in value
-        )
-    return False
+def _told(manifest: dict, loc: tuple[int | str, ...]) -> str:
+    """Return what is wrong at a place of a manifest, as its writer would name it."""
+    if loc[0] != "splits" or len(loc) < 3:
+        return f"{loc[0]} is {_shown(manifest.get(loc[0]))}"
+    split, number, *name = loc[1:]
+    receipt = manifest["splits"][split][number]
+    place = f"entry {number} of split {_shown(split)}"
+    return f"{name[0]} in {place} is {_shown(receipt.get(name[0]))}" if name else f"{place} is {_shown(receipt)}"
 
 
 def _shown(value: Any) -> str:
     return repr(value)[:80]
-
-
-_RECEIPT: dict[str, Callable[[Any], bool]] = {
-    "shard": lambda v: isinstance(v, str) and SHARD_NAME.fullmatch(v) is not None,
-    "sha256": _sha256,
-    "bytes": lambda v: _count(v, 0, MAX_COUNT),
-    "samples": lambda v: _count(v, 0, MAX_COUNT),
-}

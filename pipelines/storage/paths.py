@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import uuid4
 
 from pipelines.errors import ConfigError, StageError
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 # Where files may lie besides local paths. Never "pipe:", which webdataset hands to a shell.
 READABLE = ("s3", "gs", "https")
@@ -58,6 +61,15 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
+def store_of(path: Path) -> tuple[Any, str]:
+    """Return the file system of a remote place and the place's name in it.
+
+    A place of a store has pathlib's methods, and so passes for a `Path`; only here it is known to be none.
+    """
+    remote = cast("UPath", path)
+    return remote.fs, remote.path
+
+
 def retried(action: Callable[[], T], what: str) -> T:
     """Do something with a remote place, again where it breaks off.
 
@@ -81,9 +93,9 @@ def exists(path: Path) -> bool:
     """Whether a file is there; a store that does not answer is an error, not a no."""
     if is_local(path):
         return path.exists()
-    remote = cast(Any, path)
+    store, name = store_of(path)
     try:
-        retried(lambda: remote.fs.info(remote.path), f"read {path}")
+        retried(lambda: store.info(name), f"read {path}")
     except FileNotFoundError:
         return False
     return True
@@ -126,8 +138,8 @@ def whole(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             temporary.replace(path)
         else:
-            remote = cast(Any, path)
-            retried(lambda: remote.fs.put_file(str(temporary), remote.path), f"write {path}")
+            store, name = store_of(path)
+            retried(lambda: store.put_file(str(temporary), name), f"write {path}")
     except OSError as error:
         if error.errno in NO_ROOM or str(temporary) in (error.filename, error.filename2):
             raise cannot_write(path, error) from error
@@ -190,7 +202,8 @@ def matches(pattern: str) -> list[Path]:
 
         return [Path(name) for name in sorted(glob.glob(str(root), recursive=True))]
     scheme = pattern.partition("://")[0]
-    names = retried(lambda: cast(Any, root).fs.glob(cast(Any, root).path), f"list {pattern}")
+    store, wanted = store_of(root)
+    names = retried(lambda: store.glob(wanted), f"list {pattern}")
     return [place(f"{scheme}://{name.removeprefix(f'{scheme}://')}") for name in sorted(names)]
 
 

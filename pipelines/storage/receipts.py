@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def receipt_fits(shard: Path, provenance: dict[str, Any], cache: Cache) -> bool:
     )
 
 
-def made_with(receipt: dict, provenance: dict[str, Any]) -> bool:
+def made_with(receipt: Mapping[str, Any], provenance: dict[str, Any]) -> bool:
     """Whether a receipt says what provenance says."""
     return all(receipt.get(key) == value for key, value in provenance.items())
 

@@ -12,6 +12,7 @@ import numpy as np
 from pipelines.data.codes import code_sample
 from pipelines.errors import StageError
 from pipelines.storage.fingerprint import digest
+from pipelines.storage.manifest import CodesManifest
 from pipelines.storage.shards import index_shard, read_member
 from pipelines.tokens.layout import TokenLayout
 from pipelines.tokens.records import Records
@@ -30,7 +31,7 @@ class CodeShard(NamedTuple):
     members: list[dict[str, bytes]]
 
 
-def read_codes(path: Path, shard: Path, manifest: dict, layout: TokenLayout) -> CodeShard:
+def read_codes(path: Path, shard: Path, manifest: CodesManifest, layout: TokenLayout) -> CodeShard:
     """Read a code shard.
 
     Args:
@@ -80,7 +81,9 @@ def shuffled(rows: np.ndarray, seed: int, name: str) -> np.ndarray:
     return np.random.default_rng((seed, 4, int(digest([name])[:8], 16))).permutation(rows)
 
 
-def lay(shard: CodeShard, rows: np.ndarray, num_views: int, manifest: dict, layout: TokenLayout, name: Path) -> Records:
+def lay(
+    shard: CodeShard, rows: np.ndarray, num_views: int, manifest: CodesManifest, layout: TokenLayout, name: Path
+) -> Records:
     """Return the records of some samples.
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.fingerprint import tokenizer_fingerprint
+from pipelines.storage.manifest import CodesManifest
 from pipelines.storage.paths import place, write_json
 from pipelines.tokens.captions import insert_captions, remove_captions
 from pipelines.tokens.layout_file import Stated, described, read_layout, state, write_vocabulary
@@ -109,7 +110,7 @@ class TokenLayout:
         return np.dtype(np.uint32 if dtype == "uint32" or rows > 2**16 else np.uint16)
 
     @classmethod
-    def from_codes(cls, manifest: dict, config: RecordConfig) -> Self:
+    def from_codes(cls, manifest: CodesManifest, config: RecordConfig) -> Self:
         """Return the layout of the records of a code manifest; files that the settings name are read.
 
         Raises:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.fingerprint import manifest_digest
+from pipelines.storage.manifest import CodesManifest
 from pipelines.storage.paths import read_bytes, whole, write_text
 from pipelines.tokens.scan import ORDERS, scan
 from pipelines.tokens.template import Level, RecordConfig, Slots, special_names
@@ -60,18 +61,19 @@ class Stated:
     max_tokens: int
 
 
-def state(manifest: dict, config: RecordConfig) -> Stated:
+def state(manifest: CodesManifest, config: RecordConfig) -> Stated:
     """Return what the settings make of a code manifest; files that they name are read, the text tokenizer apart.
 
     Raises:
         ConfigError: the settings cannot be together, or not with these codes.
     """
-    if any(level["codebook_size"] is None for level in manifest["levels"]):
-        raise ConfigError("tokens are made of codes, and these levels hold numbers; export needs a bottleneck of codes")
-    known = [
-        Level(n, (level["grid"][0], level["grid"][1]), level["codebook_size"])
-        for n, level in enumerate(manifest["levels"])
-    ]
+    known = []
+    for number, level in enumerate(manifest["levels"]):
+        if (size := level["codebook_size"]) is None:
+            raise ConfigError(
+                "tokens are made of codes, and these levels hold numbers; export needs a bottleneck of codes"
+            )
+        known.append(Level(number, (level["grid"][0], level["grid"][1]), size))
     wanted = list(range(len(known))) if isinstance(config.levels, str) else config.levels
     if not wanted or sorted(set(wanted)) != wanted or not 0 <= wanted[0] <= wanted[-1] < len(known):
         raise ConfigError(f"levels must be some of 0 to {len(known) - 1}, coarse to fine, got {wanted}")
@@ -95,7 +97,7 @@ def state(manifest: dict, config: RecordConfig) -> Stated:
     )
 
 
-def _ids(manifest: dict, config: RecordConfig, known: list[Level], levels: list[Level]) -> list[int]:
+def _ids(manifest: CodesManifest, config: RecordConfig, known: list[Level], levels: list[Level]) -> list[int]:
     words = config.template.split()
     names = special_names(words, levels, manifest["image_size"])
     names += [f"<class:{number}>" for number in range(len(manifest["class_names"])) if "<class>" in words]
