@@ -73,11 +73,14 @@ def evaluate(
         figures["tokenizer"] = evaluate_tokenizer(tokenizer, images, compute)
     if prior:
         figures["prior"], nats = evaluate_prior(prior, codes, unpacked, compute)
-    if tokenizer and images and prior:
+    # Numbers without noise have no density given the image: what they would take is beyond all bounds.
+    continuous = any(size is None for size in tokenizer.codebook_sizes) if tokenizer else False
+    bounded = tokenizer and not (continuous and any(not part.noise_channels for part in tokenizer.bottlenecks))
+    if tokenizer and images and prior and bounded:
         train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
         scales = fitted_scales(tokenizer, train, seed)
         distortion = distortion_nats(tokenizer, val, Codes(codes, "val", unpacked, compute.cache), scales)
-        if any(size is None for size in tokenizer.codebook_sizes):  # N(0, I) is the only prior of numbers
+        if continuous:  # N(0, I) is the only prior of numbers
             nats = {"without_class": kl_nats(tokenizer, val, seed)}
         fitted = {"fitted_to_images": min(len(train), FITTED_IMAGES), "scales_grey_levels": scales.tolist()}
         figures["bound"] = fitted | bound_figures(nats, distortion, val.channels * val.size**2)
