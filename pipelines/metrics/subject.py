@@ -97,7 +97,8 @@ class Subject(NamedTuple):
         """Return what metrics can be shown, as "SPLIT.WHAT".
 
         SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels, keys, output and reconstructions of
-        images and a tokenizer, codes and classes, decoded of codes and a tokenizer, nats of codes and a prior.
+        images and a tokenizer, codes and classes, decoded of codes and a tokenizer, nats of codes and a prior, rate where
+        these bound what an image takes.
         """
         found = set()
         for name, split in self.splits.items():
@@ -106,8 +107,15 @@ class Subject(NamedTuple):
             given |= {"codes", "classes"} if split.codes else set()
             given |= {"decoded"} if split.codes and self.tokenizer else set()
             given |= {"nats"} if split.codes and self.prior else set()
+            given |= {"rate"} if split.codes and self.prior and self._is_bounded else set()
             found |= {f"{name}.{what}" for what in given}
         return found
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether all that is stored has a rate. Numbers without noise have no density given the image."""
+        parts = self.tokenizer.bottlenecks if self.tokenizer else []
+        return all(part.noise_channels for part in parts if None in part.sizes)
 
     @property
     def conditions(self) -> list[str]:
@@ -243,14 +251,14 @@ def open_subject(
         StageError: what is there does not belong together.
     """
     cache, device = compute.cache, inference_device(compute)
-    manifest = read_manifest(codes, "codes", "encode") if prior else {}
-    if prior:
+    manifest = read_manifest(codes, "codes", "encode") if prior else None
+    if prior and manifest:
         check_belong_together(prior, manifest["tokenizer"])
     splits = {}
     for name in ("val", "train"):
         shards = ImageShards(images, name, cache) if images else None
         stored = Codes(codes, name, unpacked, cache) if prior else None
-        views = len(manifest.get("views", [0])) if name == "train" else 1
+        views = len(manifest.get("views", [""])) if manifest and name == "train" else 1
         if shards and tokenizer and (shards.size, shards.channels) != (tokenizer.image_size, tokenizer.channels):
             raise StageError(f"the tokenizer does not read images of {images}: other size or channels")
         if shards and stored and len(stored) != views * len(shards):
