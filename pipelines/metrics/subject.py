@@ -97,8 +97,8 @@ class Subject(NamedTuple):
         """Return what metrics can be shown, as "SPLIT.WHAT".
 
         SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels, keys, output and reconstructions of
-        images and a tokenizer, codes and classes, decoded of codes and a tokenizer, nats of codes and a prior, rate where
-        these bound what an image takes.
+        images and a tokenizer, codes and classes, decoded of codes and a tokenizer, nats of codes and a prior, rate
+        where these bound what an image takes.
         """
         found = set()
         for name, split in self.splits.items():
@@ -272,7 +272,10 @@ def open_subject(
         splits["samples"] = Split("samples", np.arange(len(drawn)), drawn, drawn)
     if not splits.get("val"):
         raise StageError(f"{images or codes} holds nothing of the val split; give images.val_fraction and pack again")
-    val = splits["val"].images
-    size, channels = (val.size, val.channels) if val else (manifest["image_size"], manifest["channels"])
+    if val := splits["val"].images:
+        size, channels = val.size, val.channels
+    else:
+        assert manifest
+        size, channels = manifest["image_size"], manifest["channels"]
     tokenizer, prior = tokenizer and tokenizer.to(device), prior and prior.to(device)
     return Subject(splits, tokenizer, prior, channels * size**2, seed, device)
