@@ -97,7 +97,9 @@ class Subject(NamedTuple):
         """Return what metrics can be shown, as "SPLIT.WHAT".
 
         SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels, keys, output and reconstructions of
-        images and a tokenizer, codes and classes, decoded of codes and a tokenizer, nats of codes and a prior.
+        images and a tokenizer, codes and classes, decoded of codes and a tokenizer, nats of codes and a prior; rate
+        where those nats, or what the bottleneck adds to numbers, bound what an image takes: numbers that are stored
+        without noise have no density given the image.
         """
         found = set()
         for name, split in self.splits.items():
@@ -106,8 +108,14 @@ class Subject(NamedTuple):
             given |= {"codes", "classes"} if split.codes else set()
             given |= {"decoded"} if split.codes and self.tokenizer else set()
             given |= {"nats"} if split.codes and self.prior else set()
+            given |= {"rate"} if split.codes and self.prior and self.tokenizer and self._bounded else set()
             found |= {f"{name}.{what}" for what in given}
         return found
+
+    @property
+    def _bounded(self) -> bool:
+        parts = self.tokenizer.bottlenecks if self.tokenizer else []
+        return all(part.noise_channels or None not in part.sizes for part in parts)
 
     @property
     def conditions(self) -> list[str]:
