@@ -8,7 +8,8 @@ from pipelines.metrics import METRICS
 from pipelines.metrics.subject import Subject, batches
 
 # Which model's training a figure of the val split may have seen it in.
-MODEL_OF = {"output": "tokenizer", "reconstructions": "tokenizer", "decoded": "tokenizer", "nats": "prior"}
+MODEL_OF = {"output": "tokenizer", "reconstructions": "tokenizer", "decoded": "tokenizer"}
+MODEL_OF |= {"nats": "prior", "rate": "prior"}
 
 
 @torch.no_grad()
