@@ -1,6 +1,7 @@
 """What is measured of models."""
 
 from pipelines.metrics.bound import Bound
+from pipelines.metrics.histograms import CodeHistograms
 from pipelines.metrics.metric import Metric
 from pipelines.metrics.rates import Rates
 from pipelines.metrics.reconstruction import Reconstruction
@@ -10,4 +11,5 @@ METRICS: tuple[type[Metric], ...] = (
     Reconstruction,
     Rates,
     Bound,
+    CodeHistograms,
 )
