@@ -85,8 +85,8 @@ class Subject(NamedTuple):
             which samples are held against: images of the reference, or without one those of "train".
         tokenizer: in eval mode, if there is one.
         prior: in eval mode, if there is one.
-        features: the space in which images are compared; None where there are no images.
         marks: fingerprints of the models: "tokenizer", "prior0", "prior1", …
+        features: the space in which images are compared; None where there are no images.
         moments: of the reference in that space, if the reference brings them.
         dims: values of an image, C * H * W.
         seed: of all that is drawn.
