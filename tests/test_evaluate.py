@@ -11,11 +11,12 @@ import torch
 from pipelines.config import load_config
 from pipelines.data.images import ImageShards
 from pipelines.metrics.bound import fitted_scales
-from pipelines.metrics.subject import open_subject
+from pipelines.metrics.opening import EvaluateConfig, Folders, Models, open_subject
 from pipelines.run import Run
 from pipelines.stages.evaluate import evaluate, table
 from pipelines.storage.cache import Cache
 from prior import HierarchicalPrior
+from tests.jobs import ranks
 from tokenizer import HierarchicalVQVAE
 
 Smalti = Callable[..., tuple[int, str]]
@@ -116,7 +117,8 @@ def test_priors_are_asked_without_class_only_where_training_hid_classes(run: Pat
     for level in prior.levels:
         object.__setattr__(level.config, "unconditional", hides_classes)
     compute = load_config(run.parent / "config.yaml").compute
-    subject = open_subject(None, None, prior, run / "codes", run / "prior" / "codes", None, 0, compute)
+    there = Folders(None, run / "codes", run / "prior" / "codes", None)
+    subject = open_subject(EvaluateConfig(), 0, compute, Models(None, prior), there)
     figures = evaluate(subject, {"prior": True})["prior"]
     wanted = ["given_class", "without_class"] if hides_classes else ["given_class"]
     assert list(figures["level1"]["nats_per_code"]) == list(figures["rate_bits_per_dim"]) == wanted
@@ -248,3 +250,15 @@ def test_where_there_is_nothing_to_evaluate_that_is_an_error(
     code, text = smalti("evaluate", write_config(tmp_path))
     assert code == 1
     assert "must hold a tokenizer and images, or priors and codes, to be evaluated" in text
+
+
+def test_three_processes_find_the_figures_of_one(copy_of: Callable[..., Path]) -> None:
+    """To the last bit; 179 images are three batches, and 1,618 training images more than a part each."""
+    config = copy_of()
+    alone = (config.parent / "run" / "metrics.json").read_bytes()
+    (config.parent / "run" / "metrics.json").unlink()
+    cache = config.parent / "empty cache"  # where no features of real images are kept
+    jobs = ranks(3, "pipelines.cli", "evaluate", config, f"--compute.cache_dir={cache}", folder=config.parent)
+    assert [job.wait() for job in jobs] == [0, 0, 0], "\n".join(job.errors for job in jobs)
+    assert (config.parent / "run" / "metrics.json").read_bytes() == alone
+    assert [bool(job.out) for job in jobs] == [True, False, False]

@@ -19,7 +19,7 @@ from pipelines.data.batches import drawn_sample
 from pipelines.data.pictures import FORMATS, BadImageError, pixels_of
 from pipelines.errors import StageError
 from pipelines.storage.cache import Cache
-from pipelines.storage.manifest import read_manifest, receipts_of
+from pipelines.storage.manifest import Kind, read_manifest, receipts_of
 from pipelines.storage.shards import SampleIndex, index_shard, read_member
 
 # A split whose pixels take no more is decoded once by a process that trains and loads: decoding CIFAR takes a tenth of
@@ -61,7 +61,8 @@ class ImageShards:
     """
 
     # What its manifest is one of, and the stage that makes it.
-    kind, stage = "images", "pack"
+    kind: Kind = "images"
+    stage = "pack"
 
     def __init__(self, folder: Path, split: str, cache: Cache) -> None:
         manifest = read_manifest(folder, self.kind, self.stage)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipelines.data.codes import code_sample
 from pipelines.data.images import ImageShards
 from pipelines.storage.cache import Cache
-from pipelines.storage.manifest import level_entries
+from pipelines.storage.manifest import Kind, level_entries
 
 
 class Samples(ImageShards):
@@ -25,7 +25,8 @@ class Samples(ImageShards):
         cache: for its shards.
     """
 
-    kind, stage = "samples", "sample"
+    kind: Kind = "samples"
+    stage = "sample"
 
     def __init__(self, folder: Path, levels: Sequence[tuple[tuple[int, int], int | None, int]], cache: Cache) -> None:
         super().__init__(folder, "samples", cache)

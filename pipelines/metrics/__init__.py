@@ -6,4 +6,8 @@ from pipelines.metrics.rates import Rates
 from pipelines.metrics.reconstruction import Reconstruction
 
 # In the order in which `evaluate` prints them.
-METRICS: tuple[type[Metric], ...] = (Reconstruction, Rates, Bound)
+METRICS: tuple[type[Metric], ...] = (
+    Reconstruction,
+    Rates,
+    Bound,
+)

@@ -42,8 +42,8 @@ class Rates(Metric):
         super().__init__(subject)
         assert subject.prior
         self.levels, self.split = subject.prior.levels, subject.splits["val"]
-        self.train_images = min(len(self.split), len(subject.splits["train"]))
-        counts = {"val": len(self.split), "train": self.train_images}
+        self.train_images = min(self.split.count, subject.splits["train"].count)
+        counts = {"val": self.split.count, "train": self.train_images}
         conditions, number = subject.conditions, len(self.levels)
         self.nats = {(split, one): Rows(count, number) for split, count in counts.items() for one in conditions}
         self.bins = {one: Rows(self.split.num_parts, number, BINS, 3) for one in conditions}
@@ -67,7 +67,7 @@ class Rates(Metric):
         nats = {which: rows.all() for which, rows in self.nats.items()}  # (N, levels) each
         bins = {condition: rows.all().sum(0) for condition, rows in self.bins.items()}  # (levels, BINS, 3) each
         means = {which: found.mean(0).tolist() for which, found in nats.items()}
-        figures: dict[str, Any] = {"images": len(self.split), "train_images": self.train_images}
+        figures: dict[str, Any] = {"images": self.split.count, "train_images": self.train_images}
         for number, level in enumerate(self.levels):
             (h, w), size, channels = level.config.levels[-1]
             of = {split: {one: means[split, one][number] for one in bins} for split in ("val", "train")}
