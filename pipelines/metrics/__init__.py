@@ -1,8 +1,11 @@
 """What is measured of models."""
 
 from pipelines.metrics.bound import Bound
+from pipelines.metrics.classification import ClassificationScore
+from pipelines.metrics.copies import Copies
 from pipelines.metrics.metric import Metric
 from pipelines.metrics.rates import Rates
+from pipelines.metrics.realism import ReconstructionDistances, SampleDistances, SampleFID
 from pipelines.metrics.reconstruction import Reconstruction
 
 # In the order in which `evaluate` prints them.
@@ -10,4 +13,9 @@ METRICS: tuple[type[Metric], ...] = (
     Reconstruction,
     Rates,
     Bound,
+    ReconstructionDistances,
+    SampleDistances,
+    SampleFID,
+    Copies,
+    ClassificationScore,
 )

@@ -56,6 +56,7 @@ class Classifier(nn.Module):
         return self.last(self.stages(images.contiguous(memory_format=torch.channels_last)).mean((2, 3)))
 
 
+@torch.enable_grad()
 def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) -> Classifier:
     """Return a classifier in eval mode, after so many steps on batches that are moved by up to an eighth of a side.
 
@@ -91,14 +92,15 @@ def judged(model: Classifier, images: Tensor) -> Tensor:
 
 
 class Accuracy(NamedTuple):
-    """Share of images whose class is found: of all, and of the images of each class, NaN where it has none."""
+    """Share of images whose class is found: of all, and of the images of each class; None where it has none."""
 
     overall: float
-    of_classes: list[float]
+    of_classes: list[float | None]
 
 
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> Accuracy:
     """Return how often a classifier is right on uint8 images (N, C, H, W) with labels int64 (N,)."""
     right = (judged(model, images).argmax(1) == labels).double()
-    of_classes = [float(right[labels == one].mean()) for one in range(model.classes)]
+    chosen = [right[labels == one] for one in range(model.classes)]
+    of_classes = [float(of_class.mean()) if len(of_class) else None for of_class in chosen]
     return Accuracy(float(right.mean()), of_classes)

@@ -79,7 +79,7 @@ def copies(samples: Tensor, held_out: Tensor) -> dict[str, Any]:
     pairs = (n + m) * (n + m - 1)
     variance = n * m / 12 * (n + m + 1 - float((ties**3 - ties).sum()) / pairs)
     threshold = ordered[int(TOO_NEAR * (m - 1))]
-    shares = {"too_near_share": threshold, "equal_share": 0}
+    shares = {"too_near_share": float(threshold), "equal_share": 0.0}
     return {
         "median": float(samples.median()),
         "median_held_out": float(held_out.median()),

@@ -1,10 +1,22 @@
 """How far samples and reconstructions are from real images, in the feature space of the evaluation."""
 
+import logging
 from typing import Any
 
-from pipelines.metrics.distances import FID_IMAGES, frechet_distance, kernel_distance, moments, support
+from pipelines.metrics.distances import (
+    DENSITY_NEIGHBOURS,
+    FID_IMAGES,
+    frechet_distance,
+    kernel_distance,
+    moments,
+    support,
+)
 from pipelines.metrics.metric import Metric
 
+logger = logging.getLogger(__name__)
+
+# Images of either set without which these figures cannot be had.
+LEAST = DENSITY_NEIGHBOURS + 1
 # KID is printed times this, as papers do.
 THOUSAND = 1000
 
@@ -19,6 +31,9 @@ class SampleDistances(Metric):
 
     def compute(self) -> dict[str, Any]:
         real, drawn = (self.subject.gathered[need] for need in self.needs)
+        if len(drawn) < LEAST:
+            logger.warning("evaluate: samples need %d images or more to be judged, there are %d", LEAST, len(drawn))
+            return {}
         kid = kernel_distance(real, drawn, self.subject.seed)
         counts = {"images": len(drawn), "real_images": len(real)}
         return {**counts, "kid": kid.value, "kid_error": kid.error, **support(real, drawn)._asdict()}
@@ -42,6 +57,8 @@ class SampleFID(Metric):
 
     def compute(self) -> dict[str, Any]:
         real, drawn = self.subject.real_moments(), self.subject.gathered["samples.features"]
+        if len(drawn) < LEAST:
+            return {}
         return {"images": len(drawn), "fid": frechet_distance(real, moments(drawn))}
 
     @classmethod
@@ -58,6 +75,8 @@ class ReconstructionDistances(Metric):
 
     def compute(self) -> dict[str, Any]:
         real, drawn = (self.subject.gathered[need] for need in self.needs)
+        if len(drawn) < LEAST:
+            return {}
         kid = kernel_distance(real, drawn, self.subject.seed)
         rfid = frechet_distance(moments(real), moments(drawn))
         return {"images": len(drawn), "rkid": kid.value, "rkid_error": kid.error, "rfid": rfid}
