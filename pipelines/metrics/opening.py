@@ -1,7 +1,7 @@
 """What there is of a run, opened for `evaluate`: models, splits, and the reference that samples are held against."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +37,13 @@ class EvaluateConfig:
             TorchScript or TIMM_NAME:FILE.safetensors.
         reference: an ADM batch, FILE.npz, that samples are held against; empty for the training images.
         train_images: training images that are looked at, at most; chosen by seed where there are more.
+        skip: metrics to leave out, by their names in `metrics.json`: classification trains two small classifiers.
     """
 
     features: str = "pixels"
     reference: str = ""
     train_images: int = 50_000
+    skip: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.features:
@@ -96,7 +98,7 @@ def open_subject(config: EvaluateConfig, seed: int, compute: ComputeConfig, mode
         splits["samples"] = Split("samples", np.arange(len(drawn)), drawn, drawn, about)
     features, moments = None, None
     if any(split.images for split in splits.values()):
-        features = load_features(config.features, size).to(device)
+        features = load_features(config.features, size, channels).to(device)
     if config.reference and features:
         reference, moments = open_reference(Path(config.reference), features, size, channels)
         splits["real"] = reference

@@ -1,10 +1,12 @@
 """Stage evaluate: how good tokenizer, priors and samples are, as far as they are there."""
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 
+from pipelines.errors import StageError
 from pipelines.metrics import METRICS
 from pipelines.metrics.gathered import SplitFeatures
 from pipelines.metrics.metric import Metric, figures_of
@@ -13,7 +15,7 @@ from pipelines.metrics.subject import Subject, batches
 
 
 @torch.no_grad()
-def evaluate(subject: Subject, held_out: dict[str, bool | None]) -> dict[str, Any]:
+def evaluate(subject: Subject, held_out: dict[str, bool | None], skip: Sequence[str] = ()) -> dict[str, Any]:
     """Return the figures of all metrics whose needs are met, by their names; the same on any number of processes.
 
     Each split that one of them needs is passed through once, for all of them.
@@ -22,9 +24,15 @@ def evaluate(subject: Subject, held_out: dict[str, bool | None]) -> dict[str, An
         subject: what is evaluated.
         held_out: whether the val split was held out from the training of "tokenizer" and "prior"; None where that is
             not known.
+        skip: names of metrics to leave out.
+
+    Raises:
+        StageError: one of those is no metric.
     """
-    there = subject.there()
-    metrics = [kind(subject) for kind in METRICS if set(kind.needs) <= there]
+    there, names = subject.there(), [kind.name for kind in METRICS]
+    if strangers := ", ".join(sorted(set(skip) - set(names))):
+        raise StageError(f"evaluate.skip must name metrics, got {strangers}; there are {', '.join(names)}")
+    metrics = [kind(subject) for kind in METRICS if set(kind.needs) <= there and kind.name not in skip]
     gathered = _gathered(subject, {need for metric in metrics for need in metric.needs})
     for split in {split.name: split for split in subject.splits.values()}.values():
         looking: list[Any] = [metric for metric in metrics if split.name in _shown(subject, metric)]
