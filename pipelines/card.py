@@ -157,6 +157,8 @@ def _figures(about: dict[str, bytes], num_levels: int) -> list[list[str]]:
 def _flat(figures: Any) -> Iterator[tuple[str, str, float]]:
     """Yield level ("" of all), name and value from "psnr", "val_level0_usage" and "level0": {"bits_per_code": …}."""
     for name, value in figures.items() if isinstance(figures, dict) else ():
+        if name == "made":  # what figures are of
+            continue
         level, rest = re.findall(r"^(?:val_)?(?:level(\d+)(?:_|$))?(.*)", name)[0]
         if isinstance(value, int | float):
             yield level, rest, value

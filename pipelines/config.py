@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.errors import ConfigError
+from pipelines.metrics.opening import EvaluateConfig
 from pipelines.stages.encode import EncodeConfig
 from pipelines.stages.export import ExportConfig
 from pipelines.stages.pack import ImagesConfig
@@ -47,6 +48,7 @@ class Config:
         prior: stage train-prior.
         sample: stage sample.
         export: stage export.
+        evaluate: stage evaluate.
         compute: where to run; never judged when a stage is compared with its config.
     """
 
@@ -59,6 +61,7 @@ class Config:
     prior: PriorConfig = field(default_factory=PriorConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig, metadata={"introduced": hashed(ExportConfig())})
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"introduced": hashed(EvaluateConfig())})
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:

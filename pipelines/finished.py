@@ -6,7 +6,8 @@ from pathlib import Path
 from pipelines.config import Config
 from pipelines.data.held_out import check_codes_of_images, held_out
 from pipelines.errors import StageError, told_to_user
-from pipelines.metrics.subject import Subject, open_subject
+from pipelines.metrics.opening import Folders, Models, open_subject
+from pipelines.metrics.subject import Subject
 from pipelines.progress import counted
 from pipelines.storage.fingerprint import digest, manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete, named_folder
@@ -166,8 +167,9 @@ class Finished:
             raise StageError(f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated")
         if images and prior:
             check_codes_of_images(self.codes, images)
-        seed, compute = self.config.seed, self.config.compute
-        return open_subject(tokenizer, images, prior, self.codes, self.unpacked, self.samples(), seed, compute), known
+        there = Folders(images, self.codes, self.unpacked, self.samples())
+        config = self.config
+        return open_subject(config.evaluate, config.seed, config.compute, Models(tokenizer, prior), there), known
 
     def unfinished(self) -> list[str]:
         """Say what the run itself has begun and not finished, and what is missing though later parts are there."""

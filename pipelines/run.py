@@ -215,7 +215,7 @@ class Run:
 
         make_folder(self.root)
         with workers_of(self.config.compute), adding_up(self.config.compute):
-            figures = evaluate(*self.finished.subject())
+            figures = evaluate(*self.finished.subject(), self.config.evaluate.skip)
         if this_worker().rank == 0:
             print(table(figures))
             write_json(self.root / "metrics.json", figures)

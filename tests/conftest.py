@@ -56,6 +56,7 @@ TINY = {
         "training": dict(TRAINING),
     },
     "sample": {"count": 7, "batch_size": 4, "shard_size": 4},
+    "evaluate": {"skip": ["classification"]},  # which trains for seconds
     "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},
 }
 

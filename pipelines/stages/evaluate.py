@@ -1,55 +1,80 @@
 """Stage evaluate: how good tokenizer, priors and samples are, as far as they are there."""
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 
+from pipelines.errors import StageError
 from pipelines.metrics import METRICS
+from pipelines.metrics.gathered import SplitFeatures
+from pipelines.metrics.metric import Metric, figures_of
+from pipelines.metrics.provenance import OF_FEATURES, made, models_of
 from pipelines.metrics.subject import Subject, batches
-
-# Which model's training a figure of the val split may have seen it in.
-MODEL_OF = {"output": "tokenizer", "reconstructions": "tokenizer", "decoded": "tokenizer"}
-MODEL_OF |= {"nats": "prior", "rate": "prior"}
 
 
 @torch.no_grad()
-def evaluate(subject: Subject, held_out: dict[str, bool | None]) -> dict[str, Any]:
+def evaluate(subject: Subject, held_out: dict[str, bool | None], skip: Sequence[str] = ()) -> dict[str, Any]:
     """Return the figures of all metrics whose needs are met, by their names; the same on any number of processes.
 
-    Only what one of them needs is passed through, once for all.
+    Each split that one of them needs is passed through once, for all of them.
 
     Args:
         subject: what is evaluated.
         held_out: whether the val split was held out from the training of "tokenizer" and "prior"; None where that is
             not known.
+        skip: names of metrics to leave out.
+
+    Raises:
+        StageError: one of those is no metric.
     """
-    there = subject.there()
-    metrics = [kind(subject) for kind in METRICS if set(kind.needs) <= there]
-    for name, split in subject.splits.items():
-        looking = [metric for metric in metrics if any(need.startswith(f"{name}.") for need in metric.needs)]
+    there, names = subject.there(), [kind.name for kind in METRICS]
+    if strangers := ", ".join(sorted(set(skip) - set(names))):
+        raise StageError(f"evaluate.skip must name metrics, got {strangers}; there are {', '.join(names)}")
+    metrics = [kind(subject) for kind in METRICS if set(kind.needs) <= there and kind.name not in skip]
+    gathered = _gathered(subject, {need for metric in metrics for need in metric.needs})
+    for split in {split.name: split for split in subject.splits.values()}.values():
+        looking: list[Any] = [metric for metric in metrics if split.name in _shown(subject, metric)]
+        looking += [one for one in {*gathered.values()} if one.split is split]
         for seen in batches(subject, split) if looking else ():
-            for metric in looking:
-                metric.update(seen)
+            for one in looking:
+                one.update(seen)
+    subject.gathered.update({need: gathered[need].compute() for need in gathered})
     figures: dict[str, Any] = {}
     for metric in metrics:
-        needs = [need.removeprefix("val.") for need in metric.needs]
-        models = {MODEL_OF[need] for need in needs if need in MODEL_OF}
-        known = {"held_out": all(held_out[model] for model in models) or None} if models else {}
         if found := metric.compute():
-            place = figures
-            for part in metric.name.split("."):
-                place = place.setdefault(part, {})
-            place |= known | found
+            models = models_of(metric.needs)
+            known = {"held_out": all(held_out[model] for model in models) or None} if models else {}
+            own = known | found | {"made": made(subject, metric.needs)}
+            *above, last = metric.name.split(".")
+            reduce(lambda place, part: place.setdefault(part, {}), above, figures).setdefault(last, {}).update(own)
     return figures
+
+
+def _shown(subject: Subject, metric: Metric) -> set[str]:
+    """Return the names of the splits whose batches a metric is shown: those of which it needs more than features."""
+    splits = {name for name, _, what in (need.partition(".") for need in metric.needs) if what not in OF_FEATURES}
+    return {subject.splits[name].name for name in splits}
+
+
+def _gathered(subject: Subject, needs: set[str]) -> dict[str, SplitFeatures]:
+    """Return what gathers the features that are needed, by need; one for all that need the same."""
+    found: dict[tuple[str, str], SplitFeatures] = {}
+    by_need = {}
+    for need in sorted(needs):  # in the same order on all ranks
+        name, _, what = need.partition(".")
+        if what not in OF_FEATURES or (what == "moments" and subject.moments):
+            continue
+        what = "features" if what == "moments" else what
+        split = subject.splits[name]
+        if (split.name, what) not in found:
+            found[split.name, what] = SplitFeatures(subject, split, what == "reconstruction_features")
+        by_need[f"{name}.{what}"] = found[split.name, what]
+    return by_need
 
 
 def table(figures: dict[str, Any]) -> str:
     """Return the figures of `metrics.json` as tables for a terminal of 80 columns."""
-    tables = []
-    for metric in METRICS:
-        found: Any = figures
-        for part in metric.name.split("."):
-            found = found.get(part, {})
-        if found:
-            tables.append("\n".join(metric.table(found)))
-    return "\n\n".join(tables)
+    found = [(metric, figures_of(figures, metric.name)) for metric in METRICS]
+    return "\n\n".join("\n".join(metric.table(own)) for metric, own in found if own)
