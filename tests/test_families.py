@@ -14,7 +14,7 @@ Smalti = Callable[..., tuple[int, str]]
 FEW = {"training": {"steps": 2, "val_every": 2, "checkpoint_every": 1, "weight_ema": 0.9, "log_every": 1}}
 
 
-@pytest.fixture(scope="module", params=["gradient", "fsq", "gaussian", "sparse", "identity"])
+@pytest.fixture(scope="module", params=["gradient", "residual", "gumbel", "fsq", "gaussian", "sparse", "identity"])
 def finished(
     request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable
 ) -> Path:
@@ -36,9 +36,11 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     run = finished.parent / "run"
     assert (run / "samples" / "grid.png").stat().st_size > 100
     names = json.loads((run / "samples" / "manifest.json").read_text())["class_names"]
-    assert bool(names) == ("gradient" in kind_of(finished) or "fsq" in kind_of(finished))  # N(0, I) knows no classes
+    levels = json.loads((run / "codes" / "manifest.json").read_text())["levels"]
+    assert bool(names) == bool(levels[0]["codebook_size"])  # N(0, I) knows no classes
+    assert len(levels) == (4 if "residual" in kind_of(finished) else 2)
     code, said = smalti("run", finished, kind_of(finished))
-    assert code == 0 and said.count("skipped") == 6
+    assert code == 0 and said.count("skipped") == 4 + len(levels)
     code, said = smalti("verify", finished, kind_of(finished))
     assert code == 0 and said.count("holds what it says") == 5
     code, said = smalti("run", finished)

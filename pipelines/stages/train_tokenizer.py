@@ -120,7 +120,7 @@ class TokenizerTraining(pl.LightningModule):
         self.training_config, self.seed, self.folder = training, seed, folder
         self.statistics: list[Tensor] | None = None  # of the micro-batches since the last optimizer step
         self.micro = 0
-        self.counted: dict[str, Tensor] = {}  # what learners have counted, (levels,) each
+        self.counted: dict[str, Tensor] = {}  # what learners have counted, of each stored grid
         self.shown: tuple[Tensor, Tensor, Tensor] | None = None
 
     def configure_optimizers(self) -> Any:
@@ -163,7 +163,8 @@ class TokenizerTraining(pl.LightningModule):
             for first, pixels in parts.items():
                 images = to_unit_range(pixels.to(self.device))
                 output = self.model.forward(images)  # what is compiled is compiled for the size of a micro-batch
-                observed[first : first + len(pixels)] = output.levels[level].observed.view(len(pixels), cells, -1)
+                if len(found := output.levels[level].observed):  # some learners look at nothing
+                    observed[first : first + len(pixels)] = found.view(len(pixels), cells, -1)
             learner.start(bottleneck, sum_over_ranks(observed).flatten(0, 1), self.seed + level)
             if self.trainer.world_size > 1:
                 modules: list[Any] = [bottleneck, learner]
@@ -199,7 +200,7 @@ class TokenizerTraining(pl.LightningModule):
         found: list[Tensor] = []
         for level, (learner, output) in enumerate(zip(self.learners, levels, strict=False)):
             seed = (self.seed * 1_000_003 + self.global_step) * 101 + level
-            found += learner.statistics(output, Place(first, total, seed))
+            found += learner.statistics(self.model.bottlenecks[level], output, Place(first, total, seed))
         if self.statistics is not None:
             found = [old + new for old, new in zip(self.statistics, found, strict=True)]
         self.statistics = found
@@ -213,10 +214,10 @@ class TokenizerTraining(pl.LightningModule):
     @torch.no_grad()
     def _update_learners(self) -> None:
         """One step of all learners, from the statistics of all micro-batches and ranks: one all-reduce."""
-        parts, self.statistics, self.micro = self.statistics, None, 0
-        if not parts:
+        parts, self.statistics, self.micro = self.statistics or [], None, 0
+        if not self.learners:
             return
-        flat = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+        flat = sum_over_ranks(torch.cat([part.flatten() for part in parts])) if parts else torch.empty(0)
         summed = [
             chunk.view_as(part) for chunk, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
         ]
@@ -226,7 +227,7 @@ class TokenizerTraining(pl.LightningModule):
             for level, (bottleneck, learner) in enumerate(zip(self.model.bottlenecks, self.learners, strict=True))
         ]
         for name in counted[0]:
-            new = torch.stack([one[name] for one in counted])
+            new = torch.cat([one[name].flatten() for one in counted])
             self.counted[name] = self.counted.get(name, torch.zeros_like(new)).to(new.device, non_blocking=True) + new
 
     def on_validation_epoch_start(self) -> None:
