@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from pipelines.compute.devices import ComputeConfig, num_loaders
 from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.images import (
+    ImageBatch,
     ImageShards,
     TrainingImages,
     ValidationImages,
+    image_batch,
     to_uint8,
     to_unit_range,
 )
@@ -76,6 +78,7 @@ def train_tokenizer(
         training.batch_size,
         training.micro_batches,
         min(workers, 8),
+        image_batch,
     )
     best = fit(module, data, training, compute, folder, "val_loss", "train-tokenizer")
     if module.global_rank > 0:
@@ -142,7 +145,7 @@ class TokenizerTraining(pl.LightningModule):
         if self.owned_before:  # loaded once all is where it stays: an optimizer's state follows its parameters
             self.owned.load(self.owned_before)
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
         seed_step(self.seed, self.global_step, self.micro, self.global_rank)
         if self.global_step == 0 and self.micro == 0 and len(self.learners):
             assert isinstance(self.training_config.batch_size, int)
@@ -157,7 +160,9 @@ class TokenizerTraining(pl.LightningModule):
         """
         train = self.trainer.datamodule.train  # type: ignore[attr-defined]
         mine = range(self.global_rank * START_IMAGES, len(draws), self.trainer.world_size * START_IMAGES)
-        parts = {first: torch.stack([train[draw] for draw in draws[first : first + START_IMAGES]]) for first in mine}
+        parts = {
+            first: image_batch([train[draw] for draw in draws[first : first + START_IMAGES]]).pixels for first in mine
+        }
         pairs = zip(self.model.bottlenecks, self.learners, self.model.level_grids, strict=True)
         for level, (bottleneck, learner, grid) in enumerate(pairs):
             cells = math.prod(grid)
@@ -184,8 +189,8 @@ class TokenizerTraining(pl.LightningModule):
         levels = range(streams, streams + len(self.model.bottlenecks))
         return noise_for(self.model, [(self.seed * 101 + one, step) for one in levels], range(first, first + number))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        images = to_unit_range(batch).contiguous(memory_format=torch.channels_last)
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        images = to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
         output = self.model(images, self._noise(self.global_step, first, len(images)))
         of_batch = batch_losses(self.model.bottleneck, output.levels, self.trainer.world_size)
@@ -246,9 +251,8 @@ class TokenizerTraining(pl.LightningModule):
         self.quality, self.of_means = TokenizerQuality(self.model), TokenizerQuality(self.model)
         self.split_losses = SplitLosses(self.model)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        pixels, mask = batch
-        images = to_unit_range(pixels).contiguous(memory_format=torch.channels_last)
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        mask, images = batch.mask, to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
         first = (batch_idx * self.trainer.world_size + self.global_rank) * len(images)
         noise = self._noise(0, first, len(images), VALIDATION_STREAMS)
         output = self.model(images, noise)
