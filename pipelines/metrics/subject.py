@@ -112,7 +112,7 @@ class Subject(NamedTuple):
 
         SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels and keys; output and reconstructions
         where there is a tokenizer; of codes codes and classes, with a tokenizer decoded, with a prior nats, which is
-        `Seen.judged`. Or it is features, of images, or reconstruction_features: they stand in `gathered` when metrics
+        `Seen.judged`, and rate, where these bound what an image takes. Or it is features, of images, or reconstruction_features: they stand in `gathered` when metrics
         compute, of whole splits. "real.moments" are `real_moments`.
         """
         found = set()
@@ -122,12 +122,19 @@ class Subject(NamedTuple):
             given |= {"codes", "classes"} if split.codes else set()
             given |= {"decoded"} if split.codes and self.tokenizer else set()
             given |= {"nats"} if split.codes and self.prior else set()
+            given |= {"rate"} if split.codes and self.prior and self._is_bounded else set()
             found |= {f"{name}.{what}" for what in given}
         return found | ({"real.moments"} if self.moments or "real.features" in found else set())
 
     def real_moments(self) -> Moments:
         """Return the moments of what samples are held against: those that the reference brings, or of its images."""
         return self.moments or moments(self.gathered["real.features"])
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether all that is stored has a rate. Numbers without noise have no density given the image."""
+        parts = self.tokenizer.bottlenecks if self.tokenizer else []
+        return all(part.noise_channels for part in parts if None in part.sizes)
 
     @property
     def conditions(self) -> list[str]:
