@@ -112,7 +112,7 @@ class Subject(NamedTuple):
 
         SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels and keys; output and reconstructions
         where there is a tokenizer; of codes codes and classes, with a tokenizer decoded, with a prior nats, which is
-        `Seen.judged`, and rate where these bound what an image takes. Or it is features, of images, or
+        `Seen.judged`, and rate, where those bound what an image takes. Or it is features, of images, or
         reconstruction_features: they stand in `gathered` when metrics compute, of whole splits. "real.moments" are
         `real_moments`.
         """
