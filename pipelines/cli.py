@@ -28,6 +28,7 @@ stages:
   run              all of these in order; what is complete is skipped
   export           code shards become tokens that other trainers read; no part of run
   verify           whether every file of the run is what it was written as; the first that is not is named
+  compare          the scoreboard of runs that have been evaluated: `smalti compare A.yaml B.yaml … [--out FILE.csv]`
   decode           tokens that a model elsewhere drew become images: `smalti decode TOKENS --layout layout.json
                    --out DIR`, without a config
 
@@ -98,8 +99,14 @@ def _command(arguments: list[str]) -> int:
         set_up_console()
         command(rest)
         return 0
+    if stage == "compare":  # of several runs
+        from pipelines.compare import command as compare
+
+        set_up_console()
+        compare(rest)
+        return 0
     if stage not in STAGES:
-        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}, decode")
+        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}, decode, compare")
     if any(argument in ("-h", "--help") for argument in rest):
         from pipelines.config import make_parser
 

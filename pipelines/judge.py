@@ -42,6 +42,11 @@ def judge(
     training = []
     if "train-tokenizer" in stages and not tokenizer:
         training.append(at_level(config.tokenizer.training, 0, 1))
+        if config.tokenizer.family.whole_batch and training[0].micro_batches > 1:
+            raise ConfigError(
+                f"tokenizer.training.micro_batches must be 1 with bottleneck {config.tokenizer.bottleneck}, whose loss "
+                f"is of the whole batch and no sum of parts, got {training[0].micro_batches}; use more processes"
+            )
         if config.compute.strategy == "fsdp":
             raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
     if "train-prior" in stages:

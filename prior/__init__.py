@@ -1,6 +1,7 @@
 """Codes alone: how likely a grid of codes is, and new ones."""
 
-from prior.hierarchy import HierarchicalPrior
+from prior.hierarchy import Completed, HierarchicalPrior
+from prior.known import Known, prefix
 from prior.level import LevelConfig, LevelPrior
 from prior.normal import NormalConfig
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
@@ -9,7 +10,9 @@ from prior.transformer import CodeTransformer, TransformerConfig
 
 __all__ = [
     "CodeTransformer",
+    "Completed",
     "HierarchicalPrior",
+    "Known",
     "LevelConfig",
     "LevelPrior",
     "NormalConfig",
@@ -18,5 +21,6 @@ __all__ = [
     "TransformerConfig",
     "filtered_probabilities",
     "inverse_cdf",
+    "prefix",
     "uniforms",
 ]

@@ -12,6 +12,9 @@ from torch import Tensor
 # From logits (B, K) and uniforms (B,) of one position to its codes, int64 (B,). Equal ones choose alike.
 Choose = Callable[[Tensor, Tensor], Tensor]
 
+# Stands for a code that is not known.
+UNKNOWN = -1
+
 
 class Decoder(Protocol):
     """Yields the logits of position 0, 1, 2, … in raster order, told each drawn code in turn."""
@@ -20,8 +23,14 @@ class Decoder(Protocol):
         """Return the logits (B, K) of the next position; previous is int64 (B,), None at the first."""
         ...
 
-    def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
-        """Return the codes int64 (B, T) of all positions, each chosen by its uniforms, (B, T); from position 0 on."""
+    def draw(self, choose: Choose, uniforms: Tensor, known: Tensor | None = None) -> Tensor:
+        """Return the codes int64 (B, T) of all positions, from position 0 on.
+
+        Args:
+            choose: a code by its uniform.
+            uniforms: (B, T).
+            known: int64 (B, T), codes that are not chosen, their uniforms unread; -1 where one is to be; None for none.
+        """
         ...
 
     def restart(self, condition: Tensor) -> None:
@@ -33,12 +42,18 @@ class Decoder(Protocol):
 Decoders = dict[tuple[int, torch.Size, torch.dtype], Decoder]
 
 
-def draw_by_steps(decoder: Decoder, choose: Choose, uniforms: Tensor) -> Tensor:
+def draw_by_steps(decoder: Decoder, choose: Choose, uniforms: Tensor, known: Tensor | None = None) -> Tensor:
     """Draw with a decoder's steps; see `Decoder.draw`."""
+    given = torch.full(uniforms.shape, UNKNOWN, device=uniforms.device) if known is None else known
     codes: list[Tensor] = []
-    for uniform in uniforms.t():
-        codes.append(choose(decoder.step(codes[-1] if codes else None), uniform))
+    for uniform, code in zip(uniforms.t(), given.t(), strict=True):
+        codes.append(chosen_unless_known(choose(decoder.step(codes[-1] if codes else None), uniform), code))
     return torch.stack(codes, 1)
+
+
+def chosen_unless_known(chosen: Tensor, known: Tensor) -> Tensor:
+    """Return the codes of a position (B,): those that are known, else those that were chosen."""
+    return torch.where(known == UNKNOWN, chosen, known)
 
 
 def working_dtype(like: Tensor) -> torch.dtype:
@@ -70,9 +85,9 @@ class RecomputingDecoder:
         self.position += 1
         return logits
 
-    def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
+    def draw(self, choose: Choose, uniforms: Tensor, known: Tensor | None = None) -> Tensor:
         """See `Decoder.draw`."""
-        return draw_by_steps(self, choose, uniforms)
+        return draw_by_steps(self, choose, uniforms, known)
 
     def restart(self, condition: Tensor) -> None:
         """See `Decoder.restart`."""

@@ -5,7 +5,7 @@ B batch, h w code grid, K codebook_size.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -13,8 +13,24 @@ from torch import Tensor, nn
 
 from prior.checks import Codes, Float32Module, Numbers, checked, integers
 from prior.decoder import Decoders
+from prior.known import Known, checked_known
 from prior.level import LevelPrior
 from prior.sampling import LevelSampling, uniforms
+
+
+class Completed(NamedTuple):
+    """What was known and what was drawn beside it.
+
+    Attributes:
+        codes: as of `HierarchicalPrior.sample`.
+        known_nats: -log p of the known values, each given all that comes before it, drawn ones too; float64 (B,).
+        drawn_nats: the same of the drawn ones. Both are of the model as it is, whatever temperature, filters and
+            guidance they were drawn with; their sum is `nll`.
+    """
+
+    codes: list[Tensor]
+    known_nats: Tensor
+    drawn_nats: Tensor
 
 
 class HierarchicalPrior(Float32Module):
@@ -85,6 +101,7 @@ class HierarchicalPrior(Float32Module):
         guidance: float | Sequence[float] = 1.0,
         indices: Numbers | None = None,
         decoders: Decoders | None = None,
+        known: Sequence[Known | None] = (),
     ) -> list[Tensor]:
         """Draw codes, coarse level first.
 
@@ -102,6 +119,9 @@ class HierarchicalPrior(Float32Module):
                 with the same uniforms twice.
             decoders: a dict to keep decoders in, for the next batch of as many samples; made with `{}`, and to be left
                 behind when weights change. They hold copies of the weights, and the keys and values of a batch.
+            known: of each level, coarse to fine, what is given and left as it is; None, or no more levels, for nothing.
+                See `Known` for what is conditioned on it; a coarser level never is on a finer one. What is drawn
+                beside it is drawn with the uniforms that it would have had without.
 
         Returns:
             int64 (B, h, w) per level, coarse to fine; float32 (B, d, h, w) of a continuous one.
@@ -116,20 +136,47 @@ class HierarchicalPrior(Float32Module):
         if classes is None and any(one.guidance != 1 for one in settings):
             raise ValueError("guidance needs classes; leave it at 1 where no class is given")
         self._check_classes(classes)
-        number = 1 if classes is None else len(integers("classes", classes, 1))
+        sizes_known = [len(one.mask) for one in known if one is not None]
+        number = max(sizes_known, default=1) if classes is None else len(integers("classes", classes, 1))
         places = integers("indices", range(number) if indices is None else indices, 1).tolist()
         if classes is not None and len(places) != number:
             raise ValueError(f"indices and classes must be equally many, got {len(places)} and {number}")
         _, labels = checked([], classes, [], len(self.class_names), self._device, len(places))
         if not places:
             return [_nothing(*level).to(self._device) for level in self.levels[-1].config.levels]
+        given = checked_known(known, self.levels[-1].config.levels, self._device, len(places))
         sizes = [level.num_uniforms for level in self.levels]
         drawn = np.stack([uniforms(seed, index, sum(sizes)) for index in places])
         streams = torch.from_numpy(drawn).to(self._device).split(sizes, 1)
         codes: list[Tensor] = []
-        for level, stream, one in zip(self.levels, streams, settings, strict=True):
-            codes.append(level.draw(codes, labels, stream, one, decoders))
+        for level, stream, one, stands in zip(self.levels, streams, settings, given, strict=True):
+            codes.append(level.draw(codes, labels, stream, one, decoders, stands))
         return codes
+
+    @torch.no_grad()
+    def complete(self, known: Sequence[Known | None], classes: Numbers | None = None, **settings: Any) -> "Completed":
+        """Draw what is not known, and score both.
+
+        Args:
+            known: as of `sample`.
+            classes: as of `sample`.
+            settings: the others of `sample`.
+
+        Raises:
+            ValueError: as of `sample`.
+        """
+        codes = self.sample(classes, known=known, **settings)
+        levels = self.levels[-1].config.levels
+        found, labels = checked(codes, classes, levels, len(self.class_names), self._device)
+        given = checked_known(known, levels, self._device, len(found[0]))
+        nats = torch.zeros(2, len(found[0]), dtype=torch.float64, device=self._device)  # of what is known, and drawn
+        for number, (level, one) in enumerate(zip(self.levels, given, strict=True)):
+            each = level.nats_unchecked(found[number], found[:number], labels)  # (B, h, w) or (B, d, h, w)
+            mask = torch.zeros_like(each, dtype=torch.bool)
+            if one is not None:
+                mask |= one.mask if mask.ndim == 3 else one.mask[:, None]
+            nats += torch.stack([torch.where(which, each, 0).flatten(1).sum(1) for which in (mask, ~mask)])
+        return Completed(codes, *nats)
 
     def _settings(self, *given: Any) -> list[LevelSampling]:
         """Return each level's settings from those of `sample`, one value or one per level."""

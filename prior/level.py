@@ -18,7 +18,8 @@ from torch import Tensor
 
 from prior.checks import Codes, Float32Module, Numbers, checked, whole_number
 from prior.conditioning import Conditioning
-from prior.decoder import Decoder, Decoders, working_dtype
+from prior.decoder import UNKNOWN, Decoder, Decoders, working_dtype
+from prior.known import Known
 from prior.normal import Normal, NormalConfig
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.pixelsnail_decoder import PixelSNAILDecoder
@@ -160,11 +161,14 @@ class LevelPrior(Float32Module):
 
     def nll_unchecked(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
         """Return what `nll` does, of what has been checked already."""
+        return self.nats_unchecked(codes, coarser, classes).flatten(1).sum(1)
+
+    def nats_unchecked(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
+        """Return the nats of each code given those before it, float64 (B, h, w); of each number (B, d, h, w)."""
         if isinstance(self.network, Normal):
-            return self.network.nll(codes)
+            return self.network.nats(codes)
         logits = self.forward(codes, coarser, classes).float()
-        nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
-        return nats.view(codes.shape).flatten(1).double().sum(1)
+        return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(codes.shape).double()
 
     def draw(
         self,
@@ -173,26 +177,33 @@ class LevelPrior(Float32Module):
         uniforms: Tensor,
         settings: LevelSampling,
         decoders: Decoders | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """Draw what is stored of this level: codes int64 (B, h, w), or values float32 (B, d, h, w).
 
         Args:
             coarser: what is stored of the coarser levels, coarse to fine.
             classes: int64 (B,); None for none.
-            uniforms: float64 (B, num_uniforms), each sample's own.
+            uniforms: float64 (B, num_uniforms), each sample's own; those of known positions are left unread.
             settings: how.
             decoders: see `decoder`.
+            known: values that stand as they are; see `Known` for what is conditioned on them.
         """
         if isinstance(self.network, Normal):
             settings.check_continuous()
-            return self.network.draw(uniforms, settings.temperature)
+            drawn = self.network.draw(uniforms, settings.temperature)
+            return drawn if known is None else torch.where(known.mask[:, None], known.values, drawn)
+        if known is not None and bool(known.mask.all()):
+            return known.values
         batch = len(uniforms)
+        given = None if known is None else torch.where(known.mask, known.values, UNKNOWN).flatten(1)
         if settings.guidance != 1:
             assert classes is not None
             classes = torch.cat([classes, torch.full_like(classes, len(self.config.class_names))])
             coarser = [torch.cat([codes, codes]) for codes in coarser]
             uniforms = torch.cat([uniforms, uniforms])
-        drawn = self.decoder(coarser, classes, len(uniforms), decoders).draw(settings, uniforms)
+            given = None if given is None else torch.cat([given, given])
+        drawn = self.decoder(coarser, classes, len(uniforms), decoders).draw(settings, uniforms, given)
         return drawn[:batch].reshape(batch, *self.config.grids[-1])
 
     def decoder(

@@ -33,9 +33,9 @@ class Normal(nn.Module):
         self.shape = tuple(shape)
         self.register_buffer("zero", torch.zeros(()), persistent=False)  # is where the module is
 
-    def nll(self, values: Tensor) -> Tensor:
-        """Return -log of the density in nats, float64 (B,), of values (B, d, h, w)."""
-        return (0.5 * (values.double().square() + math.log(2 * math.pi))).flatten(1).sum(1)
+    def nats(self, values: Tensor) -> Tensor:
+        """Return -log of the density in nats, float64, of each of the values (B, d, h, w)."""
+        return 0.5 * (values.double().square() + math.log(2 * math.pi))
 
     def draw(self, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         """Return values float32 (B, d, h, w), by the normal quantile.

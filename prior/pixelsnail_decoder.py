@@ -165,9 +165,9 @@ class PixelSNAILDecoder:
         self.position += 1
         return self.head(F.elu(x))
 
-    def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
+    def draw(self, choose: Choose, uniforms: Tensor, known: Tensor | None = None) -> Tensor:
         """See `prior.decoder.Decoder.draw`."""
-        return draw_by_steps(self, choose, uniforms)
+        return draw_by_steps(self, choose, uniforms, known)
 
     def restart(self, condition: Tensor) -> None:
         """See `prior.decoder.Decoder.restart`."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from x_transformers.x_transformers import GLU, Attention, AttentionLayers, FeedForward, RMSNorm
 
-from prior.decoder import Choose, working_dtype
+from prior.decoder import UNKNOWN, Choose, chosen_unless_known, working_dtype
 from prior.packed_linear import PackedLinear
 from prior.transformer import CodeTransformer
 
@@ -117,6 +117,7 @@ class TransformerDecoder:
         self.condition = torch.empty(self.length, self.batch, condition.shape[1], device=device)
         self.uniforms = torch.empty(self.length, self.batch, dtype=torch.float64, device=device)
         self.drawn = torch.empty(self.length, self.batch, dtype=torch.int64, device=device)
+        self.known = torch.empty(self.length, self.batch, dtype=torch.int64, device=device)
         self.choose: Choose | None = None  # that of the graphs
         self.graphs: dict[int, Callable[[], None]] = {}  # by the places that attention looks at
         if condition.is_cuda:  # what all graphs share: where they are captured, and where temporaries lie
@@ -141,9 +142,13 @@ class TransformerDecoder:
         return self._logits(-(-self.steps // BUCKET) * BUCKET)
 
     @torch.no_grad()
-    def draw(self, choose: Choose, uniforms: Tensor) -> Tensor:
+    def draw(self, choose: Choose, uniforms: Tensor, known: Tensor | None = None) -> Tensor:
         """See `prior.decoder.Decoder.draw`."""
         self.uniforms.copy_(uniforms.t())
+        if known is None:
+            self.known.fill_(UNKNOWN)
+        else:
+            self.known.copy_(known.t())
         if choose != self.choose:
             self.choose = choose
             self.graphs.clear()
@@ -166,7 +171,8 @@ class TransformerDecoder:
     def _draw_position(self, choose: Choose, places: int) -> None:
         """Draw the codes at self.position into self.drawn, and move on."""
         uniform = self.uniforms.index_select(0, self.position)[0]
-        self.code.copy_(choose(self._logits(places), uniform))
+        known = self.known.index_select(0, self.position)[0]
+        self.code.copy_(chosen_unless_known(choose(self._logits(places), uniform), known))
         self.drawn.index_copy_(0, self.position, self.code[None])
         self.position += 1
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 SERVER = get_context("forkserver")
 # Nothing of ours, so that what is forked runs the code of the tests' own checkout.
-SERVER.set_forkserver_preload(["lightning.pytorch", "safetensors.torch", "x_transformers", "webdataset", "yaml"])
+SERVER.set_forkserver_preload(
+    ["lightning.pytorch", "safetensors.torch", "x_transformers", "webdataset", "yaml", "torchmetrics.functional.image"]
+)
 
 
 def _run(module: str, arguments: list[str], folder: Path, environment: dict[str, str], file_limit: int) -> None:

@@ -1,4 +1,6 @@
-"""Steps of a tokenizer that can be compared however they are cut; `python -m tests.steps` is `smalti`, recording them.
+"""Steps of a tokenizer that can be compared however they are cut.
+
+`python -m tests.steps STAGE CONFIG …` is `smalti`, one config after the other, and records them beside each.
 
 Sums are rounded by the size of a part, which moves weights by less than 1e-5. But it tips a latent that lies nearly as
 far from another code as from its own, and then codebooks part by far more. Without biases an untrained encoder spreads
@@ -17,8 +19,10 @@ from torch import Tensor
 import pipelines.stages.train_tokenizer
 from pipelines.cli import main
 from pipelines.stages.train_tokenizer import TokenizerTraining
-from tokenizer import HierarchicalVQVAE
+from pipelines.training.sections import TokenizerSection
+from tokenizer import Codebook, HierarchicalVQVAE
 from tokenizer.hierarchy import Autoencoded
+from tokenizer.loss import OwnedLoss
 
 # Over the tiny settings. K-means start, revival and weight averaging are all at work.
 COMPARABLE = {
@@ -29,6 +33,10 @@ COMPARABLE = {
         "training": {"weight_ema": 0.9, "batch_size": 8, "val_every": 6},
     },
 }
+
+
+# A file of this name beside a config asks for a critic, a loss with a network of its own.
+CRITIC = "critic"
 
 
 class Recorded(TokenizerTraining):
@@ -47,14 +55,16 @@ class Recorded(TokenizerTraining):
 
     def _margins(self, model: HierarchicalVQVAE, images: tuple[Tensor], output: Autoencoded) -> None:
         for book, level in zip(model.bottlenecks, output.levels, strict=True):
+            if not isinstance(book, Codebook):
+                continue
             latents = level.observed.double()
             nearest = torch.cdist(latents, book.table.double()).square().topk(2, largest=False).values  # (N, 2)
             margin = (nearest[:, 1] - nearest[:, 0]).min() / latents.square().sum(1).mean()
             self._note("training" if model.training else "validation", f"{margin:.3e}")
 
     def _bits(self, step: str) -> None:
-        pairs = zip(self.learners, self.model.bottlenecks, strict=True)
-        tensors = [tensor for ema, book in pairs for tensor in (ema.counts, ema.sums, book.vectors)]
+        modules: list[Any] = [*self.learners, *self.model.bottlenecks]
+        tensors = [tensor.detach() for module in modules for tensor in module.state_dict().values()]
         sha = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
         self._note("codebooks", f"{step} {sha}")
 
@@ -72,6 +82,19 @@ def least_margin(folder: Path, loop: str = "training") -> float:
     return min(float(line) for path in folder.glob(f"{loop}*.txt") for line in path.read_text().split())
 
 
+def critics(section: TokenizerSection) -> list[OwnedLoss]:
+    """Return the critic of the tests of owned losses where one is asked for."""
+    from tests.test_owned_losses import Critic
+
+    return [Critic(0.1)] if (Path(os.environ["RECORD"]) / CRITIC).exists() else []
+
+
 if __name__ == "__main__":
     pipelines.stages.train_tokenizer.TokenizerTraining = Recorded  # type: ignore[misc]
-    sys.exit(main())
+    pipelines.stages.train_tokenizer.owned_losses = critics
+    stage, *given = sys.argv[1:]
+    configs = [argument for argument in given if argument.endswith(".yaml")]
+    for config in configs:
+        os.environ["RECORD"] = str(Path(config).parent)
+        if code := main([stage, config, *(argument for argument in given if argument not in configs)]):
+            sys.exit(code)

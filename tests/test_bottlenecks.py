@@ -17,6 +17,8 @@ from tokenizer.bottlenecks.codebook import Codebook
 from tokenizer.bottlenecks.fsq import FSQ, FSQConfig
 from tokenizer.bottlenecks.gaussian import Gaussian, GaussianConfig
 from tokenizer.bottlenecks.gradient import GradientConfig, KMeansStart
+from tokenizer.bottlenecks.identity import IdentityConfig
+from tokenizer.bottlenecks.sparse import SparseConfig
 
 SIZES = VectorSizes(codebook_size=16, code_dim=4, normalize=False)
 FAMILIES = [kind() for kind in KINDS.values()]
@@ -64,7 +66,8 @@ def test_losses_have_weights_and_one_value_for_each_image(family: Settings) -> N
     bottleneck = family.build(SIZES)
     features = torch.randn(3, bottleneck.features, 2, 2)
     together = bottleneck(features).losses
-    assert set(together) == set(family.weights(2, 256))
+    averaged = {name: values.mean(0) for name, values in bottleneck(features).averaged.items()}
+    assert set(together) | set(family.batch_losses(averaged)) == set(family.weights(2, 256))
     alone = [bottleneck(features[number : number + 1]).losses for number in range(3)]
     for name, values in together.items():
         assert torch.allclose(values, torch.cat([losses[name] for losses in alone]), rtol=1e-5)
@@ -170,6 +173,42 @@ def test_units_that_do_not_vary_are_not_active() -> None:
     figures = bottleneck.figures()
     figures.update(bottleneck(features), torch.ones(50))
     assert figures.compute() == [{"active": 0.5}]
+
+
+def test_the_divergence_is_that_of_coins_and_least_where_units_are_as_active_as_asked() -> None:
+    family = SparseConfig(rho=0.2)
+    means = torch.tensor([0.1, 0.2, 0.7])
+    coins = torch.distributions.Bernoulli
+    expected = torch.distributions.kl_divergence(coins(torch.full((3,), 0.2)), coins(means)).mean()
+    assert torch.allclose(family.batch_losses({"activation": means})["divergence"], expected)
+    assert float(family.batch_losses({"activation": torch.full((3,), 0.2)})["divergence"]) == pytest.approx(0, abs=1e-6)
+    assert family.batch_losses({"activation": torch.tensor([0.0, 1.0])})["divergence"].isfinite()
+
+
+def test_a_penalty_on_means_is_of_the_batch_as_a_whole_and_one_on_activations_of_each_image() -> None:
+    assert SparseConfig().whole_batch and SparseConfig().weights(2, 256) == {"activation": 0.0, "divergence": 0.05}
+    assert not SparseConfig(penalty="l1").whole_batch and SparseConfig(penalty="l1").weights(2, 1) == {
+        "activation": 0.05
+    }
+    with pytest.raises(ValueError, match="rho must lie between 0 and 1, got 1"):
+        SparseConfig(rho=1)
+
+
+def test_units_above_a_half_are_active() -> None:
+    bottleneck, features = SparseConfig().build(SIZES), torch.full((2, 4, 1, 1), -1.0)
+    features[0, :3] = 1.0
+    figures = bottleneck.figures()
+    figures.update(bottleneck(features), torch.ones(2))
+    assert figures.compute() == [{"active_share": 3 / 8}]
+
+
+def test_moments_of_what_is_passed_as_it_is() -> None:
+    bottleneck, features = IdentityConfig().build(SIZES), 3 * torch.randn(2, 4, 3, 3) + 1
+    figures = bottleneck.figures()
+    figures.update(bottleneck(features), torch.ones(2))
+    (found,) = figures.compute()
+    assert found["mean"] == pytest.approx(float(features.mean()), abs=1e-5)
+    assert found["std"] == pytest.approx(float(features.std(correction=0)), abs=1e-5)
 
 
 def test_each_loss_of_a_learned_codebook_moves_its_own_side() -> None:

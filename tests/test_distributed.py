@@ -1,7 +1,7 @@
 """Several real processes: the codebooks, batches and figures of one."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pipelines.config import load_config
 from pipelines.run import Run
 from tests.conftest import merged
 from tests.jobs import ranks
-from tests.steps import COMPARABLE, Recorded, least_margin
+from tests.steps import COMPARABLE, CRITIC, Recorded, least_margin
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -21,48 +21,78 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def recorded(stage: str, config: Path, processes: int, *options: str) -> None:
-    """A command in so many processes, which records beside its config; `test_processes` has Lightning start them."""
-    jobs = ranks(processes, "tests.steps", stage, config, *options, folder=config.parent, RECORD=config.parent)
+def recorded(stage: str, configs: Sequence[Path], processes: int, *options: str) -> None:
+    """A command on one config after the other, in so many processes; `test_processes` has Lightning start them."""
+    jobs = ranks(processes, "tests.steps", stage, *configs, *options, folder=configs[0].parent)
     assert [job.wait() for job in jobs] == [0] * processes, "\n".join(job.errors for job in jobs)
 
 
+# Kinds that are trained beside EMA codebooks, the finite scalars with a critic. At the centres of k-means gradients are
+# nothing but rounding, which Adam would make as large as any.
+KINDS: dict[str, dict] = {
+    "gradient": {"gradient": {"kmeans_iterations": 0}},
+    "fsq": {"fsq": {"levels": [3, 3]}},
+    "gaussian": {"gaussian": {"beta": 1.0}},
+    "sparse": {"sparse": {"weight": 1.0}},
+}
+Trained = Callable[[int, int], dict[str, Path]]
+
+
 @pytest.fixture(scope="module")
-def trained(
-    tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]
-) -> Callable[[int, int], Path]:
-    """Train a tokenizer in so many processes, once; k-means start, revival and weight averaging are all at work."""
+def trained(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Trained:
+    """Train tokenizers of all kinds in so many processes, once; k-means start, revival and averaging are all at work.
+
+    In micro-batches those with EMA codebooks alone.
+    """
 
     @cache
-    def train(devices: int, micro_batches: int) -> Path:
-        changes = {
-            "images": {"from": str(tiny_run.parent / "run" / "images")},
-            "tokenizer": {"training": {"micro_batches": micro_batches}},
-            "compute": {"devices": devices},
-        }
-        config = write_config(tmp_path_factory.mktemp("trained"), merged(COMPARABLE, changes))
-        recorded("train-tokenizer", config, devices)
-        return config.parent
+    def train(devices: int, micro_batches: int) -> dict[str, Path]:
+        folder, configs = tmp_path_factory.mktemp("trained"), []
+        for kind in ["ema", *KINDS]:
+            training = {"micro_batches": micro_batches if kind == "ema" else 1}
+            changes = {
+                "images": {"from": str(tiny_run.parent / "run" / "images")},
+                "tokenizer": {"bottleneck": kind, "training": training, **KINDS.get(kind, {})},
+                "prior": {"network": "auto"},
+                "compute": {"devices": devices},
+            }
+            configs.append(write_config(folder / kind, merged(COMPARABLE, changes)))
+        (folder / "fsq" / CRITIC).touch()
+        recorded("train-tokenizer", configs if devices < 4 else configs[:1], devices)
+        return {config.parent.name: config.parent for config in configs}
 
     return train
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / "tokenizer" / "model.safetensors")
+
+
 @pytest.mark.parametrize(("devices", "micro_batches"), [(2, 2), (4, 1)])
-def test_several_processes_take_the_steps_of_one(
-    devices: int, micro_batches: int, trained: Callable[[int, int], Path]
-) -> None:
+def test_several_processes_take_the_steps_of_one(devices: int, micro_batches: int, trained: Trained) -> None:
     """The same start bit for bit, the same weights and codebooks to rounding, the same bits on all ranks."""
-    one, several = trained(1, 1), trained(devices, micro_batches)
+    one, several = trained(1, 1)["ema"], trained(devices, micro_batches)["ema"]
     assert least_margin(one) > 1e-3  # rounding tips no latent to another code
-    found = [load_file(folder / "run" / "tokenizer" / "model.safetensors") for folder in (one, several)]
-    for name, tensor in found[0].items():
-        assert torch.allclose(tensor, found[1][name], atol=1e-5), name
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(several)[name], atol=1e-5), name
     records = [(several / f"codebooks{rank}.txt").read_text().splitlines() for rank in range(devices)]
     assert len(records[0]) == 1 + 6
     assert all(record == records[0] for record in records)
     assert records[0][0] == (one / "codebooks0.txt").read_text().splitlines()[0]
     last, same = (rows(folder / "run" / "tokenizer" / "metrics.csv")[-1] for folder in (one, several))
     assert last["level1_revived"] == same["level1_revived"] != "0"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_take_the_steps_of_one_with_every_kind(kind: str, trained: Trained) -> None:
+    """The weights to rounding, and the validation's figures, that of the mean activation of all images among them."""
+    one, two = trained(1, 1)[kind], trained(2, 2)[kind]
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(two)[name], atol=1e-5), name
+    found, wanted = (rows(folder / "run" / "tokenizer" / "metrics.csv")[-1] for folder in (two, one))
+    figures = [name for name in wanted if name.startswith("val_")]
+    assert [float(found[name]) for name in figures] == pytest.approx([float(wanted[name]) for name in figures], 1e-4)
+    assert (kind == "sparse") == ("val_level0_divergence" in figures)
 
 
 def test_validation_figures_do_not_depend_on_the_number_of_processes(
@@ -82,8 +112,8 @@ def test_validation_figures_do_not_depend_on_the_number_of_processes(
         }
         config = write_config(tmp_path / str(devices), merged(COMPARABLE, changes))
         (config.parent / "run").mkdir()
-        recorded("train-prior", config, devices, "--level", "0")
-        recorded("train-tokenizer", config, devices)
+        recorded("train-prior", [config], devices, "--level", "0")
+        recorded("train-tokenizer", [config], devices)
         folder = config.parent / "run"
         figures = [rows(folder / name / "metrics.csv")[-1] for name in ("tokenizer", "prior/level0")]
         found.append({name: float(value) for row in figures for name, value in row.items() if name.startswith("val_")})
@@ -104,7 +134,7 @@ def test_a_job_goes_on_with_the_same_batches_on_another_number_of_processes(
             "tokenizer": {"training": {"steps": 3, "val_every": 3, "log_every": 1, "weight_ema": 0.0}},
         }
         config = write_config(tmp_path / name, merged(COMPARABLE, changes))
-        recorded("train-tokenizer", config, first)
+        recorded("train-tokenizer", [config], first)
         folder = tmp_path / name / "run" / "tokenizer"
         for path in (config, folder / "config.yaml"):  # as if it had been stopped there with more steps to go
             path.write_text(path.read_text().replace("steps: 3", "steps: 6").replace("devices: 2", "devices: 1"))

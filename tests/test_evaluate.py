@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from pipelines.metrics.opening import EvaluateConfig, Folders, Models, open_subj
 from pipelines.run import Run
 from pipelines.stages.evaluate import evaluate, table
 from pipelines.storage.cache import Cache
+from pipelines.storage.shards import index_shard, read_member
 from prior import HierarchicalPrior
 from tests.jobs import ranks
 from tokenizer import HierarchicalVQVAE
@@ -262,3 +264,25 @@ def test_three_processes_find_the_figures_of_one(copy_of: Callable[..., Path]) -
     assert [job.wait() for job in jobs] == [0, 0, 0], "\n".join(job.errors for job in jobs)
     assert (config.parent / "run" / "metrics.json").read_bytes() == alone
     assert [bool(job.out) for job in jobs] == [True, False, False]
+
+
+def test_codes_of_samples_are_held_against_those_of_the_val_split(tiny_run: Path) -> None:
+    found, run = figures_of(tiny_run.parent / "run")["codes"], tiny_run.parent / "run"
+    _, levels = val_codes(run)
+    drawn: list[list[np.ndarray]] = [[], []]
+    for path in sorted((run / "samples").glob("*.tar")):
+        with path.open("rb") as file:
+            for sample in index_shard(path):
+                for level in (0, 1):
+                    drawn[level].append(np.load(io.BytesIO(read_member(file, sample.members[f"level{level}.npy"]))))
+    for level, size in ((0, 16), (1, 32)):
+        counts = [torch.bincount(torch.as_tensor(np.stack(drawn[level])).long().flatten(), minlength=size)]
+        counts += [torch.bincount(levels[level][first::2].flatten(), minlength=size) for first in (0, 1)]
+        shares = [count / count.sum() for count in (*counts, counts[1] + counts[2])]
+        own = found[f"level{level}"]
+        assert own["total_variation"] == pytest.approx(float((shares[0] - shares[3]).abs().sum() / 2), rel=1e-5)
+        assert own["total_variation_of_halves"] == pytest.approx(
+            float((shares[1] - shares[2]).abs().sum() / 2), rel=1e-5
+        )
+    assert (found["samples"], found["images"]) == (7, 179)
+    assert found["made"]["splits"]["samples"]["settings"]["temperature"] == 1.0

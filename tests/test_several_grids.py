@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -13,25 +12,20 @@ from torch import Tensor, nn
 from pipelines import Generator
 from pipelines.training.sections import TokenizerSection
 from tokenizer.bottlenecks import KINDS
-from tokenizer.bottlenecks.bottleneck import Bottled, VectorSizes
+from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
 from tokenizer.bottlenecks.codebook import Codebook
 from tokenizer.bottlenecks.usage import CodeUsage
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwiceConfig:
+class TwiceConfig(Settings):
     """A codebook, and another for what the first leaves (Zeghidour et al. 2021, algorithm 1, of depth 2)."""
-
-    of_model: ClassVar[tuple[str, ...]] = ()
-    unread: ClassVar[tuple[str, ...]] = ()
 
     def build(self, sizes: VectorSizes) -> "Twice":
         return Twice(sizes)
 
     def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
         return {"commitment": 0.25, "codebook": 1.0}
-
-    def learner(self, bottleneck: nn.Module) -> None: ...
 
 
 class Twice(nn.Module):
@@ -62,7 +56,7 @@ class Twice(nn.Module):
 def test_they_are_levels_of_shards_priors_samples_and_figures(
     tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KINDS, "twice", TwiceConfig)  # type: ignore[arg-type]
+    monkeypatch.setitem(KINDS, "twice", TwiceConfig)
     monkeypatch.setattr(TokenizerSection, "family", property(lambda section: TwiceConfig()))
     few = {"training": {"steps": 2, "val_every": 2}}
     changes = {

@@ -13,7 +13,7 @@ class TokenizerLoss(nn.Module):
 
     Args:
         reconstruction: "mse" or "l1", averaged over every element, so neither term grows with the batch.
-        weights: of the bottleneck's losses, by name; each level's mean over images counts.
+        weights: of the bottleneck's losses, by name; each level's mean over images counts, and what is of a batch.
     """
 
     def __init__(self, reconstruction: Literal["mse", "l1"], weights: Mapping[str, float]) -> None:
@@ -26,7 +26,7 @@ class TokenizerLoss(nn.Module):
         Args:
             reconstruction: (B, C, H, W).
             images: (B, C, H, W).
-            losses: of each level by name, (B,) each.
+            losses: of each level by name, (B,) each, or a scalar where it is of the batch as a whole.
         """
         distance = F.mse_loss if self.reconstruction == "mse" else F.l1_loss
         asked = [self.weights[name] * values.mean() for level in losses for name, values in level.items()]

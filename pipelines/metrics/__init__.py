@@ -3,6 +3,7 @@
 from pipelines.metrics.bound import Bound
 from pipelines.metrics.classification import ClassificationScore
 from pipelines.metrics.copies import Copies
+from pipelines.metrics.histograms import CodeHistograms
 from pipelines.metrics.metric import Metric
 from pipelines.metrics.rates import Rates
 from pipelines.metrics.realism import ReconstructionDistances, SampleDistances, SampleFID
@@ -13,6 +14,7 @@ METRICS: tuple[type[Metric], ...] = (
     Reconstruction,
     Rates,
     Bound,
+    CodeHistograms,
     ReconstructionDistances,
     SampleDistances,
     SampleFID,

@@ -39,7 +39,7 @@ class Bound(Metric):
     """
 
     name = "bound"
-    needs = ("val.images", "val.decoded", "val.nats", "train.images")
+    needs = ("val.images", "val.decoded", "val.nats", "val.rate", "train.images")
     less_is_better = ("bits_per_dim", "distortion_bits_per_dim", "rate_bits_per_dim")
 
     def __init__(self, subject: Subject) -> None:

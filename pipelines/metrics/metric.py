@@ -82,5 +82,5 @@ def figures_of(figures: dict[str, Any], name: str) -> dict[str, Any]:
 
 def title(name: str, figures: dict[str, Any]) -> str:
     """Return the first line of a table of the val split."""
-    doubt = "" if figures["held_out"] else ", which may have been trained on"
+    doubt = "" if figures.get("held_out", True) else ", which may have been trained on"
     return f"{name}: val split of {figures['images']} images{doubt}"

@@ -58,7 +58,7 @@ class Rates(Metric):
             nats = torch.stack([level.nats for level in levels], 1)  # (B, levels)
             self.nats[seen.split, condition].put(rows, nats[: len(rows)])
             if seen.split == "val":
-                self.bins[condition].add(seen.part, torch.stack([_binned(level) for level in levels]))
+                self.bins[condition].add(seen.part, torch.stack([binned(level) for level in levels]))
         for count, codes in zip(self.counts, seen.codes if seen.split == "val" else (), strict=False):
             if size := count.values.shape[1]:
                 count.add(0, torch.bincount(codes.flatten().cpu(), minlength=size))
@@ -85,7 +85,7 @@ class Rates(Metric):
                 "uniform_bits": math.log2(size),
                 "histogram_nats": entropy(counts),
                 "histogram_bits": entropy(counts) / math.log(2),
-                **_calibration({one: found[number] for one, found in bins.items()}),
+                **calibration({one: found[number] for one, found in bins.items()}),
             }
         if all(level.config.codebook_sizes[-1] for level in self.levels):
             totals = {one: float(nats["val", one].sum(1).mean()) for one in bins}
@@ -133,7 +133,7 @@ def _row(level: str, what: str, bits: float, histogram_bits: float | None = None
     return f"  {level:>5}  {what:<39} {bits * math.log(2):>9.4f} {bits:>10.4f} {saved:>9}".rstrip()
 
 
-def _binned(level: Judged) -> Tensor:
+def binned(level: Judged) -> Tensor:
     """Return what each bin holds: positions, the sum of their probabilities, and right ones; float64 (BINS, 3)."""
     if level.confidence is None or level.right is None:
         return torch.zeros(BINS, 3, dtype=torch.float64)
@@ -143,7 +143,7 @@ def _binned(level: Judged) -> Tensor:
     return torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, bins, held)
 
 
-def _calibration(bins: dict[str, Tensor]) -> dict[str, Any]:
+def calibration(bins: dict[str, Tensor]) -> dict[str, Any]:
     """Return what bins (BINS, 3) of positions, probabilities and right ones say, by condition."""
     return {
         "right": {one: float(found[:, 2].sum() / found[:, 0].sum()) for one, found in bins.items()},

@@ -13,7 +13,7 @@ from pipelines.metrics.quality import TokenizerQuality
 from pipelines.metrics.subject import Seen, Subject
 
 # Sides from which on images have these figures: the window, and the window at the coarsest of five scales.
-SSIM_SIDE, MS_SSIM_SIDE = 11, 161
+SSIM_SIDE, MS_SSIM_SIDE = 11, 176
 # Figures of levels that are shares.
 SHARES = ("usage", "active")
 

@@ -85,8 +85,8 @@ class Subject(NamedTuple):
             which samples are held against: images of the reference, or without one those of "train".
         tokenizer: in eval mode, if there is one.
         prior: in eval mode, if there is one.
-        features: the space in which images are compared; None where there are no images.
         marks: fingerprints of the models: "tokenizer", "prior0", "prior1", …
+        features: the space in which images are compared; None where there are no images.
         moments: of the reference in that space, if the reference brings them.
         dims: values of an image, C * H * W.
         seed: of all that is drawn.
@@ -112,8 +112,9 @@ class Subject(NamedTuple):
 
         SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels and keys; output and reconstructions
         where there is a tokenizer; of codes codes and classes, with a tokenizer decoded, with a prior nats, which is
-        `Seen.judged`. Or it is features, of images, or reconstruction_features: they stand in `gathered` when metrics
-        compute, of whole splits. "real.moments" are `real_moments`.
+        `Seen.judged`, and rate, where those bound what an image takes. Or it is features, of images, or
+        reconstruction_features: they stand in `gathered` when metrics compute, of whole splits. "real.moments" are
+        `real_moments`.
         """
         found = set()
         for name, split in self.splits.items():
@@ -122,12 +123,19 @@ class Subject(NamedTuple):
             given |= {"codes", "classes"} if split.codes else set()
             given |= {"decoded"} if split.codes and self.tokenizer else set()
             given |= {"nats"} if split.codes and self.prior else set()
+            given |= {"rate"} if split.codes and self.prior and self._is_bounded else set()
             found |= {f"{name}.{what}" for what in given}
         return found | ({"real.moments"} if self.moments or "real.features" in found else set())
 
     def real_moments(self) -> Moments:
         """Return the moments of what samples are held against: those that the reference brings, or of its images."""
         return self.moments or moments(self.gathered["real.features"])
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether all that is stored has a rate. Numbers without noise have no density given the image."""
+        parts = self.tokenizer.bottlenecks if self.tokenizer else []
+        return all(part.noise_channels for part in parts if None in part.sizes)
 
     @property
     def conditions(self) -> list[str]:

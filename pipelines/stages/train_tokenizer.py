@@ -26,6 +26,7 @@ from pipelines.data.noise import noise_for
 from pipelines.data.pictures import picture_grid
 from pipelines.metrics.quality import TokenizerQuality
 from pipelines.storage.paths import whole
+from pipelines.training.batch_losses import SplitLosses, batch_losses
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.loggers import log_picture
 from pipelines.training.owned_losses import OwnedLosses
@@ -174,7 +175,9 @@ class TokenizerTraining(pl.LightningModule):
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
         streams = [(self.seed * 101 + level, self.global_step) for level in range(1, len(self.model.bottlenecks) + 1)]
         output = self.model(images, noise_for(self.model, streams, range(first, first + len(images))))
-        loss = self.loss(output.reconstruction, images, [level.losses for level in output.levels])
+        of_batch = batch_losses(self.model.bottleneck, output.levels, self.trainer.world_size)
+        losses = [level.losses | whole for level, whole in zip(output.levels, of_batch, strict=True)]
+        loss = self.loss(output.reconstruction, images, losses)
         parts = self.owned(output.reconstruction, images, self.training_config.micro_batches)
         loss = loss + sum(parts.values(), start=torch.zeros_like(loss))
         self._collect(output.levels, first, len(images))
@@ -227,20 +230,21 @@ class TokenizerTraining(pl.LightningModule):
             self.counted[name] = self.counted.get(name, torch.zeros_like(new)).to(new.device, non_blocking=True) + new
 
     def on_validation_epoch_start(self) -> None:
-        self.quality = TokenizerQuality(self.model)
+        self.quality, self.split_losses = TokenizerQuality(self.model), SplitLosses(self.model)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         pixels, mask = batch
         images = to_unit_range(pixels).contiguous(memory_format=torch.channels_last)
         output = self.model(images)
         self.quality.add(images, output, mask)
+        self.split_losses.update(output.levels, mask)
         if batch_idx == 0:
             shown = slice(0, min(NUM_SHOWN, len(images)))
             top = self.model.decode([stored[shown] for stored in output.levels[0].stored])
             self.shown = (images[shown], output.reconstruction[shown], top)
 
     def on_validation_epoch_end(self) -> None:
-        figures = self.quality.figures()
+        figures = self.quality.figures() | self.split_losses.compute()
         reconstruction = figures["mse"] if self.loss.reconstruction == "mse" else figures["l1"]
         levels = range(len(self.model.levels))
         weighted = (

@@ -13,9 +13,11 @@ from prior import PixelSNAILConfig, TransformerConfig
 from tokenizer import EMAConfig, TokenizerConfig
 from tokenizer.bottlenecks import KINDS, FSQConfig, GaussianConfig, GradientConfig, Settings
 from tokenizer.bottlenecks.bottleneck import VectorSizes
+from tokenizer.bottlenecks.sparse import SparseConfig
 
 # What these settings were when they came, for ever.
 GRADIENT_THEN = {"codebook_weight": 1.0, "commitment_weight": 0.25, "kmeans_iterations": 10}
+SPARSE_THEN = {"penalty": "kl", "rho": 0.05, "weight": 0.1}
 # What `prior.network` may name; a network's settings stand under its name.
 NETWORKS = ("auto", "transformer", "pixelsnail", "normal")
 
@@ -94,13 +96,15 @@ class TokenizerSection:
     Attributes:
         from_: a tokenizer folder or hub id to use instead of training one.
         bottleneck: what its levels are made of: "ema" (codebooks that are moving averages), "gradient" (codebooks
-            moved by gradients), "fsq" (rounded channels) or "gaussian" (a VAE).
+            moved by gradients), "fsq" (rounded channels), "gaussian" (a VAE), "sparse" (units few of which are active)
+            or "identity" (a plain autoencoder).
         model: its levels and widths; codebook_size, code_dim and normalize are those of codebooks, code_dim also that
-            of "gaussian".
+            of "gaussian", "sparse" and "identity".
         ema: settings of that bottleneck.
         gradient: settings of that bottleneck.
         fsq: settings of that bottleneck.
         gaussian: settings of that bottleneck.
+        sparse: settings of that bottleneck.
         shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
             disk that it is fetched to; 0 mixes all.
         loss: reconstruction loss.
@@ -115,6 +119,7 @@ class TokenizerSection:
     gradient: GradientConfig = field(default_factory=GradientConfig, metadata={"introduced": GRADIENT_THEN})
     fsq: FSQConfig = field(default_factory=FSQConfig, metadata={"introduced": {"levels": [8, 5, 5, 5]}})
     gaussian: GaussianConfig = field(default_factory=GaussianConfig, metadata={"introduced": {"beta": 0.02}})
+    sparse: SparseConfig = field(default_factory=SparseConfig, metadata={"introduced": SPARSE_THEN})
     loss: Literal["mse", "l1"] = "mse"
     shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -128,8 +133,8 @@ class TokenizerSection:
 
     @property
     def family(self) -> Settings:
-        """The settings of the bottleneck that is used."""
-        return getattr(self, self.bottleneck)
+        """The settings of the bottleneck that is used; one that has none has no section."""
+        return getattr(self, self.bottleneck, None) or KINDS[self.bottleneck]()
 
     @property
     def unused(self) -> list[str]:
@@ -189,7 +194,8 @@ def stored_sizes(section: TokenizerSection) -> list[int | None]:
 
 def used(section: TokenizerSection | PriorConfig) -> dict[str, Any]:
     """Return a section as plain data: of several kinds the settings of the one that is used, all of them."""
-    own = {section.bottleneck: hashed(section.family)} if isinstance(section, TokenizerSection) else {}
+    family = hashed(section.family) if isinstance(section, TokenizerSection) else {}
+    own = {section.bottleneck: family} if isinstance(section, TokenizerSection) and family else {}
     return {name: value for name, value in hashed(section).items() if name not in section.unused} | own
 
 

@@ -5,6 +5,8 @@ from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.bottlenecks.fsq import FSQConfig
 from tokenizer.bottlenecks.gaussian import GaussianConfig
 from tokenizer.bottlenecks.gradient import GradientConfig
+from tokenizer.bottlenecks.identity import IdentityConfig
+from tokenizer.bottlenecks.sparse import SparseConfig
 
 # What `tokenizer.bottleneck` and config.json call a family, and its settings.
 KINDS: dict[str, type[Settings]] = {
@@ -12,6 +14,8 @@ KINDS: dict[str, type[Settings]] = {
     "gradient": GradientConfig,
     "fsq": FSQConfig,
     "gaussian": GaussianConfig,
+    "sparse": SparseConfig,
+    "identity": IdentityConfig,
 }
 
 

@@ -5,7 +5,7 @@ A family is one file of this room: its settings, the module, and its learner if 
 B batch, C features, D channels that the decoder sees, d channels of a continuous grid, h w grid, K values of a grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -35,12 +35,14 @@ class Bottled(NamedTuple):
         stored: what shards hold of it: int64 (B, h, w) grids, or one float32 (B, d, h, w).
         losses: by name, float (B,) each, to be weighted by the settings' `weights`.
         observed: float32 (B*h*w, channels), detached: what a learner and figures look at; empty where they do not.
+        averaged: by name, (B, n) each: what `Settings.batch_losses` wants the mean of over the global batch.
     """
 
     seen: Tensor
     stored: tuple[Tensor, ...]
     losses: dict[str, Tensor]
     observed: Tensor
+    averaged: Mapping[str, Tensor] = {}
 
 
 class Figures(Protocol):
@@ -118,27 +120,44 @@ class VectorSizes:
     normalize: bool
 
 
-class Settings(Protocol):
-    """Settings of a family.
-
-    A family has `build`, the weights of its losses, and its learner, which is None where gradients move everything.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a family: how it is built, and what of it is trained and how.
 
     Attributes:
         of_model: names of the settings that are part of the model; the rest is training's.
         unread: names of what it is told by `VectorSizes` and does not use.
+        whole_batch: whether it has losses that are no means over images, but of the global batch as a whole. A step is
+            then not the sum of its micro-batches, and must be one.
     """
 
-    of_model: ClassVar[tuple[str, ...]]
-    unread: ClassVar[tuple[str, ...]]
+    of_model: ClassVar[tuple[str, ...]] = ()
+    unread: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def whole_batch(self) -> bool:
+        """See the class."""
+        return False
 
     def build(self, sizes: VectorSizes) -> Any:
-        """Return a bottleneck for one level."""
+        """Return a `Bottleneck` for one level."""
+        raise NotImplementedError
 
     def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
         """Return the weight of each of its losses, for N levels and images of so many values."""
+        return {}
+
+    def batch_losses(self, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return scalar losses by name of what is averaged over the global batch, and of nothing else.
+
+        Args:
+            averaged: the mean (n,) of each `Bottled.averaged`, the same on every rank.
+        """
+        return {}
 
     def learner(self, bottleneck: Any) -> Any:
-        """Return what moves the bottleneck besides gradients."""
+        """Return what moves the bottleneck besides gradients, a `Learner`; None where gradients move everything."""
+        return None
 
 
 def per_image(values: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ K codebook_size, D code_dim, N latents of one rank's micro-batch, R revival cand
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.bottlenecks.bottleneck import Bottled, Place, VectorSizes
+from tokenizer.bottlenecks.bottleneck import Bottled, Place, Settings, VectorSizes
 from tokenizer.bottlenecks.codebook import Codebook
 from tokenizer.bottlenecks.kmeans import counts_and_sums, kmeans
 
@@ -20,7 +20,7 @@ MAX_REVIVED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class EMAConfig:
+class EMAConfig(Settings):
     """How EMA codebooks learn.
 
     Attributes:
@@ -31,9 +31,6 @@ class EMAConfig:
         revival_threshold: a code whose running count falls under this share of the mean count is replaced by a
             latent of the current batch; 0 turns revival off.
     """
-
-    of_model: ClassVar[tuple[str, ...]] = ()
-    unread: ClassVar[tuple[str, ...]] = ()
 
     decay: float = 0.99
     commitment_weight: float = 0.25

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer.bottlenecks.bottleneck import Bottled, VectorSizes, no_observation
+from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes, no_observation
 from tokenizer.bottlenecks.usage import CodeUsage
 from tokenizer.checks import Float32Module, check_codes, code_grids, float_tensor
 
@@ -21,7 +21,7 @@ MAX_CODES = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
-class FSQConfig:
+class FSQConfig(Settings):
     """Finite scalar quantisation.
 
     Attributes:
@@ -44,13 +44,6 @@ class FSQConfig:
     def build(self, sizes: VectorSizes) -> "FSQ":
         """Return the quantiser of one level; K and D follow from the values of its channels."""
         return FSQ(self.levels)
-
-    def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
-        """It has no losses of its own."""
-        return {}
-
-    def learner(self, bottleneck: "FSQ") -> None:
-        """It has nothing to learn."""
 
 
 class FSQ(Float32Module):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenizer.bottlenecks.bottleneck import Bottled, VectorSizes
+from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
 from tokenizer.checks import Float32Module, float_tensor
 
 # Natural logarithms of variances beyond these would leave float32.
@@ -20,7 +20,7 @@ ACTIVE_VARIANCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianConfig:
+class GaussianConfig(Settings):
     """How a Gaussian bottleneck is trained.
 
     Attributes:
@@ -30,7 +30,6 @@ class GaussianConfig:
     Source: Kingma and Welling 2014, appendix B; Higgins et al. 2017, equation 4 (beta).
     """
 
-    of_model: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
 
     beta: float = 0.02
@@ -46,9 +45,6 @@ class GaussianConfig:
     def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
         """Return the weight of the KL divergence of an image, of its sum over levels."""
         return {"kl": self.beta / num_values}
-
-    def learner(self, bottleneck: "Gaussian") -> None:
-        """Gradients move everything."""
 
 
 class Gaussian(Float32Module):

@@ -5,18 +5,17 @@ K codebook_size, D code_dim, N latents.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenizer.bottlenecks.bottleneck import Bottled, Place, VectorSizes
+from tokenizer.bottlenecks.bottleneck import Bottled, Place, Settings, VectorSizes
 from tokenizer.bottlenecks.codebook import Codebook
 from tokenizer.bottlenecks.kmeans import kmeans
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientConfig:
+class GradientConfig(Settings):
     """How codebooks learn by gradients.
 
     Attributes:
@@ -26,9 +25,6 @@ class GradientConfig:
 
     Source: van den Oord et al. 2017, equation 3.
     """
-
-    of_model: ClassVar[tuple[str, ...]] = ()
-    unread: ClassVar[tuple[str, ...]] = ()
 
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25

@@ -1,0 +1,322 @@
+"""The scoreboard: runs side by side, a row per run or per group of seeds, settings that differ first.
+
+Figures are read from `metrics.json`; those that were not made alike do not stand in one column.
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from math import sqrt
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from pipelines.config import Config, load_config
+from pipelines.errors import ConfigError, StageError
+from pipelines.finished import Finished
+from pipelines.metrics.metric import figures_of
+from pipelines.metrics.provenance import unlike
+from pipelines.storage.paths import place, read_bytes, write_text
+from pipelines.storage.yaml import read_yaml
+
+# Settings that say where, not what; and the one in which runs of a group may differ.
+WHERE, SEED = ("run_dir", "compute"), "seed"
+# Records of how long stages took, in a run folder.
+RECORDS = ".made-*.yaml"
+# What priors may be told, in the order of preference; one is shown of all runs.
+CONDITIONS = {"given_class": "given the class", "without_class": "without class"}
+
+
+# What figures are made of that are none of `evaluate`.
+NOTHING: dict[str, Any] = {}
+
+
+class Column(NamedTuple):
+    """A figure of the scoreboard.
+
+    Attributes:
+        title: above its column.
+        meaning: in a few words.
+        metric: whose figure it is in `metrics.json`, "" if it is none of `evaluate`.
+        figure: its name there.
+        shown: as text.
+    """
+
+    title: str
+    meaning: str
+    metric: str
+    figure: str
+    shown: str = "{:.4f}"
+
+
+COLUMNS = (
+    Column(
+        "bits/image",
+        "rate of all codes under the prior, {condition}: less is better",
+        "prior",
+        "rate_bits_per_image",
+        "{:.2f}",
+    ),
+    Column("MSE", "of reconstructions, values in [-1, 1]: less is better", "tokenizer", "mse", "{:.5f}"),
+    Column("bound", "bits per image dimension at most, {condition}: less is better", "bound", "bits_per_dim"),
+    Column(
+        "rKID", "x 1000, of reconstructions beside their images: less is better", "reconstructions", "rkid", "{:.3f}"
+    ),
+    Column("KID", "x 1000, of samples beside real images: less is better", "samples", "kid", "{:.3f}"),
+    Column("seconds", "of the commands that finished pack to sample, whatever the hardware", "", "seconds", "{:.0f}"),
+    Column("parameters", "of tokenizer and priors, in millions", "", "parameters", "{:.3f}"),
+)
+SCALES = {"rkid": 1000, "kid": 1000, "parameters": 1e-6}
+
+
+class Score(NamedTuple):
+    """A figure of a row: mean over its seeds, their standard deviation where there are several."""
+
+    mean: float
+    deviation: float | None
+
+
+class Row(NamedTuple):
+    """A run, or runs that differ in nothing but their seed.
+
+    Attributes:
+        runs: their folders.
+        seeds: of each.
+        settings: by name, those that are not the same in all rows.
+        scores: by title of the column; None where there is none, or none that may stand there.
+    """
+
+    runs: list[str]
+    seeds: list[int]
+    settings: dict[str, str]
+    scores: dict[str, Score | None]
+
+
+class Scoreboard(NamedTuple):
+    """Rows, what the columns mean, and why figures are missing, sentences."""
+
+    rows: list[Row]
+    meanings: dict[str, str]
+    notes: list[str]
+
+
+class Compared(NamedTuple):
+    """A run as far as it is compared: its config, what its `metrics.json` holds, and figures that are not of that."""
+
+    config: Config
+    figures: dict[str, Any]
+    others: dict[str, float | None]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All settings by name but those that say where."""
+        return {name: value for name, value in flat(asdict(self.config)).items() if name.split(".")[0] not in WHERE}
+
+
+def compare(configs: Sequence[Config]) -> Scoreboard:
+    """Return the scoreboard of runs that have been evaluated.
+
+    Raises:
+        ConfigError: one is named twice.
+        StageError: one has not.
+    """
+    folders = [config.run_dir for config in configs]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), ""):
+        raise ConfigError(f"runs must be named once each, {twice} is named twice; leave one out")
+    return scoreboard([_read(config) for config in configs])
+
+
+def scoreboard(runs: Sequence[Compared]) -> Scoreboard:
+    """Return the scoreboard of runs as they were read."""
+    groups: dict[str, list[Compared]] = {}
+    for run in runs:
+        same = {name: value for name, value in run.settings.items() if name != SEED}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    rows = list(groups.values())
+    condition = next((one for one in CONDITIONS if all(_has(run, one) for row in rows for run in row)), "given_class")
+    columns, notes = {}, []
+    for column in COLUMNS:
+        columns[column.title], found = _scores(column, rows, condition)
+        notes += found
+    settings = [row[0].settings for row in rows]
+    differ = [name for name in settings[0] if len({one.get(name) for one in settings}) > 1 and name != SEED]
+    made = [
+        Row(
+            [run.config.run_dir for run in row],
+            [run.config.seed for run in row],
+            {name: own[name] for name in differ},
+            {title: scores[number] for title, scores in columns.items()},
+        )
+        for number, (row, own) in enumerate(zip(rows, settings, strict=True))
+    ]
+    meanings = {column.title: _meaning(column, runs, condition) for column in COLUMNS}
+    return Scoreboard(made, meanings, notes)
+
+
+def flat(settings: dict[str, Any], path: str = "") -> dict[str, str]:
+    """Return nested settings as text, by their names with dots."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        name = f"{path}{name.removesuffix('_')}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return found
+
+
+def _read(config: Config) -> Compared:
+    finished = Finished(config)
+    path = finished.root / "metrics.json"
+    try:
+        figures = json.loads(read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"{path} must hold the figures of a run, and cannot be read ({error}); run `smalti evaluate`"
+        ) from error
+    return Compared(config, figures, {"seconds": _seconds(finished.root), "parameters": _parameters(finished)})
+
+
+def _seconds(root: Path) -> float | None:
+    """Return what the commands that finished a run's stages took, None where no record was kept."""
+    records = [read_yaml(read_bytes(path)) for path in root.glob(RECORDS)]
+    return sum(float(record["seconds"]) for record in records) if records else None
+
+
+def _parameters(finished: Finished) -> float | None:
+    """Return the parameters of tokenizer and priors, as far as they are there."""
+    models = [finished.tokenizer()] if finished.has_tokenizer() else []
+    models += [finished.prior()] if finished.has_priors() else []  # type: ignore[list-item]  # both are modules
+    return float(sum(one.numel() for model in models for one in model.parameters())) if models else None
+
+
+def _has(run: Compared, condition: str) -> bool:
+    return condition in figures_of(run.figures, "prior").get("rate_bits_per_image", {})
+
+
+def _value(column: Column, run: Compared, condition: str) -> float | None:
+    if not column.metric:
+        return run.others[column.figure]
+    value = figures_of(run.figures, column.metric).get(column.figure)
+    return value.get(condition) if isinstance(value, dict) else value
+
+
+def _scores(column: Column, rows: Sequence[list[Compared]], condition: str) -> tuple[list[Score | None], list[str]]:
+    """Return a column's scores, one a row, and why some are missing; others must fit the first row that has one."""
+    values = [[_value(column, run, condition) for run in row] for row in rows]
+    scores: list[Score | None] = []
+    notes: list[str] = []
+    first: list[dict[str, Any]] = []
+    for row, found in zip(rows, values, strict=True):
+        known = [value for value in found if value is not None]
+        made = [figures_of(run.figures, column.metric).get("made", {}) if column.metric else NOTHING for run in row]
+        told = "" if len(known) == len(found) else f"{len(found) - len(known)} of its runs lack it" * bool(known)
+        if known and not told:
+            first = first or made
+            told = _unlike(first, made)
+        if told:
+            notes.append(f"{column.title} of {row[0].config.run_dir} is left out: {told}")
+        scores.append(None if told or not known else _mean(known))
+    return scores, notes
+
+
+def _unlike(first: Sequence[dict[str, Any]], row: Sequence[dict[str, Any]]) -> str:
+    """Return why figures of a row cannot stand beside one another, or beside those of the first row; "" if they can.
+
+    Runs of one row may have split the same images by other seeds; of two rows, one run each must have the same.
+    """
+    if not all(one or one is NOTHING for one in row):
+        return "it does not say what it was made of; run `smalti evaluate` again"
+    inside = next((told for one in row[1:] if (told := unlike(row[0], one, other_split=True))), "")
+    between = [unlike(one, other) for one, other in product(first, row)]
+    return inside or ("" if "" in between else f"not made like those above ({between[0]})")
+
+
+def _meaning(column: Column, runs: Sequence[Compared], condition: str) -> str:
+    """Return what a column shows, and in which feature space where it is of one."""
+    spaces = (figures_of(run.figures, column.metric).get("made", {}).get("features") for run in runs if column.metric)
+    space = next((space for space in spaces if space), None)
+    told = column.meaning.format(condition=CONDITIONS[condition])
+    return f"{told}; in features of {space['features']}" if space else told
+
+
+def _mean(values: Sequence[float]) -> Score:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return Score(mean, None)
+    return Score(mean, sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)))
+
+
+def as_text(board: Scoreboard) -> str:
+    """Return the scoreboard for a terminal; it is as wide as it must be."""
+    settings = list(board.rows[0].settings)
+    titles = [title for title in board.meanings if any(row.scores[title] for row in board.rows)]
+    lines = [["run", "seeds", *_short(settings), *titles]]
+    for row in board.rows:
+        name = row.runs[0] if len(row.runs) == 1 else f"{row.runs[0]} +{len(row.runs) - 1}"
+        seeds = ",".join(map(str, row.seeds))
+        lines.append([name, seeds, *row.settings.values(), *(_shown(title, row.scores[title]) for title in titles)])
+    widths = [max(len(line[number]) for line in lines) for number in range(len(lines[0]))]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    several = any(len(row.runs) > 1 for row in board.rows)
+    told = [f"{title}: {board.meanings[title]}" for title in titles]
+    told += ["+-: standard deviation over seeds"] * several
+    return "\n".join([*table, "", *told, *board.notes])
+
+
+def as_csv(board: Scoreboard) -> str:
+    """Return the scoreboard as CSV: settings by their whole names, figures as `metrics.json` has them."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    settings = list(board.rows[0].settings)
+    named = [cell for title in board.meanings for cell in (title, f"{title} deviation")]
+    writer.writerow(["run", "seeds", *settings, *named])
+    for row in board.rows:
+        scores = [row.scores[title] for title in board.meanings]
+        cells = [cell for score in scores for cell in ((score.mean, score.deviation) if score else ("", ""))]
+        writer.writerow([" ".join(row.runs), " ".join(map(str, row.seeds)), *row.settings.values(), *cells])
+    return out.getvalue()
+
+
+def _shown(title: str, score: Score | None) -> str:
+    if score is None:
+        return "-"
+    column = next(column for column in COLUMNS if column.title == title)
+    scale = SCALES.get(column.figure, 1)
+    shown = column.shown.format(score.mean * scale)
+    return shown if score.deviation is None else f"{shown} +- {column.shown.format(score.deviation * scale)}"
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Return each name's last part, with those before it where that is needed to tell it from the others."""
+
+    def ends(name: str) -> list[str]:
+        parts = name.split(".")
+        return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+
+    return [next(end for end in ends(one) if sum(end in ends(other) for other in names) == 1) for one in names]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `smalti compare --help`")
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Do what `smalti compare` is asked for.
+
+    Raises:
+        ConfigError: wrong usage.
+    """
+    about = "The scoreboard of runs that have been evaluated: a row per run, or per runs that differ in their seed."
+    parser = _Parser(prog="smalti compare", description=about, add_help=False, allow_abbrev=False)
+    parser.add_argument("configs", metavar="CONFIG.yaml", nargs="+", help="of each run")
+    parser.add_argument("--out", default="", help="file for the same as CSV")
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help())
+        return
+    found = parser.parse_args(arguments)
+    board = compare([load_config(name) for name in found.configs])
+    print(as_text(board))
+    if found.out:
+        write_text(place(found.out, writable=True), as_csv(board))

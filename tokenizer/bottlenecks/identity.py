@@ -1,0 +1,93 @@
+"""No bottleneck but the number of channels: a plain autoencoder.
+
+B batch, D code_dim, h w grid.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
+from tokenizer.checks import Float32Module, float_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityConfig(Settings):
+    """There is nothing to choose."""
+
+    unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
+
+    def build(self, sizes: VectorSizes) -> "Identity":
+        """Return what passes code_dim numbers per cell."""
+        return Identity(sizes.code_dim)
+
+
+class Identity(Float32Module):
+    """Features are what is seen and stored, as they are; always in float32.
+
+    Nothing draws them towards N(0, I): how far they are from it, the figures tell.
+
+    Args:
+        code_dim: D.
+
+    Source: Hinton and Salakhutdinov 2006.
+    """
+
+    zero: Tensor
+    noise_channels = 0
+
+    def __init__(self, code_dim: int) -> None:
+        super().__init__()
+        self.features = self.channels = code_dim
+        self.sizes = (None,)
+        # Where tensors without parameters go is where this is.
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self, features: Tensor, noise: Tensor | None = None) -> Bottled:
+        """Pass features (B, D, h, w).
+
+        Raises:
+            ValueError: they are no floats, or have another number of channels.
+        """
+        features = float_tensor("features", features, ("B", self.features, "h", "w"))
+        observed = features.detach().movedim(1, -1).flatten(0, 2)
+        return Bottled(seen=features, stored=(features,), losses={}, observed=observed)
+
+    def lookup(self, stored: Sequence[Tensor]) -> Tensor:
+        """Return the numbers (B, D, h, w) as they are."""
+        (values,) = stored
+        return float_tensor("values", values, ("B", self.channels, "h", "w"))
+
+    def blank(self) -> Tensor:
+        """Return zeros (D,)."""
+        return self.zero.expand(self.channels)
+
+    def figures(self) -> "Moments":
+        """Return mean and standard deviation, of nothing yet."""
+        return Moments(self.zero.device)
+
+
+class Moments:
+    """Mean and standard deviation over all numbers of all images; N(0, I) has 0 and 1.
+
+    Args:
+        device: where numbers are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = [torch.zeros((), dtype=torch.float64, device=device)] * 3  # of images, means and mean squares
+
+    def update(self, output: Bottled, mask: Tensor) -> None:
+        """Add the numbers of the images that count."""
+        values, weights = output.stored[0].double().flatten(1), mask.double()  # (B, D*h*w), (B,)
+        found = (weights.sum(), (values.mean(1) * weights).sum(), (values.square().mean(1) * weights).sum())
+        self.sums = [old + new for old, new in zip(self.sums, found, strict=True)]
+
+    def compute(self) -> list[dict[str, float]]:
+        """Return "mean" and "std"."""
+        images, first, second = self.sums
+        mean = first / images
+        return [{"mean": float(mean), "std": float((second / images - mean.square()).clamp(min=0).sqrt())}]

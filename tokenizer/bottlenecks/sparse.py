@@ -1,0 +1,138 @@
+"""The bottleneck of a sparse autoencoder: units between 0 and 1, of which few are active at a time.
+
+B batch, D units, h w grid.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes, per_image
+from tokenizer.checks import Float32Module, float_tensor
+
+# A mean activation nearer to 0 or 1 would have no finite logarithm.
+LEAST_MEAN = 1e-6
+# A unit above this is active.
+ACTIVE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig(Settings):
+    """What makes units sparse.
+
+    Attributes:
+        penalty: "kl", the divergence of each unit's mean activation from rho: each unit is active for few images;
+            or "l1", the mean of all activations: few units are active, whichever. What "l1" takes from activations the
+            decoder can put back by larger weights, unless `training.weight_decay` holds them.
+        rho: the mean activation that "kl" asks for.
+        weight: of the penalty, in its mean over units, beside the reconstruction loss.
+
+    Source: Ng 2011, "Sparse autoencoder", section 3 (KL); Olshausen and Field 1996, equation 2 with S(x) = |x| (L1).
+    """
+
+    unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
+
+    penalty: Literal["kl", "l1"] = "kl"
+    rho: float = 0.05
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rho < 1:
+            raise ValueError(f"rho must lie between 0 and 1, got {self.rho}")
+        if not self.weight >= 0:
+            raise ValueError(f"weight must not be negative, got {self.weight}")
+
+    @property
+    def whole_batch(self) -> bool:
+        """The divergence of a mean is no mean of divergences."""
+        return self.penalty == "kl"
+
+    def build(self, sizes: VectorSizes) -> "Sparse":
+        """Return the bottleneck of one level, of code_dim units per cell."""
+        return Sparse(sizes.code_dim)
+
+    def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
+        """Return the weight of the penalty, of its mean over levels."""
+        weight = self.weight / num_levels
+        return {"activation": 0.0, "divergence": weight} if self.whole_batch else {"activation": weight}
+
+    def batch_losses(self, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return "divergence", of units whose mean activation is rho from those of these means (D,); nats a unit."""
+        mean = averaged["activation"].clamp(LEAST_MEAN, 1 - LEAST_MEAN)
+        divergence = self.rho * (self.rho / mean).log() + (1 - self.rho) * ((1 - self.rho) / (1 - mean)).log()
+        return {"divergence": divergence.mean()}
+
+
+class Sparse(Float32Module):
+    """Features through a sigmoid are what is seen and stored; always in float32.
+
+    The loss "activation" of an image is the mean of its units. A unit is a channel: cells share it, as images do.
+
+    Args:
+        code_dim: D.
+    """
+
+    zero: Tensor
+    noise_channels = 0
+
+    def __init__(self, code_dim: int) -> None:
+        super().__init__()
+        self.features = self.channels = code_dim
+        self.sizes = (None,)
+        # Where tensors without parameters go is where this is.
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self, features: Tensor, noise: Tensor | None = None) -> Bottled:
+        """Activate units by features (B, D, h, w).
+
+        Raises:
+            ValueError: they are no floats, or have another number of channels.
+        """
+        features = float_tensor("features", features, ("B", self.features, "h", "w"))
+        with torch.autocast(features.device.type, enabled=False):
+            units = torch.sigmoid(features)
+        return Bottled(
+            seen=units,
+            stored=(units,),
+            losses={"activation": per_image(units)},
+            observed=units.detach().movedim(1, -1).flatten(0, 2),
+            averaged={"activation": units.flatten(2).mean(2)},
+        )
+
+    def lookup(self, stored: Sequence[Tensor]) -> Tensor:
+        """Return the units (B, D, h, w) as they are."""
+        (values,) = stored
+        return float_tensor("values", values, ("B", self.channels, "h", "w"))
+
+    def blank(self) -> Tensor:
+        """Return units none of which is active (D,)."""
+        return self.zero.expand(self.channels)
+
+    def figures(self) -> "ActiveShare":
+        """Return the share of active units, of nothing yet."""
+        return ActiveShare(self.zero.device)
+
+
+class ActiveShare:
+    """The share of an image's units, over all its cells, that are above ACTIVE: its mean over images.
+
+    Args:
+        device: where units are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = [torch.zeros((), dtype=torch.float64, device=device)] * 2  # of images and their shares
+
+    def update(self, output: Bottled, mask: Tensor) -> None:
+        """Add the shares of the images that count."""
+        shares = (output.stored[0] > ACTIVE).double().flatten(1).mean(1)  # (B,)
+        found = (mask.double().sum(), (shares * mask.double()).sum())
+        self.sums = [old + new for old, new in zip(self.sums, found, strict=True)]
+
+    def compute(self) -> list[dict[str, float]]:
+        """Return "active_share"."""
+        images, shares = self.sums
+        return [{"active_share": float(shares / images)}]
