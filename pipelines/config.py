@@ -72,8 +72,9 @@ class Config:
         guidance = self.sample.guidance if isinstance(self.sample.guidance, list) else [self.sample.guidance]
         if self.prior.class_dropout == 0 and any(value != 1 for value in guidance):
             raise ValueError("sample.guidance needs a prior that knows no class too: set prior.class_dropout above 0")
-        if not self.images.classes and (self.sample.classes or any(value != 1 for value in guidance)):
-            raise ValueError("sample.classes and sample.guidance need classes; images.classes is false")
+        by_class = self.sample.classes or self.sample.reject > 1 or any(value != 1 for value in guidance)
+        if not self.images.classes and by_class:
+            raise ValueError("sample.classes, guidance and reject need classes; images.classes is false")
         if not self.tokenizer.from_ and not self.images.from_:
             self.tokenizer.model.grids(self.images.size)
         if not self.tokenizer.from_ and not self.codes.from_:

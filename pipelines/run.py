@@ -201,8 +201,11 @@ class Run:
         if is_complete(folder) and self.finished.samples_fit(folder, tokenizer, prior):
             return _skip("sample", f"{folder} is complete")
         self._begin("sample", counted(config.sample.count, "image"), folder)
+        if self.models and config.sample.reject > 1:
+            raise StageError("sample.reject needs the classifier of a run, which published models lack; set it to 1")
+        classifier = self.finished.classifier() if config.sample.reject > 1 else None
         with workers_of(config.compute):
-            sample(config.sample, config.seed, config.compute, tokenizer, prior, folder)
+            sample(config.sample, config.seed, config.compute, tokenizer, prior, folder, classifier)
         return self._close("sample", folder)
 
     def evaluate(self) -> bool:
@@ -247,7 +250,8 @@ class Run:
             told(self.root / "prior", counted(len(prior.levels), "level"))
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
-            told(samples, size_of(verify_samples(samples, tokenizer, prior, cache)))
+            marks = self.finished.marks(read_manifest(samples, "samples", "sample"), tokenizer, prior)
+            told(samples, size_of(verify_samples(samples, tokenizer, marks, cache)))
         tokens = self.root / self.config.export.folder
         if codes and is_complete(tokens):
             told(tokens, counted(verify_tokens(tokens, codes), "record"))
