@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from itertools import takewhile
 
 from pipelines.stages import ORDER
 
@@ -27,6 +28,8 @@ stages:
   evaluate         how well tokenizer and priors do on the val split
   run              all of these in order; what is complete is skipped
   export           code shards become tokens that other trainers read; no part of run
+  report           one page, RUN_DIR/report.html, of what the run holds so far; several configs side by side:
+                   `smalti report CONFIG.yaml OTHER.yaml`
   verify           whether every file of the run is what it was written as; the first that is not is named
   decode           tokens that a model elsewhere drew become images: `smalti decode TOKENS --layout layout.json
                    --out DIR`, without a config
@@ -42,7 +45,7 @@ options:
 SAME_COMMAND = "the same command goes on from there"
 # Packages whose errors tell of a store that does not answer or does not let us in.
 STORES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "s3fs")
-STAGES = (*ORDER, "run", "export", "verify")
+STAGES = (*ORDER, "run", "export", "report", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,6 +126,8 @@ def _command(arguments: list[str]) -> int:
             raise ConfigError(f"--redo {name} goes with {name}{' or run' * (name in ORDER)}, not with {stage}")
     if options.level is not None and stage != "train-prior":
         raise ConfigError(f"--level goes with train-prior, not with {stage}")
+    if stage == "report":
+        return _report_page(rest)
     from pipelines.compute.devices import several_processes
     from pipelines.config import load_config
     from pipelines.generator import Generator, names_models
@@ -144,6 +149,19 @@ def _command(arguments: list[str]) -> int:
         return code
     else:
         run.all()
+    return 0
+
+
+def _report_page(arguments: list[str]) -> int:
+    """Write the page of one or several runs: configs first, then what overrides settings of all of them."""
+    from pipelines.config import load_config
+    from pipelines.report.make import Source, report
+
+    set_up_console()
+    configs = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    overrides = arguments[len(configs) :]
+    sources = [Source(" ".join([config, *overrides]), load_config(config, overrides)) for config in configs]
+    print(f"look at {report(sources)}")
     return 0
 
 

@@ -1,0 +1,71 @@
+"""The page: parts gathered from runs, one after the other, and written as one file."""
+
+import logging
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+
+from pipelines.config import Config
+from pipelines.errors import StageError
+from pipelines.report import PAGE
+from pipelines.report.gather import Gathered
+from pipelines.report.reading import MOST_IMAGES
+from pipelines.storage.paths import place, write_text
+
+logger = logging.getLogger(__name__)
+
+# As it lies among the templates.
+UPLOT = "1.6.32"
+
+
+class Source(NamedTuple):
+    """A run that is reported.
+
+    Attributes:
+        command: what makes the run again, without the "smalti run" before it.
+        config: of the run.
+    """
+
+    command: str
+    config: Config
+
+
+def report(sources: Sequence[Source]) -> Path:
+    """Write the page of one run, or of several side by side, into the first one's folder; return its path.
+
+    Raises:
+        StageError: a run holds nothing yet; or a part could not be made of what is there, and the page says which.
+    """
+    begun = time.monotonic()
+    runs = [Gathered(source.command, source.config) for source in sources]
+    path = place(sources[0].config.run_dir, writable=True) / PAGE
+    write_text(path, rendered(runs, time.monotonic() - begun))
+    missing = [f"{run.name}: {part}: {reason}" for run in runs for part, reason in run.missing.items()]
+    if missing:
+        raise StageError(f"{path} lacks a part: {'; '.join(missing)}")
+    return path
+
+
+def rendered(runs: Sequence[Gathered], seconds: float) -> str:
+    """Return the page.
+
+    Args:
+        runs: what has been gathered of each.
+        seconds: that it took.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipelines.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["source"] = lambda name: (files("pipelines.report") / "templates" / name).read_text()
+    template = environment.get_template("report.html.j2")
+    return template.render(
+        runs=runs, seconds=seconds, made=time.strftime("%Y-%m-%d %H:%M"), most_images=MOST_IMAGES, uplot=UPLOT
+    )
