@@ -26,9 +26,10 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """One figure over the steps of training."""
+    """One figure over the steps of training in a stage's folder."""
 
     title: str
+    folder: str
     figure: str
     steps: list[int]
     lines: list[Line]
@@ -36,8 +37,8 @@ class Chart(NamedTuple):
     @property
     def data(self) -> dict[str, Any]:
         """What the page's script draws."""
-        lines = [{"name": line.name, "level": line.level, "val": line.val} for line in self.lines]
-        return {"steps": self.steps, "lines": lines, "values": [line.values for line in self.lines]}
+        lines = [{"name": line.name, "level": line.level, "val": line.val, "points": line.val} for line in self.lines]
+        return {"x": "step", "steps": self.steps, "lines": lines, "values": [line.values for line in self.lines]}
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:
@@ -53,12 +54,13 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-def charts(rows: list[dict[str, float]], title: str) -> list[Chart]:
+def charts(rows: list[dict[str, float]], title: str, folder: str) -> list[Chart]:
     """Return a chart of each figure, its lines the splits and levels that have it.
 
     Args:
         rows: as `read_rows` returns them.
         title: of what is trained.
+        folder: name of its folder.
     """
     every = math.ceil(len(rows) / MOST_ROWS)
     rows = [row for number, row in enumerate(rows) if number % every == 0 or any(key[:4] == "val_" for key in row)]
@@ -71,7 +73,7 @@ def charts(rows: list[dict[str, float]], title: str) -> list[Chart]:
         name = " ".join(([f"level {level}"] if level else []) + ([split] if split else [])) or figure
         found.setdefault(figure, []).append(Line(name, int(level) if level else None, split == "val", values))
     steps = [int(row["step"]) + 1 for row in rows]
-    return [Chart(title, figure, steps, lines) for figure, lines in sorted(found.items(), key=_importance)]
+    return [Chart(title, folder, figure, steps, lines) for figure, lines in sorted(found.items(), key=_importance)]
 
 
 def _importance(item: tuple[str, Any]) -> tuple[int, str]:

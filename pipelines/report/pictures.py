@@ -15,7 +15,7 @@ from pipelines.data.pictures import encode_image, to_picture
 # Larger images are shown at this many pixels a side, and not without loss.
 LARGEST, QUALITY = 256, 82
 # Up to this many pixels a side an image keeps each of them, enlarged by a whole factor to about as many as SHOWN.
-PIXELATED, SHOWN = 96, 96
+PIXELATED, SHOWN = 96, 64
 # Viridis at nine points, dark to bright: even to the colour-blind, and in grey.
 VIRIDIS = np.array(
     [

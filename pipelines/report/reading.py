@@ -55,6 +55,10 @@ class Codes(NamedTuple):
     classes: Tensor
     total: int
 
+    def first(self, number: int) -> "Codes":
+        """Return so many of them, from the first on."""
+        return Codes([level[:number] for level in self.levels], self.classes[:number], self.total)
+
 
 def most_read(values: int) -> dict[str, int]:
     """Return how many images of samples, val and train are read at most.

@@ -15,7 +15,7 @@ function lineOf(line, number) {
     stroke: COLOURS[(line.level === null ? number : line.level) % COLOURS.length],
     width: line.val ? 2.5 : 1,
     spanGaps: true,
-    points: { show: line.val, size: 5 },
+    points: { show: line.points, size: 5 },
     value: (_, value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(5)).toString()),
   };
 }
@@ -28,7 +28,7 @@ function draw(holder, data) {
     height: 220,
     scales: { x: { time: false } },
     axes: [{ ...axis }, { ...axis, size: 56 }],
-    series: [{ label: "step" }, ...data.lines.map(lineOf)],
+    series: [{ label: data.x }, ...data.lines.map(lineOf)],
     cursor: { drag: { x: false, y: false } },
   };
   holder.replaceChildren();

@@ -1,0 +1,106 @@
+"""Samples: by class, with how likely the priors find them, and beside what is nearest among training images.
+
+N images, C channels, H W pixels.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines.report.pictures import Picture, picture
+from pipelines.report.reading import Images
+
+# Samples shown of a class, classes shown, and samples where there are no classes.
+OF_CLASS, MOST_CLASSES, WITHOUT_CLASS = 8, 12, 24
+# Samples shown beside their nearest training images.
+NEAREST = 8
+
+
+class Sample(NamedTuple):
+    """A sample and what stands below it."""
+
+    picture: Picture
+    label: str
+
+
+class Neighbours(NamedTuple):
+    """Samples beside the training images nearest to them.
+
+    Attributes:
+        pairs: sample, training image, and how far apart: those samples that are nearest to any.
+        samples: median distance of samples to the nearest training image, in grey levels.
+        val: the same of val images; None where none were read.
+        train: training images that were looked at.
+    """
+
+    pairs: list[tuple[Picture, Picture, str]]
+    samples: float
+    val: float | None
+    train: int
+
+
+def by_class(samples: Images, bits: np.ndarray | None, class_names: list[str]) -> list[tuple[str, list[Sample]]]:
+    """Return classes with their samples, likeliest first; one group where there are no classes.
+
+    Args:
+        samples: as read.
+        bits: -log2 p of each under the priors, (N,); None where not all priors are there.
+        class_names: empty where there are none.
+    """
+    labels = sorted(set(samples.classes.tolist()))
+    groups = []
+    for label in labels[:MOST_CLASSES]:
+        name = class_names[label] if 0 <= label < len(class_names) else "samples"
+        places = np.flatnonzero(samples.classes == label)
+        if bits is not None:
+            places = places[np.argsort(bits[places], kind="stable")]
+        places = places[:: max(1, len(places) // OF_CLASS)] if len(labels) > 1 else places
+        most = OF_CLASS if len(labels) > 1 else WITHOUT_CLASS
+        shown = [
+            Sample(
+                picture(samples.pixels[place], f"sample {samples.keys[place]}, {name}"),
+                f"{bits[place]:.0f} bits" if bits is not None else "",
+            )
+            for place in places[:most]
+        ]
+        groups.append((name, shown))
+    return groups
+
+
+def nearest(pixels: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for each image, the place of the nearest training image and how far it is.
+
+    Args:
+        pixels: uint8 (N, C, H, W).
+        train: uint8 (M, C, H, W).
+
+    Returns:
+        places (N,), and distances (N,): root of the mean squared difference, in grey levels.
+    """
+    a, b = (torch.from_numpy(one).flatten(1).float() for one in (pixels, train))
+    distances = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist") / a.shape[1] ** 0.5
+    places = distances.argmin(1)
+    exact = (a - b[places]).square().mean(1).sqrt()  # the product of matrices rounds small distances
+    return places.numpy(), exact.numpy()
+
+
+def neighbours(samples: Images, train: Images, val: Images | None) -> Neighbours:
+    """Return samples beside the training images nearest to them in pixels.
+
+    Args:
+        samples: as read.
+        train: as read.
+        val: as read, for comparison: no training image was among them.
+    """
+    places, distances = nearest(samples.pixels, train.pixels)
+    pairs = [
+        (
+            picture(samples.pixels[place], f"sample {samples.keys[place]}"),
+            picture(train.pixels[places[place]], f"training image {train.keys[places[place]]}"),
+            f"{distances[place]:.1f}",
+        )
+        for place in np.argsort(distances, kind="stable")[:NEAREST]
+    ]
+    of_val = float(np.median(nearest(val.pixels, train.pixels)[1])) if val else None
+    return Neighbours(pairs, float(np.median(distances)), of_val, len(train.pixels))
