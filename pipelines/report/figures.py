@@ -39,11 +39,6 @@ class Figure(NamedTuple):
     value: str
     meaning: str
 
-    @property
-    def row(self) -> tuple[str, str, str]:
-        """As a row of a table."""
-        return self.name, self.value, self.meaning
-
 
 def figures_of(root: Path, num_levels: int) -> dict[str, float]:
     """Return the figures of a run by name, "tokenizer.psnr": those of `evaluate`, else those that training ended with.
@@ -68,7 +63,9 @@ def told(figures: dict[str, float]) -> list[Figure]:
     for pattern, (name, meaning) in MEANINGS.items():
         for key, value in figures.items():
             if match := re.fullmatch(pattern, key):
-                rows.append(Figure(key, name.format(*match.groups()), shown(value), meaning))
+                share = key.endswith(("_usage", "_active"))
+                told_as = f"{value:.1%}" if share else shown(value)
+                rows.append(Figure(key, name.format(*match.groups()), told_as, meaning))
     return rows
 
 

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from pipelines.compute.devices import inference_device
 from pipelines.config import Config
-from pipelines.errors import UserError, told_to_user
+from pipelines.errors import StageError, UserError, told_to_user
 from pipelines.finished import Finished
 from pipelines.report import codebooks, curves, likelihoods, sampled, warned
 from pipelines.report.figures import figures_of, told
-from pipelines.report.head import Head, images_facts, prior_facts, settings_of, stages, tokenizer_facts
+from pipelines.report.head import Head, images_facts, prior_facts, settings_of, stages, tokenizer_facts, versions
 from pipelines.report.reading import Codes, Images, read_codes, read_images
+from pipelines.report.so_far import prior_so_far, tokenizer_so_far
 from pipelines.report.tokenized import Quality, Row, Tokenized, quality, tokenized
+from pipelines.storage.fingerprint import prior_fingerprint, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete
 from pipelines.storage.manifest import level_entries, read_manifest
+from pipelines.training.sections import stored_sizes
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
 
@@ -48,6 +51,7 @@ class Gathered:
         self.name = self.root.name
         self.missing: dict[str, str] = {}  # parts that could not be made, and why
         self.device = inference_device(config.compute)
+        self.so_far: list[str] = []  # models that are still in training
         self.in_sight = codebooks.IN_SIGHT
         self.charts = self.part("curves", self._charts) or []
         self.quality = self.part("reconstructions", self._quality)
@@ -85,18 +89,30 @@ class Gathered:
 
     @cached_property
     def tokenizer(self) -> HierarchicalVQVAE | None:
-        """The tokenizer, on the device; None where none is finished."""
-        return self.finished.tokenizer().to(self.device) if self.finished.has_tokenizer() else None
+        """The tokenizer, on the device, finished or as far as it is; None where there is none."""
+        if self.finished.has_tokenizer():
+            return self.finished.tokenizer().to(self.device)
+        model = tokenizer_so_far(self.finished)
+        self.so_far += ["the tokenizer"] if model else []
+        return model.to(self.device) if model else None
 
     @cached_property
     def priors(self) -> dict[int, LevelPrior]:
-        """Finished priors by level, on the device."""
+        """Priors by level, on the device, finished or as far as they are."""
         found = {}
-        for level in range(len(self.tokenizer.levels) if self.tokenizer else 0):
+        for level in range(self.num_levels):
             if is_complete(folder := self.finished.level(level)):
                 files = self.config.compute.cache.files(folder, ["config.json", "model.safetensors"])
                 found[level] = LevelPrior.from_pretrained(files).eval().to(self.device)
+            elif model := prior_so_far(self.finished, level):
+                self.so_far.append(f"the prior of level {level}")
+                found[level] = model.to(self.device)
         return found
+
+    @cached_property
+    def num_levels(self) -> int:
+        """Grids that stand for an image."""
+        return len(self.tokenizer.levels if self.tokenizer else stored_sizes(self.config.tokenizer))
 
     @cached_property
     def images(self) -> dict[str, Images]:
@@ -135,6 +151,19 @@ class Gathered:
         return {split: codes for split, codes in found.items() if codes}
 
     @cached_property
+    def codes_of(self) -> str:
+        """Fingerprint of the tokenizer that wrote the codes; empty where there are none."""
+        codes = self.finished.codes
+        return read_manifest(codes, "codes", "encode")["tokenizer"] if is_complete(codes) else ""
+
+    @cached_property
+    def samples_fit(self) -> bool:
+        """Whether the samples were drawn by the models that are there now."""
+        marks = read_manifest(self.root / self.config.sample.folder, "samples", "sample")["fingerprints"]
+        found = {f"prior{level}": prior_fingerprint(prior) for level, prior in self.priors.items()}
+        return self.tokenizer is not None and marks == found | {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+    @cached_property
     def patches(self) -> dict[int, codebooks.Patches]:
         """What codes stand for in the images that are read, by level; of levels that are not continuous."""
         found: dict[int, codebooks.Patches] = {}
@@ -150,6 +179,12 @@ class Gathered:
     def costs(self) -> dict[int, dict[str, likelihoods.Costs]]:
         """What priors make of the codes that are read, by level and split."""
         found: dict[int, dict[str, likelihoods.Costs]] = {}
+        marks = {prior.config.tokenizer for prior in self.priors.values()} | {self.codes_of} - {""}
+        if self.codes and len(marks) > 1:
+            raise StageError(
+                f"{self.finished.codes} was written with tokenizer {self.codes_of[:12]}, which priors of this run did "
+                "not learn the codes of; run `smalti train-prior` again"
+            )
         for level, prior in self.priors.items():
             splits = [split for split in ("val", "train") if split in self.codes]
             found[level] = {split: likelihoods.costs(prior, self.codes[split]) for split in splits}
@@ -171,15 +206,17 @@ class Gathered:
     @cached_property
     def figures(self) -> dict[str, float]:
         """The figures that the run's stages have left, by name."""
-        return figures_of(self.root, len(self.tokenizer.levels) if self.tokenizer else 0)
+        return figures_of(self.root, self.num_levels)
 
     def _head(self) -> Head:
         facts = images_facts(self.finished) if self.finished.has_images() else []
         facts += tokenizer_facts(self.tokenizer) if self.tokenizer else []
         facts += prior_facts(self.priors) if self.priors else []
         steps = {chart.folder: chart.steps[-1] for chart in self.charts if chart.steps}
-        rows = stages(self.finished, self.tokenizer, self.priors, steps)
-        return Head(facts, told(self.figures), rows, settings_of(self.finished))
+        tokenizer = self.tokenizer if self.finished.has_tokenizer() else None
+        priors = {level: one for level, one in self.priors.items() if is_complete(self.finished.level(level))}
+        rows = stages(self.finished, self.num_levels, tokenizer, priors, steps)
+        return Head(facts, told(self.figures), rows, versions(self.finished, rows), settings_of(self.finished))
 
     def _charts(self) -> list[curves.Chart]:
         found = curves.charts(curves.read_rows(self.root / "tokenizer"), "tokenizer", "tokenizer")
@@ -224,7 +261,7 @@ class Gathered:
     def bits(self) -> dict[str, np.ndarray] | None:
         """-log2 p under the priors of all levels, of samples and of as many val images; None where one is missing."""
         sizes = self.tokenizer.codebook_sizes if self.tokenizer else []
-        if not sizes or None in sizes or len(self.priors) < len(sizes) or not {"samples", "val"} <= set(self.codes):
+        if not sizes or None in sizes or not {"samples", "val"} <= set(self.codes) or not self.samples_fit:
             return None
         given = bool(self.class_names)
         sets = {"samples": self.codes["samples"], "val": self.codes["val"].first(len(self.codes["samples"].classes))}
@@ -250,6 +287,8 @@ class Gathered:
     def _warnings(self) -> list[str]:
         found = [*warned.of_codebooks(self.codebooks), *warned.of_units(self.figures)]
         found += [*warned.of_priors(self.maps), *warned.of_curves(self.charts), *warned.of_figures(self.figures)]
+        if self.samples and not self.samples_fit:
+            found.append("The samples were drawn by other models than those that are in this folder now.")
         if "train" in self.images:
             found += warned.of_classes("training images read", self.images["train"].classes, self.class_names)
         return found

@@ -29,11 +29,10 @@ class Stage(NamedTuple):
 
     Attributes:
         name: its command.
-        state: "done", "begun" or "not yet".
+        state: "done", "begun", "not yet" or "elsewhere".
         came: what came of it, in a few words.
         seconds: of the command that finished it; "" where nobody kept them.
         hardware: where.
-        versions: of packages.
         fingerprint: of what it made.
     """
 
@@ -42,7 +41,6 @@ class Stage(NamedTuple):
     came: str = ""
     seconds: str = ""
     hardware: str = ""
-    versions: str = ""
     fingerprint: str = ""
 
 
@@ -59,6 +57,7 @@ class Head(NamedTuple):
     facts: list[Fact]
     figures: list[Figure]
     stages: list[Stage]
+    versions: list[str]
     settings: str
 
 
@@ -98,41 +97,58 @@ def prior_facts(levels: dict[int, LevelPrior]) -> list[Fact]:
 
 
 def stages(
-    finished: Finished, tokenizer: HierarchicalVQVAE | None, priors: dict[int, LevelPrior], steps: dict[str, int]
+    finished: Finished,
+    num_levels: int,
+    tokenizer: HierarchicalVQVAE | None,
+    priors: dict[int, LevelPrior],
+    steps: dict[str, int],
 ) -> list[Stage]:
     """Return the stages as they stand.
 
     Args:
         finished: the run's folders.
+        num_levels: of codes.
         tokenizer: the finished one, if there is one.
         priors: finished ones, by level.
         steps: of trainings that have begun, the last one logged, by folder name.
     """
-    config, root = finished.config, finished.root
-    count = len(tokenizer.levels) if tokenizer else len(priors)
-    folders = {"pack": finished.images, "train-tokenizer": root / "tokenizer", "encode": finished.codes}
-    folders |= {f"train-prior level {level}": finished.level(level) for level in range(count)}
-    folders |= {"sample": root / config.sample.folder}
+    folders = _folders(finished, num_levels)
     marks = {f"train-prior level {level}": prior_fingerprint(prior) for level, prior in priors.items()}
-    marks |= (
-        {"train-tokenizer": tokenizer_fingerprint(tokenizer)}
-        if tokenizer and is_complete(folders["train-tokenizer"])
-        else {}
-    )
-    return [_stage(root, name, folder, marks.get(name, ""), steps.get(folder.name)) for name, folder in folders.items()]
+    marks |= {"train-tokenizer": tokenizer_fingerprint(tokenizer)} if tokenizer else {}
+    rows = [_stage(name, folder, marks.get(name, ""), steps.get(folder.name)) for name, folder in folders.items()]
+    if source := finished.config.tokenizer.from_:
+        rows[1] = Stage("train-tokenizer", "elsewhere", source, fingerprint=marks.get("train-tokenizer", "")[:SHORT])
+    return rows
 
 
-def _stage(root: Path, name: str, folder: Path, mark: str, step: int | None) -> Stage:
+def _stage(name: str, folder: Path, mark: str, step: int | None) -> Stage:
     if not is_complete(folder):
         begun = exists(folder / "config.yaml")
         return Stage(name, "begun" if begun else "not yet", f"at step {step:,}" if begun and step else "")
     if exists(folder / "manifest.json"):
         mark = manifest_digest(json.loads(read_bytes(folder / "manifest.json")))
-    record = read_record(folder.parents[1] if "prior" in name else folder.parent, name.replace(" level ", "-level"))
-    versions = ", ".join(f"{package} {version}" for package, version in (record.get("versions") or {}).items())
+    record = _record(name, folder)
     seconds = f"{record['seconds']:,.0f}" if "seconds" in record else ""
     came = what_came_of(folder)
-    return Stage(name, "done", came, seconds, str(record.get("hardware", "")), versions, mark[:SHORT])
+    return Stage(name, "done", came, seconds, str(record.get("hardware", "")), mark[:SHORT])
+
+
+def versions(finished: Finished, rows: list[Stage]) -> list[str]:
+    """Return the versions of packages that stages were made with, each set once."""
+    folders = _folders(finished, len(rows))
+    records = [_record(row.name, folders[row.name]).get("versions", {}) for row in rows if row.state == "done"]
+    return sorted({", ".join(f"{package} {found}" for package, found in one.items()) for one in records if one})
+
+
+def _folders(finished: Finished, num_levels: int) -> dict[str, Path]:
+    root = finished.root
+    folders = {"pack": finished.images, "train-tokenizer": root / "tokenizer", "encode": finished.codes}
+    folders |= {f"train-prior level {level}": finished.level(level) for level in range(num_levels)}
+    return folders | {"sample": root / finished.config.sample.folder}
+
+
+def _record(stage: str, folder: Path) -> dict[str, Any]:
+    return read_record(folder.parents[1] if "prior" in stage else folder.parent, stage.replace(" level ", "-level"))
 
 
 def settings_of(finished: Finished) -> str:

@@ -12,7 +12,7 @@ from pipelines.report.pictures import Picture, picture
 from pipelines.report.reading import Images
 
 # Samples shown of a class, classes shown, and samples where there are no classes.
-OF_CLASS, MOST_CLASSES, WITHOUT_CLASS = 8, 12, 24
+OF_CLASS, MOST_CLASSES, WITHOUT_CLASS = 10, 12, 24
 # Samples shown beside their nearest training images.
 NEAREST = 8
 

@@ -3,6 +3,8 @@
 N images, C channels, H W pixels, h w grid.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,9 @@ from tokenizer import HierarchicalVQVAE
 # Values of images that pass the tokenizer at once.
 BATCH_VALUES = 2**21
 # Images shown of the best, of the middle and of the worst, and of those decoded level by level.
-SHOWN, STAIRS = 6, 8
+SHOWN, STAIRS = 5, 8
+# Images whose PSNR is taken of each row of these.
+MEASURED = 64
 
 
 class Tokenized(NamedTuple):
@@ -56,12 +60,14 @@ class Quality(NamedTuple):
     Attributes:
         ranked: best, median and worst, each with its images.
         most: grey levels of error that are shown brightest.
-        stairs: rows of images, then of what the first levels decode to, one more each.
+        stairs: rows of images, then of what the first levels decode to, one more each, and of finer levels alone.
+        measured: images that the PSNR in these rows' titles is of.
     """
 
     ranked: list[tuple[str, list[Reconstructed]]]
     most: float
     stairs: list[Row]
+    measured: int
 
 
 @torch.no_grad()
@@ -115,31 +121,52 @@ def quality(tokenizer: HierarchicalVQVAE, images: Images, found: Tokenized, clas
         (name, [_reconstructed(images, found, place, differences[place], most, class_names) for place in group])
         for name, group in places.items()
     ]
-    return Quality(shown, most, stairs(tokenizer, images.pixels, found))
+    measured = min(MEASURED, len(images.pixels))
+    return Quality(shown, most, stairs(tokenizer, images.pixels[:measured], found), measured)
 
 
 def _reconstructed(
     images: Images, found: Tokenized, place: int, difference: np.ndarray, most: float, class_names: list[str]
 ) -> Reconstructed:
     name = named(images, place, class_names)
-    psnr = 10 * np.log10(4 / max(found.errors[place], 1e-12))
     return Reconstructed(
         picture(images.pixels[place], f"{name}"),
         picture(found.reconstructions[place], f"reconstruction of {name}"),
         picture(heat(difference, 0, most), f"where the reconstruction of {name} errs"),
-        f"{psnr:.1f} dB",
+        f"{psnr(found.errors[place]):.1f} dB",
     )
 
 
 def stairs(tokenizer: HierarchicalVQVAE, pixels: np.ndarray, found: Tokenized) -> list[Row]:
-    """Return rows of pictures: the first images, then what each prefix of their levels decodes to."""
-    number = min(STAIRS, len(pixels))
-    rows = [Row("image", [picture(one, f"val image {place + 1}") for place, one in enumerate(pixels[:number])])]
-    for last in range(len(found.levels)):
-        title = f"levels 0 to {last}" if last else "level 0 alone"
-        decoded = to_uint8(tokenizer.decode([level[:number] for level in found.levels[: last + 1]]))
-        rows.append(Row(title, [picture(one, f"{title} of val image {n + 1}") for n, one in enumerate(decoded)]))
+    """Return rows of pictures: the first images, what each prefix of their levels decodes to, and finer levels alone.
+
+    Titles hold the PSNR of the mean squared error over all the images given.
+    """
+    levels = [level[: len(pixels)] for level in found.levels]
+    prefixes = {f"levels 0 to {last}" if last else "level 0 alone": levels[: last + 1] for last in range(len(levels))}
+    alone = {}
+    if all(len(part.sizes) == 1 for part in tokenizer.bottlenecks):
+        alone = {f"level {n} alone": [None] * n + [levels[n]] for n in range(1, len(levels))}
+    rows = [Row("image", [picture(one, f"val image {place + 1}") for place, one in enumerate(pixels[:STAIRS])])]
+    for title, given in (prefixes | alone).items():
+        decoded = _decoded(tokenizer, given)
+        error = np.square((decoded.astype(np.float64) - pixels) / 127.5).mean()
+        pictures = [picture(one, f"{title} of val image {n + 1}") for n, one in enumerate(decoded[:STAIRS])]
+        rows.append(Row(f"{title}: {psnr(error):.1f} dB", pictures))
     return rows
+
+
+def psnr(error: float) -> float:
+    """Return 10 log10(4 / error) of a mean squared error of values in [-1, 1], in dB."""
+    return 10 * math.log10(4 / max(error, 1e-12))
+
+
+def _decoded(tokenizer: HierarchicalVQVAE, levels: Sequence[Tensor | None]) -> np.ndarray:
+    """Decode many images a batch at a time: uint8 (N, C, H, W)."""
+    step = max(1, BATCH_VALUES // (tokenizer.channels * tokenizer.image_size**2))
+    (number,) = {len(level) for level in levels if level is not None}
+    parts = [[one if one is None else one[first : first + step] for one in levels] for first in range(0, number, step)]
+    return np.concatenate([to_uint8(tokenizer.decode(part)) for part in parts])
 
 
 def named(images: Images, place: int, class_names: list[str]) -> str:
