@@ -11,6 +11,8 @@ from pipelines.storage.paths import exists, read_bytes
 
 # Rows drawn of training; validations are drawn all.
 MOST_ROWS = 1500
+# Lines of fewer values show each of them.
+FEW_POINTS = 20
 # The same as nats, in another unit.
 LEFT_OUT = ("bits_per_code",)
 COLUMN = re.compile(r"^(?:(train|val)_)?(?:level(\d+)_)?(.+)$")
@@ -37,7 +39,15 @@ class Chart(NamedTuple):
     @property
     def data(self) -> dict[str, Any]:
         """What the page's script draws."""
-        lines = [{"name": line.name, "level": line.level, "val": line.val, "points": line.val} for line in self.lines]
+        lines = [
+            {
+                "name": line.name,
+                "level": line.level,
+                "val": line.val,
+                "points": line.val or len(line.values) - line.values.count(None) < FEW_POINTS,
+            }
+            for line in self.lines
+        ]
         return {"x": "step", "steps": self.steps, "lines": lines, "values": [line.values for line in self.lines]}
 
 

@@ -1,5 +1,6 @@
 """What a run folder holds, as the parts of a page; a part that cannot be made does not keep the others away."""
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -286,6 +287,9 @@ class Gathered:
 
     def _warnings(self) -> list[str]:
         found = [*warned.of_codebooks(self.codebooks), *warned.of_units(self.figures)]
+        if self.quality and self.tokenizer:
+            bits = [h * w * math.log2(size) if size else None for (h, w), size, _ in self.tokenizer.levels]
+            found += warned.of_levels(self.quality.adds, bits)
         found += [*warned.of_priors(self.maps), *warned.of_curves(self.charts), *warned.of_figures(self.figures)]
         if self.samples and not self.samples_fit:
             found.append("The samples were drawn by other models than those that are in this folder now.")

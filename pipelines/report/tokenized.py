@@ -60,13 +60,15 @@ class Quality(NamedTuple):
     Attributes:
         ranked: best, median and worst, each with its images.
         most: grey levels of error that are shown brightest.
-        stairs: rows of images, then of what the first levels decode to, one more each, and of finer levels alone.
-        measured: images that the PSNR in these rows' titles is of.
+        stairs: rows of images, then of what the first levels decode to, one more each, and of all levels but one.
+        adds: dB that each level adds to all others, by level; where levels stand by themselves.
+        measured: images that this, and the PSNR in the titles of rows, is of.
     """
 
     ranked: list[tuple[str, list[Reconstructed]]]
     most: float
     stairs: list[Row]
+    adds: dict[int, float]
     measured: int
 
 
@@ -122,7 +124,7 @@ def quality(tokenizer: HierarchicalVQVAE, images: Images, found: Tokenized, clas
         for name, group in places.items()
     ]
     measured = min(MEASURED, len(images.pixels))
-    return Quality(shown, most, stairs(tokenizer, images.pixels[:measured], found), measured)
+    return Quality(shown, most, *stairs(tokenizer, images.pixels[:measured], found), measured)
 
 
 def _reconstructed(
@@ -137,23 +139,27 @@ def _reconstructed(
     )
 
 
-def stairs(tokenizer: HierarchicalVQVAE, pixels: np.ndarray, found: Tokenized) -> list[Row]:
-    """Return rows of pictures: the first images, what each prefix of their levels decodes to, and finer levels alone.
+def stairs(tokenizer: HierarchicalVQVAE, pixels: np.ndarray, found: Tokenized) -> tuple[list[Row], dict[int, float]]:
+    """Return rows of pictures: the first images, what each prefix of their levels decodes to, and all levels but one.
 
-    Titles hold the PSNR of the mean squared error over all the images given.
+    Titles hold the PSNR of the mean squared error over all the images given. Beside them, the dB that each level adds to
+    all the others.
     """
     levels = [level[: len(pixels)] for level in found.levels]
-    prefixes = {f"levels 0 to {last}" if last else "level 0 alone": levels[: last + 1] for last in range(len(levels))}
-    alone = {}
+    last = len(levels) - 1
+    given: dict[str, list[Tensor | None]] = {"level 0 alone": [levels[0]]} if last else {}
+    given |= {f"levels 0 to {level}": [*levels[: level + 1]] for level in range(1, last)} | {"all levels": [*levels]}
     if all(len(part.sizes) == 1 for part in tokenizer.bottlenecks):
-        alone = {f"level {n} alone": [None] * n + [levels[n]] for n in range(1, len(levels))}
+        given |= {f"without level {n}": [*levels[:n], None, *levels[n + 1 :]] for n in range(last)}
+    reached = {}
     rows = [Row("image", [picture(one, f"val image {place + 1}") for place, one in enumerate(pixels[:STAIRS])])]
-    for title, given in (prefixes | alone).items():
-        decoded = _decoded(tokenizer, given)
-        error = np.square((decoded.astype(np.float64) - pixels) / 127.5).mean()
+    for title, some in given.items():
+        decoded = _decoded(tokenizer, some)
+        reached[title] = psnr(np.square((decoded.astype(np.float64) - pixels) / 127.5).mean())
         pictures = [picture(one, f"{title} of val image {n + 1}") for n, one in enumerate(decoded[:STAIRS])]
-        rows.append(Row(f"{title}: {psnr(error):.1f} dB", pictures))
-    return rows
+        rows.append(Row(f"{title}: {reached[title]:.1f} dB", pictures))
+    without = {n: reached[f"without level {n}"] for n in range(last) if f"without level {n}" in reached}
+    return rows, {n: reached["all levels"] - one for n, one in without.items()}
 
 
 def psnr(error: float) -> float:

@@ -11,6 +11,8 @@ from pipelines.report.likelihoods import Maps
 
 # A level that uses less of its codes, or of its units, has collapsed.
 LEAST_USAGE = 0.1
+# A level that adds less, in dB, to what the others decode to is hardly looked at.
+LEAST_ADDED = 0.5
 # Codes that occur nowhere are told of where each had this many chances, and where they are this share of all.
 CHANCES, DEAD_SHARE = 20, 0.02
 # Validation above training by this share of it: the prior learns its training set by heart.
@@ -34,6 +36,23 @@ def of_codebooks(codebooks: Sequence[Codebook]) -> Iterator[str]:
             yield (
                 f"Level {one.level}: {dead:,} of its {one.size:,} codes occur nowhere in {one.places:,} places: they "
                 "are dead. A higher revival_threshold would bring them back, fewer codes would do without them."
+            )
+
+
+def of_levels(adds: dict[int, float], bits: Sequence[float | None]) -> Iterator[str]:
+    """Yield warnings of levels that the decoder hardly looks at.
+
+    Args:
+        adds: dB that each level adds to all others.
+        bits: that each takes of an image at most; None of continuous ones.
+    """
+    for level, decibels in adds.items():
+        if decibels < LEAST_ADDED:
+            whole = sum(one or 0 for one in bits)
+            share = f", though it takes {(bits[level] or 0) / whole:.0%} of the bits of an image" if all(bits) else ""
+            yield (
+                f"The decoder hardly looks at level {level}: without its codes reconstructions lose {decibels:.1f} dB"
+                f"{share}. A coarser stride for it, or a smaller codebook for finer levels, would leave it more to say."
             )
 
 
@@ -78,7 +97,7 @@ def of_curves(charts: Sequence[Chart]) -> Iterator[str]:
             (best, at), (last, end) = min(points, default=(0.0, 0)), points[-1] if points else (0.0, 0)
             if line.val and last - best > TURNED * math.fabs(best):
                 yield (
-                    f"{chart.title}: validation was best at step {at:,}, {best:.4g}, and is {last:.4g} at step {end:,}. "
+                    f"{chart.title}: validation was best at step {at:,}, {best:.4g}, and is {last:.4g} at {end:,}. "
                     "The best is kept; the steps after it were for nothing."
                 )
 
