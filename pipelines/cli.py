@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,8 +11,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile
+from pathlib import Path
 
 from pipelines.stages import ORDER
+
+logger = logging.getLogger(__name__)
 
 USAGE = """\
 smalti STAGE CONFIG.yaml [--section.key value ...]
@@ -127,7 +131,9 @@ def _command(arguments: list[str]) -> int:
     if options.level is not None and stage != "train-prior":
         raise ConfigError(f"--level goes with train-prior, not with {stage}")
     if stage == "report":
-        return _report_page(rest)
+        set_up_console()
+        print(f"look at {_page(rest)}")
+        return 0
     from pipelines.compute.devices import several_processes
     from pipelines.config import load_config
     from pipelines.generator import Generator, names_models
@@ -141,28 +147,36 @@ def _command(arguments: list[str]) -> int:
     run = Run(config, redo, Generator.from_pretrained(rest[0]) if published else None)
     if stage != "run":
         run.stage(stage, options.level)
-    elif several_processes(config.compute):
+        return 0
+    if several_processes(config.compute):
         run.check_order()
-        code = _one_by_one(rest[0], overrides, redo, run.redo.note.name)
-        if code == 0:
-            run.redo.done()
-        return code
+        if code := _one_by_one(rest[0], overrides, redo, run.redo.note.name):
+            return code
+        run.redo.done()
     else:
         run.all()
+    _page_after_run([rest[0], *overrides])
     return 0
 
 
-def _report_page(arguments: list[str]) -> int:
+def _page(arguments: list[str]) -> Path:
     """Write the page of one or several runs: configs first, then what overrides settings of all of them."""
     from pipelines.config import load_config
     from pipelines.report.make import Source, report
 
-    set_up_console()
     configs = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     overrides = arguments[len(configs) :]
-    sources = [Source(" ".join([config, *overrides]), load_config(config, overrides)) for config in configs]
-    print(f"look at {report(sources)}")
-    return 0
+    sources = [Source(shlex.join([config, *overrides]), load_config(config, overrides)) for config in configs]
+    return report(sources)
+
+
+def _page_after_run(arguments: list[str]) -> None:
+    """Write the page of a run that is done. What goes wrong with it takes nothing away from that, and is told."""
+    try:
+        logger.info("report: look at %s", _page(arguments))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        logger.warning("the run is complete, but its report is not (%s); `smalti report` says more", reason)
 
 
 def _one_by_one(config: str, overrides: list[str], redo: list[str], note: str) -> int:

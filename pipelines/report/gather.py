@@ -75,6 +75,12 @@ class Gathered:
             return None
 
     @property
+    def holds_something(self) -> bool:
+        """Whether there is anything to report."""
+        finished = self.finished
+        return finished.has_images() or finished.has_tokenizer() or is_complete(finished.codes) or bool(self.charts)
+
+    @property
     def parts(self) -> list[tuple[str, str, bool]]:
         """The page's parts: anchor, title, and whether the run has it."""
         return [

@@ -14,6 +14,7 @@ from pipelines.errors import StageError
 from pipelines.report import PAGE
 from pipelines.report.gather import Gathered
 from pipelines.report.reading import MOST_IMAGES
+from pipelines.report.side_by_side import side_by_side
 from pipelines.storage.paths import place, write_text
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ def report(sources: Sequence[Source]) -> Path:
     """
     begun = time.monotonic()
     runs = [Gathered(source.command, source.config) for source in sources]
+    empty = [str(run.root) for run in runs if not run.holds_something]
+    if empty:
+        raise StageError(f"{', '.join(empty)} must hold something to report, and does not; run `smalti pack` first")
     path = place(sources[0].config.run_dir, writable=True) / PAGE
     write_text(path, rendered(runs, time.monotonic() - begun))
     missing = [f"{run.name}: {part}: {reason}" for run in runs for part, reason in run.missing.items()]
@@ -65,7 +69,16 @@ def rendered(runs: Sequence[Gathered], seconds: float) -> str:
         lstrip_blocks=True,
     )
     environment.globals["source"] = lambda name: (files("pipelines.report") / "templates" / name).read_text()
+    names = [run.name for run in runs]
+    names = [f"{name} ({place + 1})" if names.count(name) > 1 else name for place, name in enumerate(names)]
+    beside = side_by_side(runs, names) if len(runs) > 1 else None
     template = environment.get_template("report.html.j2")
     return template.render(
-        runs=runs, seconds=seconds, made=time.strftime("%Y-%m-%d %H:%M"), most_images=MOST_IMAGES, uplot=UPLOT
+        names=names,
+        beside=beside,
+        runs=runs,
+        seconds=seconds,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        most_images=MOST_IMAGES,
+        uplot=UPLOT,
     )

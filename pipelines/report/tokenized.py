@@ -142,13 +142,15 @@ def _reconstructed(
 def stairs(tokenizer: HierarchicalVQVAE, pixels: np.ndarray, found: Tokenized) -> tuple[list[Row], dict[int, float]]:
     """Return rows of pictures: the first images, what each prefix of their levels decodes to, and all levels but one.
 
-    Titles hold the PSNR of the mean squared error over all the images given. Beside them, the dB that each level adds to
-    all the others.
+    Titles hold the PSNR of the mean squared error over all the images given. Beside them, the dB that each level adds
+    to all the others.
     """
     levels = [level[: len(pixels)] for level in found.levels]
     last = len(levels) - 1
     given: dict[str, list[Tensor | None]] = {"level 0 alone": [levels[0]]} if last else {}
-    given |= {f"levels 0 to {level}": [*levels[: level + 1]] for level in range(1, last)} | {"all levels": [*levels]}
+    for level in range(1, last):
+        given[f"levels 0 to {level}"] = [*levels[: level + 1]]
+    given["all levels"] = [*levels]
     if all(len(part.sizes) == 1 for part in tokenizer.bottlenecks):
         given |= {f"without level {n}": [*levels[:n], None, *levels[n + 1 :]] for n in range(last)}
     reached = {}
