@@ -155,7 +155,7 @@ def _command(arguments: list[str]) -> int:
         run.redo.done()
     else:
         run.all()
-    _page_after_run([rest[0], *overrides])
+    page_after_run([rest[0], *overrides])
     return 0
 
 
@@ -170,7 +170,7 @@ def _page(arguments: list[str]) -> Path:
     return report(sources)
 
 
-def _page_after_run(arguments: list[str]) -> None:
+def page_after_run(arguments: list[str]) -> None:
     """Write the page of a run that is done. What goes wrong with it takes nothing away from that, and is told."""
     try:
         logger.info("report: look at %s", _page(arguments))

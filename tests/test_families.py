@@ -39,6 +39,7 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert bool(names) == ("gradient" in kind_of(finished) or "fsq" in kind_of(finished))  # N(0, I) knows no classes
     code, said = smalti("run", finished, kind_of(finished))
     assert code == 0 and said.count("skipped") == 6
+    assert "report: look at" in said and "could not be made" not in (run / "report.html").read_text()
     code, said = smalti("verify", finished, kind_of(finished))
     assert code == 0 and said.count("holds what it says") == 5
     code, said = smalti("run", finished)

@@ -147,14 +147,11 @@ class Gathered:
 
     @cached_property
     def codes(self) -> dict[str, Codes]:
-        """Codes that priors learned from, by split; and those of samples, where priors and tokenizer are there."""
-        cache, seed, found = self.config.compute.cache, self.config.seed, {}
-        if is_complete(self.finished.codes):
-            found = {split: read_codes(self.finished.codes, split, seed, cache) for split in ("train", "val")}
-        if self.samples and self.tokenizer:
-            levels = level_entries(self.tokenizer.levels)
-            folder = self.root / self.config.sample.folder
-            found["samples"] = read_codes(folder, "samples", seed, cache, levels)
+        """Codes that priors learned from and are judged by, by split."""
+        if not is_complete(self.finished.codes):
+            return {}
+        cache, seed = self.config.compute.cache, self.config.seed
+        found = {split: read_codes(self.finished.codes, split, seed, cache) for split in ("train", "val")}
         return {split: codes for split, codes in found.items() if codes}
 
     @cached_property
@@ -268,10 +265,13 @@ class Gathered:
     def bits(self) -> dict[str, np.ndarray] | None:
         """-log2 p under the priors of all levels, of samples and of as many val images; None where one is missing."""
         sizes = self.tokenizer.codebook_sizes if self.tokenizer else []
-        if not sizes or None in sizes or not {"samples", "val"} <= set(self.codes) or not self.samples_fit:
+        if not self.tokenizer or None in sizes or "val" not in self.codes or not self.samples_fit:
             return None
-        given = bool(self.class_names)
-        sets = {"samples": self.codes["samples"], "val": self.codes["val"].first(len(self.codes["samples"].classes))}
+        given, folder = bool(self.class_names), self.root / self.config.sample.folder
+        levels = level_entries(self.tokenizer.levels)
+        drawn = read_codes(folder, "samples", self.config.seed, self.config.compute.cache, levels)
+        assert drawn
+        sets = {"samples": drawn, "val": self.codes["val"].first(len(drawn.classes))}
         return {name: likelihoods.sample_bits(self.priors, codes, given) for name, codes in sets.items()}
 
     @property

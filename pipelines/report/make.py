@@ -15,7 +15,7 @@ from pipelines.report import PAGE
 from pipelines.report.gather import Gathered
 from pipelines.report.reading import MOST_IMAGES
 from pipelines.report.side_by_side import side_by_side
-from pipelines.storage.paths import place, write_text
+from pipelines.storage.paths import make_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ def report(sources: Sequence[Source]) -> Path:
     empty = [str(run.root) for run in runs if not run.holds_something]
     if empty:
         raise StageError(f"{', '.join(empty)} must hold something to report, and does not; run `smalti pack` first")
-    path = place(sources[0].config.run_dir, writable=True) / PAGE
+    path = runs[0].root / PAGE
+    make_folder(path.parent)
     write_text(path, rendered(runs, time.monotonic() - begun))
     missing = [f"{run.name}: {part}: {reason}" for run in runs for part, reason in run.missing.items()]
     if missing:

@@ -16,8 +16,22 @@ function lineOf(line, number) {
     width: line.val ? 2.5 : 1,
     spanGaps: true,
     points: { show: line.points, size: 5 },
-    value: (_, value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(5)).toString()),
+    value: (_, value) => (value === null || value === undefined ? "–" : short(value)),
   };
+}
+
+function short(value) {
+  return Number(value.toPrecision(5)).toString();
+}
+
+// A chart for those who do not see it: where each line begins and where it ends.
+function inWords(data) {
+  return data.lines.map((line, number) => {
+    const places = data.steps.flatMap((step, place) => (data.values[number][place] === null ? [] : [place]));
+    if (!places.length) return `${line.name}: nothing`;
+    const ends = [...new Set([places[0], places.at(-1)])];
+    return `${line.name}: ` + ends.map((at) => `${short(data.values[number][at])} at ${data.x} ${data.steps[at]}`).join(", ");
+  }).join("; ");
 }
 
 function draw(holder, data) {
@@ -32,7 +46,12 @@ function draw(holder, data) {
     cursor: { drag: { x: false, y: false } },
   };
   holder.replaceChildren();
-  return new uPlot(options, [data.steps, ...data.values], holder);
+  const plot = new uPlot(options, [data.steps, ...data.values], holder);
+  const wrap = holder.querySelector(".u-wrap");
+  wrap.setAttribute("role", "img");
+  wrap.setAttribute("aria-label", inWords(data));
+  holder.querySelector(".u-legend").setAttribute("role", "presentation");
+  return plot;
 }
 
 function redraw() {
