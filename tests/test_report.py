@@ -19,7 +19,7 @@ from pipelines.report.curves import charts, read_rows
 from pipelines.report.likelihoods import Maps, Split, position_nats
 from pipelines.report.pictures import VIRIDIS, heat, picture
 from pipelines.report.reading import most_read, read_codes, read_images
-from pipelines.report.sampled import nearest
+from pipelines.report.sampled import apart
 from pipelines.report.side_by_side import differing, flat_settings, overlaid
 from pipelines.report.tokenized import ranked
 from pipelines.report.warned import of_classes, of_codebooks, of_curves, of_levels, of_priors
@@ -206,7 +206,7 @@ def test_the_nearest_training_image_is_found_and_a_copy_is_no_distance_away() ->
     generator = np.random.default_rng(0)
     train, images = (generator.integers(0, 256, (n, 3, 4, 4), dtype=np.uint8) for n in (20, 5))
     images[2] = train[11]
-    places, distances = nearest(images, train)
+    distances, places = apart(images, train)
     each = [[np.sqrt(np.square(a.astype(float) - b).mean()) for b in train] for a in images]
     assert places.tolist() == np.argmin(each, 1).tolist() and places[2] == 11 and distances[2] == 0
     np.testing.assert_allclose(distances, np.min(each, 1), rtol=1e-5)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from pipelines.config import Config
 from pipelines.errors import StageError, UserError, told_to_user
 from pipelines.finished import Finished
 from pipelines.report import codebooks, curves, likelihoods, sampled, warned
-from pipelines.report.figures import figures_of, told
-from pipelines.report.head import Head, images_facts, prior_facts, settings_of, stages, tokenizer_facts, versions
+from pipelines.report.figures import figures_of, read_figures, told
+from pipelines.report.head import Fact, Head, images_facts, prior_facts, settings_of, stages, tokenizer_facts, versions
 from pipelines.report.reading import Codes, Images, read_codes, read_images
 from pipelines.report.so_far import prior_so_far, tokenizer_so_far
 from pipelines.report.tokenized import Quality, Row, Tokenized, quality, tokenized
@@ -208,6 +208,11 @@ class Gathered:
         return sum(len(images.keys) for images in self.images.values())
 
     @cached_property
+    def measured(self) -> dict[str, Any]:
+        """What `evaluate` found."""
+        return read_figures(self.root)
+
+    @cached_property
     def figures(self) -> dict[str, float]:
         """The figures that the run's stages have left, by name."""
         return figures_of(self.root, self.num_levels)
@@ -216,6 +221,9 @@ class Gathered:
         facts = images_facts(self.finished) if self.finished.has_images() else []
         facts += tokenizer_facts(self.tokenizer) if self.tokenizer else []
         facts += prior_facts(self.priors) if self.priors else []
+        for part in ("samples", "reconstructions"):
+            if space := self.measured.get(part, {}).get("made", {}).get("features", {}).get("features"):
+                facts.append(Fact(f"{part}, feature space", str(space)))
         steps = {chart.folder: chart.steps[-1] for chart in self.charts if chart.steps}
         tokenizer = self.tokenizer if self.finished.has_tokenizer() else None
         priors = {level: one for level, one in self.priors.items() if is_complete(self.finished.level(level))}

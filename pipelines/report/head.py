@@ -14,7 +14,7 @@ from pipelines.finished import Finished, what_came_of
 from pipelines.report.figures import Figure
 from pipelines.storage.fingerprint import manifest_digest, prior_fingerprint, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete, plain
-from pipelines.storage.manifest import read_manifest, receipts_of
+from pipelines.storage.manifest import Manifest, read_manifest, receipts_of
 from pipelines.storage.paths import exists, read_bytes
 from pipelines.storage.record import read_record
 from prior import LevelPrior
@@ -66,7 +66,7 @@ def images_facts(finished: Finished) -> list[Fact]:
     manifest = read_manifest(finished.images, "images", "pack")
     size, names = manifest["image_size"], manifest["class_names"]
     counts = ", ".join(f"{_total(manifest, split):,} {split}" for split in ("train", "val"))
-    skipped = f"; {manifest['skipped']:,} left out that could not be used" if manifest.get("skipped") else ""
+    skipped = f"; {manifest.get('skipped')} left out that could not be used" if manifest.get("skipped") else ""
     shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
     return [
         Fact("source", str(manifest.get("made_from"))),
@@ -156,7 +156,7 @@ def settings_of(finished: Finished) -> str:
     return yaml.safe_dump(plain(finished.config), sort_keys=False)
 
 
-def _total(manifest: dict[str, Any], split: str) -> int:
+def _total(manifest: Manifest, split: str) -> int:
     return sum(receipt["samples"] for receipt in receipts_of(manifest, split))
 
 

@@ -8,13 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.report.pictures import Picture, heat, picture
 from pipelines.report.reading import Codes
 from prior import LevelPrior, NormalConfig
-from prior.normal import Normal
 
 # Multiplications that a level's prior is asked for on a split, at most; images that it sees at least; logits at once.
 MOST_WORK, LEAST_SEEN, MOST_LOGITS = 5e11, 4, 2**25
@@ -72,12 +70,8 @@ def position_nats(level: LevelPrior, codes: Tensor, coarser: list[Tensor], class
         coarser: of the coarser levels.
         classes: int64 (N,); None for none.
     """
-    if isinstance(level.network, Normal):
-        number, channels, h, w = codes.shape
-        cells = codes.permute(0, 2, 3, 1).reshape(-1, channels)
-        return level.network.nll(cells).view(number, h, w).float()
-    logits = level.logits(codes, coarser, classes).float()  # (N, h, w, K)
-    return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none")
+    nats = level.nats_unchecked(codes, coarser, classes)
+    return (nats.sum(1) if nats.ndim == 4 else nats).float()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from pipelines.data.batches import epoch_permutation
 from pipelines.data.codes import code_sample
 from pipelines.data.images import checked_pixels
 from pipelines.storage.cache import Cache
-from pipelines.storage.manifest import read_manifest, receipts_of
+from pipelines.storage.manifest import Manifest, read_manifest, receipts_of
 from pipelines.storage.shards import SampleIndex, index_shard, read_member
 
 # Images read of a run, all splits and samples together; fewer where they are large, so that minutes are enough.
@@ -103,10 +103,10 @@ def read_codes(
         levels: as in manifests, of samples, whose manifest does without.
     """
     manifest = read_manifest(folder, *(("samples", "sample") if split == "samples" else ("codes", "encode")))
-    manifest |= {"levels": levels} if levels else {}
+    about: dict[str, Any] = {**manifest} | ({"levels": levels} if levels else {})
     found, classes = [], []
     for file, sample, path in _chosen(folder, manifest, split, seed, cache):
-        grids, label = code_sample(file, sample, manifest, path)
+        grids, label = code_sample(file, sample, about, path)
         found.append(grids)
         classes.append(label)
     if not found:
@@ -117,7 +117,7 @@ def read_codes(
 
 
 def _chosen(
-    folder: Path, manifest: dict, split: str, seed: int, cache: Cache
+    folder: Path, manifest: Manifest, split: str, seed: int, cache: Cache
 ) -> Iterator[tuple[BinaryIO, SampleIndex, Path]]:
     """Yield an open shard, one of its samples and the shard's path for each sample of the choice, in their order."""
     receipts = receipts_of(manifest, split)
@@ -135,5 +135,5 @@ def _chosen(
                 yield file, index[row - (ends[number] - sizes[number])], path
 
 
-def _total(manifest: dict, split: str) -> int:
+def _total(manifest: Manifest, split: str) -> int:
     return sum(receipt["samples"] for receipt in receipts_of(manifest, split))

@@ -3,11 +3,13 @@
 N images, C channels, H W pixels.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from pipelines.metrics.copies import Nearest, nearest
 from pipelines.report.pictures import Picture, picture
 from pipelines.report.reading import Images
 
@@ -68,21 +70,15 @@ def by_class(samples: Images, bits: np.ndarray | None, class_names: list[str]) -
     return groups
 
 
-def nearest(pixels: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each image, the place of the nearest training image and how far it is.
+def apart(pixels: np.ndarray, train: np.ndarray) -> Nearest:
+    """Return, of each image, the nearest training image and how far it is: RMS difference, in grey levels.
 
     Args:
         pixels: uint8 (N, C, H, W).
-        train: uint8 (M, C, H, W).
-
-    Returns:
-        places (N,), and distances (N,): root of the mean squared difference, in grey levels.
+        train: uint8 (T, C, H, W).
     """
-    a, b = (torch.from_numpy(one).flatten(1).float() for one in (pixels, train))
-    distances = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist") / a.shape[1] ** 0.5
-    places = distances.argmin(1)
-    exact = (a - b[places]).square().mean(1).sqrt()  # the product of matrices rounds small distances
-    return places.numpy(), exact.numpy()
+    found = nearest(torch.from_numpy(pixels).flatten(1), torch.from_numpy(train).flatten(1))
+    return Nearest(found.distances / math.sqrt(pixels[0].size), found.rows)
 
 
 def neighbours(samples: Images, train: Images, val: Images | None) -> Neighbours:
@@ -93,14 +89,14 @@ def neighbours(samples: Images, train: Images, val: Images | None) -> Neighbours
         train: as read.
         val: as read, for comparison: no training image was among them.
     """
-    places, distances = nearest(samples.pixels, train.pixels)
+    distances, rows = (one.numpy() for one in apart(samples.pixels, train.pixels))
     pairs = [
         (
             picture(samples.pixels[place], f"sample {samples.keys[place]}"),
-            picture(train.pixels[places[place]], f"training image {train.keys[places[place]]}"),
+            picture(train.pixels[rows[place]], f"training image {train.keys[rows[place]]}"),
             f"{distances[place]:.1f}",
         )
         for place in np.argsort(distances, kind="stable")[:NEAREST]
     ]
-    of_val = float(np.median(nearest(val.pixels, train.pixels)[1])) if val else None
+    of_val = float(apart(val.pixels, train.pixels).distances.median()) if val else None
     return Neighbours(pairs, float(np.median(distances)), of_val, len(train.pixels))

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipelines.metrics import METRICS
+from pipelines.metrics.metric import figures_of
+from pipelines.metrics.provenance import unlike
 from pipelines.report.curves import Chart, Line
 from pipelines.report.figures import told
 from pipelines.report.gather import Gathered, Table
@@ -24,12 +27,14 @@ class SideBySide(NamedTuple):
     Attributes:
         settings: those that differ, a row each.
         figures: those that matter, a row each.
+        refused: what was not measured as the first run's was, and how that differs.
         charts: curves of all runs, one of each figure.
         reconstructions: the same images as each run gives them back; empty where runs have other images.
     """
 
     settings: Table
     figures: Table
+    refused: list[str]
     charts: list[Chart]
     reconstructions: list[Row]
 
@@ -42,13 +47,42 @@ def side_by_side(runs: Sequence[Gathered], names: Sequence[str]) -> SideBySide:
         names: of each.
     """
     settings = [flat_settings(plain(run.config)) for run in runs]
-    values = [{one.name: one.value for one in told(run.figures)} for run in runs]
+    apart = [made_otherwise(runs[0].measured, run.measured) for run in runs]
+    values = [
+        {
+            one.name: one.value
+            for one in told(run.figures)
+            if not one.key.startswith(tuple(f"{part}." for part in parts))
+        }
+        for run, parts in zip(runs, apart, strict=True)
+    ]
+    refused = [
+        f"{part} of {name}: {reason}"
+        for name, parts in zip(names, apart, strict=True)
+        for part, reason in parts.items()
+    ]
     return SideBySide(
         Table("Settings that differ", ["setting", *names], differing(settings)),
-        Table("Figures of the val split", ["figure", *names], _rows(values)),
+        Table("Figures", ["figure", *names], _rows(values)),
+        refused,
         overlaid([run.charts for run in runs], names),
         _reconstructions(runs, names),
     )
+
+
+def made_otherwise(first: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
+    """Return the parts of another run's metrics.json that were not made as the first one's, and what differs.
+
+    Args:
+        first: metrics.json of the first run.
+        other: of the other.
+    """
+    found = {}
+    for metric in METRICS:
+        one, two = figures_of(first, metric.name), figures_of(other, metric.name)
+        if one and two and (reason := unlike(one.get("made", {}), two.get("made", {}))):
+            found[metric.name] = reason
+    return found
 
 
 def flat_settings(settings: Any, path: str = "") -> dict[str, str]:

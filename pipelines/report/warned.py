@@ -104,8 +104,6 @@ def of_curves(charts: Sequence[Chart]) -> Iterator[str]:
 
 def of_figures(figures: dict[str, float]) -> Iterator[str]:
     """Yield warnings of figures that may have been measured on training data."""
-    doubtful = sorted(
-        name.partition(".")[0] for name, value in figures.items() if name.endswith(".held_out") and not value
-    )
-    if doubtful:
+    known = {name.removesuffix(".held_out"): value for name, value in figures.items() if name.endswith(".held_out")}
+    if doubtful := sorted(part for part, value in known.items() if not value):
         yield f"Figures of {', '.join(doubtful)}: the val split may have been trained on."
