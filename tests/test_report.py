@@ -361,3 +361,25 @@ def test_stages_say_where_the_page_is(copy_of: Callable[..., Path], smalti: Smal
     run = config.parent / "run"
     _, said = smalti("sample", config, "--redo", "sample")
     assert said.strip().endswith(f"look at {run / 'report.html'}")
+
+
+def names_in(figures: dict[str, Any]) -> Iterator[str]:
+    """Names of figures, without what says whose they are."""
+    for name, value in figures.items():
+        if not re.fullmatch(r"level\d+|given_class|without_class|made|pixels|features|codes", name):
+            yield re.sub(r"^level\d+", "levelN", name)
+        if isinstance(value, dict) and name not in ("made", "nearest") and not name.startswith("of_classes"):
+            yield from names_in(value)
+
+
+def test_every_figure_stands_in_the_docs(tiny_run: Path) -> None:
+    run, text = tiny_run.parent / "run", (Path(__file__).parent.parent / "docs" / "figures.md").read_text()
+    quoted = set(re.findall(r"`([^`]+)`", text))
+    known = quoted | {part for name in quoted for part in name.split(".")}
+    known |= {f"{name}{one[1:]}" for name in known for one in quoted if one[0] == "…"}
+    written = set(names_in(json.loads((run / "metrics.json").read_text())))
+    for folder in ("tokenizer", "prior/level0", "prior/level1"):
+        written |= set(names_in(json.loads((run / folder / "metrics.json").read_text())))
+        written |= {name for row in read_rows(run / folder) for name in row} - {"step"}
+    named = {re.sub(r"^(train_|val_)?(level\d+)?", lambda found: "levelN" * bool(found[2]), name) for name in written}
+    assert len(named) > 40 and {name for name in named if name not in known} == set()

@@ -44,11 +44,11 @@ MEANINGS = {
     ),
     r"prior\.rate_bits_per_image\.without_class": ("bits an image", "what codes take; less is better"),
     r"bound\.bits_per_dim\.given_class": (
-        "bound, bits a dimension, given the class",
+        "bound, bits a value, given the class",
         "codes and the rest; less is better",
     ),
     r"bound\.bits_per_dim\.without_class": (
-        "bound, bits a dimension",
+        "bound, bits a value",
         "codes and the rest; less is better",
     ),
     r"samples\.kid": ("samples: KID x 1000", "how far from real images in features; less is better"),

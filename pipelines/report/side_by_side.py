@@ -48,19 +48,11 @@ def side_by_side(runs: Sequence[Gathered], names: Sequence[str]) -> SideBySide:
     """
     settings = [flat_settings(plain(run.config)) for run in runs]
     apart = [made_otherwise(runs[0].measured, run.measured) for run in runs]
-    values = [
-        {
-            one.name: one.value
-            for one in told(run.figures)
-            if not one.key.startswith(tuple(f"{part}." for part in parts))
-        }
-        for run, parts in zip(runs, apart, strict=True)
-    ]
-    refused = [
-        f"{part} of {name}: {reason}"
-        for name, parts in zip(names, apart, strict=True)
-        for part, reason in parts.items()
-    ]
+    values, refused = [], []
+    for run, name, parts in zip(runs, names, apart, strict=True):
+        left_out = tuple(f"{part}." for part in parts)
+        values.append({one.name: one.value for one in told(run.figures) if not one.key.startswith(left_out)})
+        refused += [f"{part} of {name}: {reason}" for part, reason in parts.items()]
     return SideBySide(
         Table("Settings that differ", ["setting", *names], differing(settings)),
         Table("Figures", ["figure", *names], _rows(values)),
