@@ -42,6 +42,7 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert len(levels) == (4 if "residual" in kind_of(finished) else 2)
     code, said = smalti("run", finished, kind_of(finished))
     assert code == 0 and said.count("skipped") == 4 + len(levels)
+    assert "report: look at" in said and "could not be made" not in (run / "report.html").read_text()
     code, said = smalti("verify", finished, kind_of(finished))
     assert code == 0 and said.count("holds what it says") == 5
     code, said = smalti("run", finished)
