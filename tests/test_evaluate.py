@@ -270,6 +270,16 @@ def test_where_there_is_nothing_to_evaluate_that_is_an_error(
     assert "must hold a tokenizer and images, or priors and codes, to be evaluated" in text
 
 
+def test_samples_of_other_models_are_not_judged_as_these(run: Path, smalti: Smalti) -> None:
+    path = run / "samples" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["fingerprints"]["prior0"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    code, text = smalti("evaluate", run.parent / "config.yaml")
+    assert code == 1
+    assert "samples is damaged or was drawn by other models; run `smalti sample` first" in text
+
+
 @pytest.mark.parametrize("setting", ["features=nowhere.pt", "reference=nowhere.npz"])
 def test_what_evaluate_cannot_have_is_told_before_the_first_stage(
     setting: str, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
