@@ -6,7 +6,10 @@ RUN := .venv/bin/python
 # Without what they ask for: torchvision beside torch for CPUs breaks Lightning, and others hold numpy back.
 READERS := litdata==0.2.76 mosaicml-streaming==0.13.0 brotli catalogue cramjam python-snappy zstd
 
-.PHONY: demo test lint tests gpu bench hard readers clean
+# Likewise: torchvision is there to be imported, and computes nothing.
+FIDELITY := torch-fidelity==0.4.0 torchvision==0.28.0
+
+.PHONY: demo test lint tests gpu bench hard readers parity clean
 
 demo: $(SETUP)
 	.venv/bin/smalti run configs/digits.yaml
@@ -45,6 +48,14 @@ readers: $(SETUP)
 		|| { echo "cannot install $(READERS): nothing was read; look at what pip says above"; exit 1; }
 	.venv-readers/bin/python -m tests.readers.read
 
+# FID, KID, precision and recall beside torch-fidelity's, of the same images; IMAGES names a folder of packed ones.
+parity: $(SETUP)
+	$(RUN) -m venv .venv-parity
+	$(RUN) -c 'import site; print(site.getsitepackages()[0])' > $$(echo .venv-parity/lib/python3*/site-packages)/ours.pth
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(FIDELITY) \
+		|| { echo "cannot install $(FIDELITY): nothing was compared; look at what pip says above"; exit 1; }
+	.venv-parity/bin/python -m tests.parity.fidelity $(IMAGES)
+
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "smalti needs Python 3.11 or newer"'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -53,4 +64,4 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $(SETUP)
 
 clean:
-	rm -rf .venv .venv-readers runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-readers .venv-parity runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

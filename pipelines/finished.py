@@ -7,11 +7,12 @@ from pipelines.config import Config
 from pipelines.data.held_out import check_codes_of_images, held_out
 from pipelines.errors import StageError, told_to_user
 from pipelines.metrics.opening import Folders, Models, open_subject
+from pipelines.metrics.stored_classifier import StoredClassifier, classifier_of, load_classifier
 from pipelines.metrics.subject import Subject
 from pipelines.progress import counted
 from pipelines.storage.fingerprint import digest, manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete, named_folder
-from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
+from pipelines.storage.manifest import CodesManifest, SamplesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import exists, is_local, place, read_bytes
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
@@ -117,10 +118,23 @@ class Finished:
         fits = manifest["tokenizer"] == tokenizer_fingerprint(tokenizer) and manifest["made_from"] == images
         return fits and shards_hold(manifest, self.codes, self.config.compute.cache)
 
+    def classifier(self) -> StoredClassifier:
+        """Return the classifier of the run's classes, made first where there is none; see `classifier_of`."""
+        if not self.has_images():
+            raise StageError(f"sample.reject needs a run's training images, and {self.root} has none; set it to 1")
+        return classifier_of(self.root / "classifier", self.images, self.config.seed, self.config.compute)
+
+    def marks(self, samples: SamplesManifest, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:
+        """Return what samples of these models name them by; and the run's classifier, if samples were chosen by one."""
+        marks = model_fingerprints(tokenizer, prior)
+        if "classifier" in samples["fingerprints"] and exists(self.root / "classifier" / "model.safetensors"):
+            marks["classifier"] = load_classifier(self.root / "classifier").fingerprint
+        return marks
+
     def samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:
         """Whether a set of samples is whole and was drawn by these models."""
         manifest = read_manifest(folder, "samples", "sample")
-        fits = manifest["fingerprints"] == model_fingerprints(tokenizer, prior)
+        fits = manifest["fingerprints"] == self.marks(manifest, tokenizer, prior)
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
 
     def tokenizer_held_out(self, strict: bool = True) -> bool | None:

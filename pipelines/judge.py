@@ -82,6 +82,8 @@ def _check_classes(config: SampleConfig, class_names: list[str]) -> None:
     guidance = config.guidance if isinstance(config.guidance, list) else [config.guidance]
     if not class_names and any(value != 1 for value in guidance):
         raise ConfigError("sample.guidance needs classes, and these images have none; set it to 1")
+    if not class_names and config.reject > 1:
+        raise ConfigError("sample.reject needs classes, and these images have none; set it to 1")
 
 
 def _check_evaluate(config: Config, known: ImagesManifest | CodesManifest | None) -> None:

@@ -12,7 +12,7 @@ from pipelines.metrics.copies import copies, nearest
 
 @pytest.mark.parametrize("codes", [False, True])
 def test_the_nearest_training_image_is_found_whatever_the_blocks(codes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = torch.randint(0, 3, (30, 6)) if codes else torch.randn(30, 6)
+    training = torch.randint(0, 3, (30, 6)) if codes else torch.randn(30, 6) + 10  # where products round
     training[20] = training[3]
     queries = torch.cat([training[20:21], training[:9].roll(1, 1)])
     apart = queries[:, None] - training

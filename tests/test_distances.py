@@ -85,6 +85,18 @@ def test_kid_of_two_halves_covers_0_and_grows_with_blur_and_noise() -> None:
         assert found[0].value + 2 * found[0].error < found[1].value < found[2].value
 
 
+def test_kid_of_pairs_is_the_same_figure_with_a_smaller_error(sets: tuple[torch.Tensor, torch.Tensor]) -> None:
+    real = sets[0]
+    made = real + 0.3 + 0.1 * torch.randn_like(real)
+    paired, apart = (kernel_distance(real, made, paired=paired) for paired in (True, False))
+    assert abs(paired.value - apart.value) < 2 * apart.error and paired.error < apart.error / 2
+    x, y = real[:3] @ real[:3].T / 8 + 1, real[:3] @ made[:3].T / 8 + 1
+    off = ~torch.eye(3, dtype=torch.bool)
+    z = made[:3] @ made[:3].T / 8 + 1
+    by_hand = float(x[off].pow(3).mean() + z[off].pow(3).mean() - 2 * y[off].pow(3).mean())
+    assert squared_mmd(real[:3], made[:3], paired=True) == pytest.approx(by_hand)
+
+
 def naive_support(real: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
     """The definitions, point by point."""
 

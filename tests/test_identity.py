@@ -44,7 +44,7 @@ SHAPING: dict[type, dict[str, Any]] = {
     },
     SampleConfig: {
         **{"classes": [1], "temperature": 0.5, "top_k": 3, "top_p": 0.5, "guidance": 2.0},
-        **{"batch_size": 8, "shard_size": 7, "precision": "bfloat16"},
+        **{"batch_size": 8, "shard_size": 7, "precision": "bfloat16", "reject": 2},
     },
 }
 NOT_SHAPING: dict[type, dict[str, tuple[Any, str]]] = {

@@ -15,7 +15,7 @@ from pipelines.data.images import to_unit_range
 
 # Larger images are judged at so many pixels a side.
 SIDE = 32
-STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 1000, 64, 4e-3, 5e-2
+STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 800, 64, 4e-3, 5e-2
 WIDTHS = (32, 64, 128)
 # Images that are judged at once.
 JUDGED = 256

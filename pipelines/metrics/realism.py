@@ -63,7 +63,7 @@ class SampleFID(Metric):
 
     @classmethod
     def table(cls, figures: dict[str, Any]) -> list[str]:
-        return [_fid("FID", figures["fid"], figures["images"])]
+        return [f"samples: {_fid('FID', figures['fid'], figures['images']).strip()}"]
 
 
 class ReconstructionDistances(Metric):
@@ -77,7 +77,7 @@ class ReconstructionDistances(Metric):
         real, drawn = (self.subject.gathered[need] for need in self.needs)
         if len(drawn) < LEAST:
             return {}
-        kid = kernel_distance(real, drawn, self.subject.seed)
+        kid = kernel_distance(real, drawn, self.subject.seed, paired=True)
         rfid = frechet_distance(moments(real), moments(drawn))
         return {"images": len(drawn), "rkid": kid.value, "rkid_error": kid.error, "rfid": rfid}
 

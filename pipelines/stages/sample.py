@@ -1,7 +1,8 @@
 """Stage sample: priors draw codes, the tokenizer decodes them, sample shards keep both."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from pipelines.compute.devices import ComputeConfig, inference_device, this_work
 from pipelines.data.images import to_uint8
 from pipelines.data.pictures import encode_image, picture_grid, pixels_of, to_picture
 from pipelines.errors import StageError
+from pipelines.metrics.classifier import Classifier, judged
+from pipelines.metrics.stored_classifier import StoredClassifier
 from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.cache import Cache
@@ -30,6 +33,8 @@ from tokenizer import HierarchicalVQVAE
 
 # Images in grid.png: at most ten rows of at most ten.
 GRID_SIDE = 10
+# Candidate c of sample i draws from stream c * APART + i, so that the first is what is drawn without rejection.
+APART, MOST_CANDIDATES = 2**40, 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,8 @@ class SampleConfig:
         batch_size: images drawn at once; the last batch is filled up.
         shard_size: images a shard; rounded up to whole batches.
         precision: "float32" (TF32 off) or "bfloat16".
+        reject: candidates of each image, of which the one is kept that a classifier of the training images finds
+            likeliest of its class (Razavi et al. 2019, section 3.4); 1 draws no more than is kept.
     """
 
     folder: str = "samples"
@@ -60,10 +67,13 @@ class SampleConfig:
     batch_size: int = 50
     shard_size: int = 1000
     precision: str = "float32"
+    reject: int = field(default=1, metadata={"introduced": 1})
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.batch_size < 1 or self.shard_size < 1:
             raise ValueError("sample.count, batch_size and shard_size must be at least 1")
+        if not 1 <= self.reject <= MOST_CANDIDATES:
+            raise ValueError(f"sample.reject must lie in [1, {MOST_CANDIDATES}], got {self.reject}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"sample.precision must be float32 or bfloat16, got {self.precision}")
         check_set_name(self.folder, "sample.folder", "samples")
@@ -84,13 +94,17 @@ def sample(
     tokenizer: HierarchicalVQVAE,
     prior: HierarchicalPrior,
     folder: Path,
+    classifier: StoredClassifier | None = None,
 ) -> None:
     """Write sample shards, receipts, grid.png and the manifest; shards whose receipt fits stay.
 
+    A classifier is needed for `config.reject` above 1, and used for nothing else.
+
     Raises:
-        StageError: tokenizer and priors do not belong together, a class does not exist, or a prior cannot be guided.
+        StageError: tokenizer and priors do not belong together, a class does not exist, a prior cannot be guided, or
+            there is nothing to reject by.
     """
-    marks = model_fingerprints(tokenizer, prior)
+    marks = model_fingerprints(tokenizer, prior) | ({"classifier": classifier.fingerprint} if classifier else {})
     check_belong_together(prior, marks["tokenizer"])
     classes = class_indices(config.classes, prior.class_names)
     if len(prior.levels) != len(tokenizer.levels):
@@ -98,11 +112,12 @@ def sample(
             f"the tokenizer has {len(tokenizer.levels)} levels but there are priors of {len(prior.levels)}; "
             "run `smalti train-prior` for all of them"
         )
-    _check_settings(config, prior)
+    _check_settings(config, prior, classifier)
     device = inference_device(compute, precise=config.precision == "float32")
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     how = drawn_with(config, seed, device.type, threads)
     tokenizer, prior = tokenizer.to(device), prior.to(device)
+    judge = classifier.model.to(device) if classifier else None
     per_shard = -(-config.shard_size // config.batch_size) * config.batch_size
     starts = range(0, config.count, per_shard)
     jobs, ranges = [], []
@@ -117,7 +132,7 @@ def sample(
     total = sum(jobs[number].samples for number in share.todo)
     with progress_bar(total, "sample", "images", disable=this_worker().rank > 0) as bar:
         for number in share.todo:
-            drawn = _drawn(config, seed, classes, tokenizer, prior, decoders, *ranges[number], bar.update)
+            drawn = _drawn(config, seed, classes, tokenizer, prior, judge, decoders, *ranges[number], bar.update)
             write_shard(jobs[number].path, drawn, jobs[number].provenance)
     if all_done(jobs, share, cache):
         check_settings_stay(folder, "sample", {"seed": seed, "sample": config})
@@ -158,8 +173,11 @@ def drawn_batches(
     decoders: Decoders,
     start: int,
     stop: int,
+    classifier: Classifier | None = None,
 ) -> Iterator[Drawn]:
     """Yield samples start to stop in batches that are whole whatever their number: the last is filled up.
+
+    Which candidate is kept is a function of the sample's index, as its codes are: each has its own stream.
 
     Args:
         config: how they are drawn.
@@ -170,21 +188,56 @@ def drawn_batches(
         decoders: see `HierarchicalPrior.sample`.
         start: index of the first sample.
         stop: index after the last one.
+        classifier: chooses among `config.reject` candidates.
     """
     device = next(tokenizer.parameters()).device
     settings = (config.temperature, config.top_k, config.top_p, config.guidance)
+
+    def draw(labels: list[int] | None, streams: list[int]) -> Drawn:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            codes = prior.sample(labels, seed, *settings, streams, decoders)
+            return Drawn(tokenizer.decode(codes).float(), codes)
+
     for first in range(start, stop, config.batch_size):
         indices = range(first, first + config.batch_size)
         labels = [classes[index % len(classes)] for index in indices] if classes else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            codes = prior.sample(labels, seed, *settings, indices, decoders)
-            images = tokenizer.decode(codes).float()
-        yield Drawn(images, codes)
+        streams = [[number * APART + index for index in indices] for number in range(config.reject)]
+        candidates = map(partial(draw, labels), streams)  # one after the other: only the best are kept
+        yield likeliest(candidates, classifier, labels) if classifier and labels else next(candidates)
 
 
-def _check_settings(config: SampleConfig, prior: HierarchicalPrior) -> None:
+def likeliest(candidates: Iterable[Drawn], classifier: Classifier, labels: list[int]) -> Drawn:
+    """Return of each image the candidate that a classifier finds likeliest of its class; of equals the first.
+
+    Args:
+        candidates: batches of B images.
+        classifier: judges the 8-bit pictures that would be written.
+        labels: class of each image.
+    """
+    kept: Drawn | None = None
+    rows = torch.arange(len(labels))
+    for drawn in candidates:
+        pixels = torch.from_numpy(to_uint8(drawn.images)).to(drawn.images.device)
+        found = judged(classifier, pixels)[rows, labels]
+        if kept is None:
+            kept, best = drawn, found
+            continue
+        better = found > best
+        best = torch.where(better, found, best)
+        pairs = zip([drawn.images, *drawn.codes], [kept.images, *kept.codes], strict=True)
+        images, *codes = (torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs)
+        kept = Drawn(images, codes)
+    assert kept
+    return kept
+
+
+def _check_settings(config: SampleConfig, prior: HierarchicalPrior, classifier: StoredClassifier | None) -> None:
     """Raise StageError for settings that this prior cannot be drawn with."""
     levels = len(prior.levels)
+    if config.reject > 1 and not prior.class_names:
+        raise StageError("sample.reject chooses by class, but the prior was trained without; leave it at 1")
+    if (config.reject > 1) != (classifier is not None):
+        raise StageError("sample.reject above 1 needs the classifier of a run, and a run's images; set it to 1")
     for name in ("temperature", "top_k", "top_p", "guidance"):
         values = getattr(config, name)
         if isinstance(values, list) and len(values) != levels:
@@ -231,6 +284,7 @@ def _drawn(
     classes: list[int],
     tokenizer: HierarchicalVQVAE,
     prior: HierarchicalPrior,
+    classifier: Classifier | None,
     decoders: Decoders,
     start: int,
     stop: int,
@@ -238,7 +292,7 @@ def _drawn(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield samples start to stop as shards hold them."""
     dtypes = [code_dtype(size) for size in tokenizer.codebook_sizes]
-    batches = drawn_batches(config, seed, classes, tokenizer, prior, decoders, start, stop)
+    batches = drawn_batches(config, seed, classes, tokenizer, prior, decoders, start, stop, classifier)
     for first, (images, codes) in zip(range(start, stop, config.batch_size), batches, strict=True):
         pixels = to_uint8(images)
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -14,7 +14,6 @@ from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import (
     check_belong_together,
     manifest_digest,
-    model_fingerprints,
     tokenizer_fingerprint,
 )
 from pipelines.storage.manifest import (
@@ -120,19 +119,19 @@ def verify_priors(prior: HierarchicalPrior, codes: CodesManifest) -> None:
 
 
 def verify_samples(
-    folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior, cache: Cache
+    folder: Path, tokenizer: HierarchicalVQVAE, marks: Mapping[str, str], cache: Cache
 ) -> SamplesManifest:
     """Check every sample shard, its codes and its pictures, and which models drew them; return the manifest.
 
     Args:
         folder: of samples.
         tokenizer: of the run.
-        prior: of the run.
+        marks: fingerprints of the run's models, by their names in the manifest.
         cache: for remote shards.
     """
     manifest = read_manifest(folder, "samples", "sample")
-    told, marks = manifest["fingerprints"], model_fingerprints(tokenizer, prior)
-    if other := ", ".join(sorted(name for name in told | marks if told.get(name) != marks.get(name))):
+    told = manifest["fingerprints"]
+    if other := ", ".join(sorted(name for name in told | dict(marks) if told.get(name) != marks.get(name))):
         raise StageError(
             f"{folder} was drawn by other models than the run's ({other}), or those are damaged; "
             "restore them, or run `smalti sample` again"

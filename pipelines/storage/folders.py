@@ -43,7 +43,7 @@ FILES = {
     "export": ("layout.json", "config.yaml"),  # receipts name all else
 }
 # Folders of a run that no set of samples or tokens may lie in.
-OTHER_STAGES = ("images", "tokenizer", "codes", "prior")
+OTHER_STAGES = ("images", "tokenizer", "codes", "prior", "classifier")
 # Folders inside a stage's own, removed when they are empty.
 INNER = ("checkpoints", "tensorboard", "litdata/*", "litdata", "mds/*", "mds")
 
