@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from math import sqrt
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from pipelines.config import Config, load_config
@@ -20,12 +19,10 @@ from pipelines.finished import Finished
 from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
 from pipelines.storage.paths import place, read_bytes, write_text
-from pipelines.storage.yaml import read_yaml
+from pipelines.storage.record import recorded_seconds
 
 # Settings that say where, not what; and the one in which runs of a group may differ.
 WHERE, SEED = ("run_dir", "compute"), "seed"
-# Records of how long stages took, in a run folder.
-RECORDS = ".made-*.yaml"
 # What priors may be told, in the order of preference; one is shown of all runs.
 CONDITIONS = {"given_class": "given the class", "without_class": "without class"}
 
@@ -174,13 +171,7 @@ def _read(config: Config) -> Compared:
         raise StageError(
             f"{path} must hold the figures of a run, and cannot be read ({error}); run `smalti evaluate`"
         ) from error
-    return Compared(config, figures, {"seconds": _seconds(finished.root), "parameters": _parameters(finished)})
-
-
-def _seconds(root: Path) -> float | None:
-    """Return what the commands that finished a run's stages took, None where no record was kept."""
-    records = [read_yaml(read_bytes(path)) for path in root.glob(RECORDS)]
-    return sum(float(record["seconds"]) for record in records) if records else None
+    return Compared(config, figures, {"seconds": recorded_seconds(finished.root), "parameters": _parameters(finished)})
 
 
 def _parameters(finished: Finished) -> float | None:

@@ -85,6 +85,7 @@ def test_figures_that_were_not_made_alike_are_left_out_with_a_sentence(other: di
 def test_images_of_another_split_are_compared_between_seeds_alone() -> None:
     board = scoreboard([run("one", figures()), run("other", figures("b", 1), seed=1, tokenizer={"loss": "l1"})])
     assert board.rows[1].scores["MSE"] is None and board.rows[1].scores["KID"]
+    assert board.rows[1].settings == {"tokenizer.loss": "l1"}
     assert "MSE of other is left out: not made like those above (val.images: a -> b)" in board.notes
 
 

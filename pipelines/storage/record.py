@@ -45,3 +45,11 @@ def read_record(root: Path, stage: str) -> dict[str, Any]:
         if isinstance(record, dict):
             return record
     return {}
+
+
+def recorded_seconds(root: Path) -> float | None:
+    """Return what the commands that finished a run's stages took in all; None where nothing was recorded."""
+    stages = [path.stem.removeprefix(".made-") for path in root.glob(record_of(root, "*").name)]
+    found = [read_record(root, stage).get("seconds") for stage in stages]
+    seconds = [one for one in found if isinstance(one, int | float)]
+    return sum(seconds) if seconds else None
