@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import DEVICE, interleaved_medians, main, print_table
 from benchmarks.pictures import packed
 from pipelines.compute.devices import ComputeConfig
-from pipelines.data.images import AugmentConfig, ImageShards, TrainingImages
+from pipelines.data.images import AugmentConfig, ImageShards, TrainingImages, image_batch
 from prior.level import LevelConfig, LevelPrior
 from prior.transformer import TransformerConfig
 from tokenizer import Bottled, CodebookEMA, EMAConfig, HierarchicalVQVAE, TokenizerConfig, TokenizerLoss
@@ -178,7 +178,7 @@ def measure_waiting(count: int = 1920, batch: int = 64) -> dict[str, float]:
 
         def load_epoch() -> None:
             for first in range(0, count, batch):
-                torch.stack([images[draw] for draw in range(first, first + batch)])
+                image_batch([images[draw] for draw in range(first, first + batch)])
 
         first = interleaved_medians({"load": load_epoch}, repeats=1, warmup=0)["load"]
         again = interleaved_medians({"load": load_epoch}, repeats=5)["load"]

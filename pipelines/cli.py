@@ -3,14 +3,19 @@
 import argparse
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
 
 from pipelines.stages import ORDER
+
+logger = logging.getLogger(__name__)
 
 USAGE = """\
 smalti STAGE CONFIG.yaml [--section.key value ...]
@@ -27,6 +32,8 @@ stages:
   evaluate         how well tokenizer and priors do on the val split
   run              all of these in order; what is complete is skipped
   export           code shards become tokens that other trainers read; no part of run
+  report           one page, RUN_DIR/report.html, of what the run holds so far; several configs side by side:
+                   `smalti report CONFIG.yaml OTHER.yaml`
   verify           whether every file of the run is what it was written as; the first that is not is named
   compare          the scoreboard of runs that have been evaluated: `smalti compare A.yaml B.yaml … [--out FILE.csv]`
   decode           tokens that a model elsewhere drew become images: `smalti decode TOKENS --layout layout.json
@@ -43,7 +50,7 @@ options:
 SAME_COMMAND = "the same command goes on from there"
 # Packages whose errors tell of a store that does not answer or does not let us in.
 STORES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "s3fs")
-STAGES = (*ORDER, "run", "export", "verify")
+STAGES = (*ORDER, "run", "export", "report", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,6 +137,10 @@ def _command(arguments: list[str]) -> int:
             raise ConfigError(f"--redo {name} goes with {name}{' or run' * (name in ORDER)}, not with {stage}")
     if options.level is not None and stage != "train-prior":
         raise ConfigError(f"--level goes with train-prior, not with {stage}")
+    if stage == "report":
+        set_up_console()
+        print(f"look at {_page(rest)}")
+        return 0
     from pipelines.compute.devices import several_processes
     from pipelines.config import load_config
     from pipelines.generator import Generator, names_models
@@ -143,15 +154,36 @@ def _command(arguments: list[str]) -> int:
     run = Run(config, redo, Generator.from_pretrained(rest[0]) if published else None)
     if stage != "run":
         run.stage(stage, options.level)
-    elif several_processes(config.compute):
+        return 0
+    if several_processes(config.compute):
         run.check_order()
-        code = _one_by_one(rest[0], overrides, redo, run.redo.note.name)
-        if code == 0:
-            run.redo.done()
-        return code
+        if code := _one_by_one(rest[0], overrides, redo, run.redo.note.name):
+            return code
+        run.redo.done()
     else:
         run.all()
+    page_after_run([rest[0], *overrides])
     return 0
+
+
+def _page(arguments: list[str]) -> Path:
+    """Write the page of one or several runs: configs first, then what overrides settings of all of them."""
+    from pipelines.config import load_config
+    from pipelines.report.make import Source, report
+
+    configs = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    overrides = arguments[len(configs) :]
+    sources = [Source(shlex.join([config, *overrides]), load_config(config, overrides)) for config in configs]
+    return report(sources)
+
+
+def page_after_run(arguments: list[str]) -> None:
+    """Write the page of a run that is done. What goes wrong with it takes nothing away from that, and is told."""
+    try:
+        logger.info("report: look at %s", _page(arguments))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        logger.warning("the run is complete, but its report is not (%s); `smalti report` says more", reason)
 
 
 def _one_by_one(config: str, overrides: list[str], redo: list[str], note: str) -> int:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -215,16 +215,28 @@ def _check_used(overrides: Sequence[str], config: Config) -> None:
         "tokenizer": ("bottleneck", config.tokenizer.bottleneck, config.tokenizer.unused),
         "prior": ("network", config.prior.network, config.prior.unused),
     }
+    if _fixed_priors(config):
+        everything = [one.name for one in fields(PriorConfig) if one.name != "network"]
+        chosen["prior"] = ("network", "normal, which has no sizes and learns nothing", everything)
     for option in (argument.split("=")[0].removeprefix("--") for argument in overrides if argument.startswith("--")):
         section, _, rest = option.partition(".")
         unread = option.removeprefix("tokenizer.model.") in config.tokenizer.family.unread
         if unread or (section in chosen and rest.partition(".")[0] in chosen[section][2]):
-            setting, kind, _ = chosen[section]
-            raise ConfigError(f"--{option} would change nothing: {section}.{setting} is {kind}; choose that kind too")
+            name, kind, _ = chosen[section]
+            raise ConfigError(f"--{option} would change nothing: {section}.{name} is {kind}; choose one that reads it")
     given = {*overrides, *(argument.partition("=")[2] for argument in overrides)}
     for one in config.sample.classes:
         if isinstance(one, str) and one.startswith("[") and one in given:  # read as one name, for it is no such list
             raise ConfigError(f"sample.classes takes a list of names and whole numbers, got {one}")
+
+
+def _fixed_priors(config: Config) -> bool:
+    """Return whether all levels' priors are N(0, I), as far as a config can tell."""
+    networks = config.prior.network if isinstance(config.prior.network, list) else [config.prior.network]
+    if "auto" in networks and not (config.tokenizer.from_ or config.codes.from_):
+        sizes = stored_sizes(config.tokenizer)
+        networks = [str(prior_for(config.prior, level, sizes).network) for level in range(len(sizes))]
+    return set(networks) == {"normal"}
 
 
 def _sections(section: type, path: str = "") -> set[str]:

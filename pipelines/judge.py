@@ -2,10 +2,12 @@
 
 from collections.abc import Collection
 from importlib.util import find_spec
+from pathlib import Path
 
 from pipelines.compute.devices import ComputeConfig, local_processes, this_worker
 from pipelines.config import Config
 from pipelines.errors import ConfigError
+from pipelines.metrics.features import load_features
 from pipelines.stages.sample import SampleConfig, class_indices
 from pipelines.storage.manifest import CodesManifest, ImagesManifest
 from pipelines.training.sections import TrainingConfig, at_level, prior_for, stored_sizes
@@ -39,6 +41,8 @@ def judge(
         _check_images(config, images, tokenizer)
     if known := codes or images:
         _check_classes(config.sample, known["class_names"])
+    if "evaluate" in stages:
+        _check_evaluate(config, images or codes)
     training = []
     if "train-tokenizer" in stages and not tokenizer:
         training.append(at_level(config.tokenizer.training, 0, 1))
@@ -80,6 +84,15 @@ def _check_classes(config: SampleConfig, class_names: list[str]) -> None:
         raise ConfigError("sample.guidance needs classes, and these images have none; set it to 1")
     if not class_names and config.reject > 1:
         raise ConfigError("sample.reject needs classes, and these images have none; set it to 1")
+
+
+def _check_evaluate(config: Config, known: ImagesManifest | CodesManifest | None) -> None:
+    """Refuse a feature space or a reference that is not here."""
+    asked, images = config.evaluate, config.images
+    size, channels = (known["image_size"], known["channels"]) if known else (images.size, images.channels)
+    if asked.reference and not Path(asked.reference).is_file():
+        raise ConfigError(f"evaluate.reference must name a file that exists, there is no {asked.reference}")
+    load_features(asked.features, size, channels)
 
 
 def _check_training(config: TrainingConfig, compute: ComputeConfig) -> None:

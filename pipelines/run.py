@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pipelines.begun import as_begun
-from pipelines.compute.devices import described, started_by_a_launcher, this_worker
+from pipelines.compute.devices import described, hardware, started_by_a_launcher, this_worker
 from pipelines.compute.launching import workers_of
 from pipelines.compute.ranks import adding_up
 from pipelines.compute.signals import PARENT
@@ -19,6 +19,7 @@ from pipelines.generator import Generator
 from pipelines.judge import judge
 from pipelines.progress import counted
 from pipelines.redo import Redo
+from pipelines.report import PAGE
 from pipelines.stages import ORDER
 from pipelines.stages.encode import encode
 from pipelines.stages.export import export, files_read, is_exported, plan_export
@@ -36,7 +37,8 @@ from pipelines.stages.verify import (
 from pipelines.storage.fingerprint import manifest_digest, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
-from pipelines.storage.paths import make_folder, write_json
+from pipelines.storage.paths import exists, make_folder, write_json
+from pipelines.storage.record import write_record
 from pipelines.training.sections import at_level, prior_for, used
 
 logger = logging.getLogger(__name__)
@@ -307,7 +309,7 @@ class Run:
             return True
         if is_complete(folder):
             self.redo.settled(folder)
-            logger.info("%s: %s; %.0f s", stage, what_came_of(folder), time.monotonic() - self.begun)
+            self._keep_record(stage, folder)
         elif this_worker().world_size > 1 or self.config.compute.num_nodes > 1:
             logger.info("%s: this process is done, the others are not yet", stage)
         else:
@@ -315,6 +317,15 @@ class Run:
                 f"{stage} has ended but {folder} lacks a shard, or one is damaged; give the same command again"
             )
         return True
+
+    def _keep_record(self, stage: str, folder: Path) -> None:
+        """Say what came of a stage, and keep how long it took and where."""
+        seconds, page = time.monotonic() - self.begun, self.root / PAGE
+        if this_worker().rank == 0:
+            level = f"-{folder.name}" * (stage == "train-prior")
+            write_record(self.root, stage + level, seconds, hardware(self.config.compute))
+        look = f"look at {page}" if exists(page) else "`smalti report` shows it"
+        logger.info("%s: %s; %.0f s; %s", stage, what_came_of(folder), seconds, look)
 
     def _alone(self, folder: Path) -> AbstractContextManager[None]:
         return only_process(folder) if this_worker().rank == 0 else nullcontext()

@@ -217,6 +217,8 @@ class HierarchicalPrior(Float32Module):
             ValueError: no such folder, a level is missing, something else bears the name of one, or the levels do not
                 belong together.
         """
+        if not Path(folder).exists():
+            raise ValueError(f"no prior at {folder}: there is no such folder; run `smalti train-prior`")
         found = {path.name for path in Path(folder).glob("level*")}
         if not found:
             raise ValueError(

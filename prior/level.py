@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -261,16 +261,18 @@ class LevelPrior(Float32Module):
         folder = Path(folder)
         try:
             settings = json.loads((folder / "config.json").read_text())
-            if (found := settings.pop("format", FORMAT)) != FORMAT:
-                raise OtherFormatError(f"{folder}/config.json is of format {found}, not {FORMAT}; update smalti")
-            config = _level_config(settings)
             tensors = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            raise ValueError(f"{folder} holds no readable prior ({error}); run `smalti train-prior`") from error
+        if isinstance(settings, dict) and (found := settings.pop("format", FORMAT)) != FORMAT:
+            raise ValueError(f"{folder}/config.json is of format {found}, not {FORMAT}; update smalti")
+        settings = _with_later(LevelConfig, settings, f"{folder}/config.json")
+        try:
+            config = _level_config(settings)
             with torch.device("meta"):  # sizes are believed when the tensors are there, not before memory is taken
                 expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
-        except OtherFormatError:
-            raise
-        except LOADING_ERRORS as error:
-            raise ValueError(f"{folder} holds no readable prior ({error}); run `smalti train-prior`") from error
+        except SETTINGS_ERRORS as error:
+            raise ValueError(f"{folder}/config.json holds settings that cannot be: {error}") from error
         wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
         if wrong:
             raise ValueError(
@@ -302,30 +304,22 @@ def decoder_of(network: CodeTransformer | PixelSNAIL, condition: Tensor) -> Deco
     return TransformerDecoder(network, condition)
 
 
-class OtherFormatError(ValueError):
-    """Written by a later version."""
-
-
-# What a file that lies about a prior can raise on its way to one.
-LOADING_ERRORS = (
-    *(OSError, SafetensorError, ValueError, TypeError, KeyError),
-    *(RuntimeError, OverflowError, AttributeError, AssertionError, RecursionError),
-)
+# What settings that lie about a prior can raise on the way to one.
+SETTINGS_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OverflowError, AttributeError, AssertionError)
 
 
 def _level_config(settings: dict) -> LevelConfig:
-    settings = _with_later(LevelConfig, settings)
     if (network := settings.pop("network")) not in NETWORKS:
         raise ValueError(f"network must be {' or '.join(NETWORKS)}, got {network}")
     size = NETWORKS[network]
     grids = [(h, w) for h, w in settings["grids"]]
-    return LevelConfig(**settings | {"grids": grids, "size": size(**_with_later(size, settings["size"]))})
+    return LevelConfig(**settings | {"grids": grids, "size": size(**_with_later(size, settings["size"], "size"))})
 
 
-def _with_later(config: type, settings: dict) -> dict:
+def _with_later(config: type, settings: Any, name: str) -> dict[str, Any]:
     """Add the settings that came after a file was written, and refuse what is missing or too much."""
     known = {field.name: field.metadata for field in fields(config)}
     later = {name: metadata["introduced"] for name, metadata in known.items() if "introduced" in metadata}
-    if set(later | settings) != set(known):
-        raise ValueError(f"config.json must hold exactly the settings {sorted(known)}")
+    if not isinstance(settings, dict) or set(later | settings) != set(known):
+        raise ValueError(f"{name} must hold exactly the settings {sorted(known)}")
     return later | settings

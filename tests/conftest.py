@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from pipelines.report import reading
 from pipelines.storage.cache import Cache
 
 # A slow machine is no failed law.
@@ -84,6 +85,12 @@ def merged(settings: dict, changes: dict) -> dict:
             merged(result[key], value) if isinstance(result.get(key), dict) and isinstance(value, dict) else value
         )
     return result
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_images_in_reports() -> None:
+    # `run` makes a report at its end, and reading all of a tiny run's images would take longer than training on them.
+    reading.MOST_IMAGES = 200
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
 from pipelines.compute.devices import ComputeConfig
-from pipelines.data.codes import as_it_is
+from pipelines.data.codes import CodeBatch, as_it_is
+from pipelines.data.images import ImageSample, image_batch
 from pipelines.stages import encode, pack, sample
 from pipelines.stages.train_prior import PriorTraining
 from pipelines.stages.train_tokenizer import TokenizerTraining
@@ -40,26 +41,18 @@ COMPUTE = ComputeConfig(num_workers=0)
 
 
 class Images:
-    """A split of black images, as a loader takes it: each alone, or with the mask of validation."""
+    """A split of black images, as a loader takes it: each alone."""
 
-    def __init__(self, *mask: float) -> None:
-        self.mask = mask
-
-    def __getitem__(self, index: int) -> Any:
-        image = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
-        return (image, *self.mask) if self.mask else image
+    def __getitem__(self, index: int) -> ImageSample:
+        return ImageSample(np.zeros((3, SIDE, SIDE), np.uint8), 0, str(index), "")
 
 
 class Batches:
     """A split of codes, as a loader takes it: whole batches."""
 
-    def __init__(self, *mask: float) -> None:
-        self.mask = mask
-
-    def __getitems__(self, indices: list[int]) -> Any:
+    def __getitems__(self, indices: list[int]) -> CodeBatch:
         codes = [torch.zeros(len(indices), *grid, dtype=torch.int64) for grid in GRIDS]
-        batch = codes, torch.zeros(len(indices), dtype=torch.int64)
-        return (batch, torch.ones(len(indices))) if self.mask else batch
+        return CodeBatch(codes, torch.zeros(len(indices), dtype=torch.int64), torch.ones(len(indices)))
 
 
 def training_config(steps: int, **changes: int) -> TrainingConfig:
@@ -73,14 +66,14 @@ def fit_tokenizer(folder: Path, steps: int = 4, **changes: int) -> None:
     config = training_config(steps, **changes)
     model = HierarchicalVQVAE(TOKENIZER, SIDE, 3)
     module = TokenizerTraining(model, TokenizerSection(model=TOKENIZER), config, 0, folder)
-    data = training.StepData(Images(), Images(1.0), 12, steps, 8, config.micro_batches, 0)
+    data = training.StepData(Images(), Images(), 12, steps, 8, config.micro_batches, 0, image_batch)
     training.fit(module, data, config, COMPUTE, folder, "val_loss", "a tokenizer")
 
 
 def fit_prior(network: str, folder: Path, steps: int = 2, **changes: int) -> None:
     config = training_config(steps, **changes)
     module = PriorTraining(level(network, 1), PriorConfig(network=network, training=config), 0)
-    data = training.StepData(Batches(), Batches(1.0), 12, steps, 8, config.micro_batches, 0, as_it_is)
+    data = training.StepData(Batches(), Batches(), 12, steps, 8, config.micro_batches, 0, as_it_is)
     training.fit(module, data, config, COMPUTE, folder, "val_nats_per_code", "a prior")
 
 

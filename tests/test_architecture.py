@@ -15,7 +15,9 @@ SOURCES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob
 # The floors of pipelines/, top to bottom: a file imports from its own room and from the floors below.
 FLOORS = (
     {"cli"},
-    {"run", "finished", "judge", "redo", "begun", "generator", "card", "compare"},
+    {"run"},
+    {"report"},
+    {"finished", "judge", "redo", "begun", "generator", "card", "compare"},
     {"config"},
     {"stages"},
     {"training", "tokens", "metrics"},

@@ -32,6 +32,8 @@ def recorded(stage: str, configs: Sequence[Path], processes: int, *options: str)
 KINDS: dict[str, dict] = {
     "gradient": {"gradient": {"kmeans_iterations": 0}},
     "fsq": {"fsq": {"levels": [3, 3]}},
+    "residual": {"residual": {"depth": 2, "ema": {"kmeans_iterations": 0, "gradient": "rotation"}}},
+    "gumbel": {"gumbel": {"anneal_steps": 4}},
     "gaussian": {"gaussian": {"beta": 1.0}},
     "sparse": {"sparse": {"weight": 1.0}},
 }

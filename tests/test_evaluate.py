@@ -254,6 +254,15 @@ def test_where_there_is_nothing_to_evaluate_that_is_an_error(
     assert "must hold a tokenizer and images, or priors and codes, to be evaluated" in text
 
 
+@pytest.mark.parametrize("setting", ["features=nowhere.pt", "reference=nowhere.npz"])
+def test_what_evaluate_cannot_have_is_told_before_the_first_stage(
+    setting: str, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    code, text = smalti("run", write_config(tmp_path), f"--evaluate.{setting}")
+    assert code > 0 and "must name a file that exists, there is no nowhere" in text
+    assert not (tmp_path / "run" / "images").exists()
+
+
 def test_three_processes_find_the_figures_of_one(copy_of: Callable[..., Path]) -> None:
     """To the last bit; 179 images are three batches, and 1,618 training images more than a part each."""
     config = copy_of()

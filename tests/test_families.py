@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from pipelines.config import load_config
+from pipelines.errors import ConfigError
 from pipelines.storage.shards import index_shard, read_member
 
 Smalti = Callable[..., tuple[int, str]]
 FEW = {"training": {"steps": 2, "val_every": 2, "checkpoint_every": 1, "weight_ema": 0.9, "log_every": 1}}
 
 
-@pytest.fixture(scope="module", params=["gradient", "fsq", "gaussian", "sparse", "identity"])
+@pytest.fixture(scope="module", params=["gradient", "residual", "gumbel", "fsq", "gaussian", "sparse", "identity"])
 def finished(
     request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable
 ) -> Path:
@@ -36,13 +37,26 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     run = finished.parent / "run"
     assert (run / "samples" / "grid.png").stat().st_size > 100
     names = json.loads((run / "samples" / "manifest.json").read_text())["class_names"]
-    assert bool(names) == ("gradient" in kind_of(finished) or "fsq" in kind_of(finished))  # N(0, I) knows no classes
+    levels = json.loads((run / "codes" / "manifest.json").read_text())["levels"]
+    assert bool(names) == bool(levels[0]["codebook_size"])  # N(0, I) knows no classes
+    assert len(levels) == (4 if "residual" in kind_of(finished) else 2)
     code, said = smalti("run", finished, kind_of(finished))
-    assert code == 0 and said.count("skipped") == 6
+    assert code == 0 and said.count("skipped") == 4 + len(levels)
+    assert "report: look at" in said and "could not be made" not in (run / "report.html").read_text()
     code, said = smalti("verify", finished, kind_of(finished))
     assert code == 0 and said.count("holds what it says") == 5
     code, said = smalti("run", finished)
     assert code == 1 and "made with other settings (tokenizer.bottleneck" in said
+
+
+def test_validation_draws_where_training_does_and_says_what_means_would_give(finished: Path) -> None:
+    figures = json.loads((finished.parent / "run" / "tokenizer" / "metrics.json").read_text())
+    noisy = kind_of(finished).endswith("gaussian")
+    assert ("val_mse_of_means" in figures) == noisy
+    if noisy:
+        assert figures["val_mse_of_means"] < figures["val_mse"]
+        kl = sum(figures[f"val_level{level}_kl"] for level in (0, 1))
+        assert figures["val_loss"] == pytest.approx(figures["val_mse"] + 0.02 * kl / 256)
 
 
 def test_codes_are_made_again_to_the_same_bytes(finished: Path, smalti: Smalti) -> None:
@@ -84,6 +98,25 @@ def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Pa
     assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
     code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")
     assert code == 2 and "--prior.transformer.width would change nothing: prior.network is pixelsnail" in said
+
+
+@pytest.mark.parametrize(
+    ("network", "setting"),
+    [
+        ("normal", "training.steps=3"),
+        ("auto", "dropout=0.2"),
+        ("normal", "class_dropout=0.2"),
+        ("auto", "pixelsnail.width=8"),
+    ],
+)
+def test_settings_that_a_fixed_prior_does_not_read_are_refused_on_the_command_line(
+    network: str, setting: str, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """The file holds such settings too, and may."""
+    file = {"tokenizer": {"bottleneck": "gaussian"}, "prior": {"network": network}}
+    name = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"--prior.{name} would change nothing: prior.network is normal"):
+        load_config(write_config(tmp_path, file), [f"--prior.{setting}"])
 
 
 def test_a_loss_of_the_whole_batch_refuses_parts_of_it_before_anything_is_done(

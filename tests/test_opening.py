@@ -19,7 +19,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (70, 4, 4, 1), dtype=np.uint8
 
 @pytest.fixture(scope="module")
 def space() -> Features:
-    return load_features("pixels", 4)
+    return load_features("pixels", 4, 1)
 
 
 def as_inception(space: Features) -> Features:
@@ -43,7 +43,7 @@ def test_an_adm_batch_is_read_as_images(tmp_path: Path, space: Features, cache: 
 
 
 def test_moments_count_where_images_are_compared_by_inception(tmp_path: Path, space: Features, cache: Cache) -> None:
-    mean, covariance = np.arange(48.0), np.eye(48)
+    mean, covariance = np.arange(space.num_features) * 1.0, np.eye(space.num_features)
     np.savez(tmp_path / "moments.npz", mu=mean, sigma=covariance)
     split, moments = open_reference(tmp_path / "moments.npz", as_inception(space), 4, 1)
     subject = subject_with(split, space, cache)._replace(moments=moments)

@@ -135,8 +135,9 @@ def test_saving_and_loading_gives_the_same_samples(tmp_path: Path) -> None:
     loaded = HierarchicalPrior.from_pretrained(tmp_path)
     codes = [prior.sample([0, 1], seed=1), loaded.sample([0, 1], seed=1)]
     assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="level0, level1"):
-        HierarchicalPrior.from_pretrained(tmp_path / "nowhere")
+        HierarchicalPrior.from_pretrained(tmp_path / "empty")
 
 
 def test_classes_may_be_a_list() -> None:

@@ -68,6 +68,7 @@ def test_they_are_levels_of_shards_priors_samples_and_figures(
     config = write_config(tmp_path, changes)
     code, said = smalti("run", config, "--traceback")
     assert code == 0, said
+    assert "report: look at" in said
     run = tmp_path / "run"
     levels = json.loads((run / "codes" / "manifest.json").read_text())["levels"]
     assert [(level["grid"], level["codebook_size"]) for level in levels] == [

@@ -152,31 +152,34 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         return [grid for level in self._bottled(images, noise) for grid in level.stored]
 
     @torch.no_grad()
-    def decode(self, codes: Sequence[Tensor | np.ndarray]) -> Tensor:
+    def decode(self, codes: Sequence[Tensor | np.ndarray | None]) -> Tensor:
         """Turn what is stored back into images (B, C, H, W) in [-1, 1].
 
         Args:
             codes: as `encode` returns them, coarse to fine; codes of any integer type, tensors or arrays. Finer levels
-                may be left out: what their bottleneck calls blank then stands for them, the mean code vector of a
-                codebook, which shows what the coarser levels hold.
+                may be left out, and any may be None: what their bottleneck calls blank then stands for them, the mean
+                code vector of a codebook, which shows what the others hold. Grids of one bottleneck go together.
 
         Raises:
             ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, or a code
                 is out of range.
         """
-        if not 1 <= len(codes) <= len(self.levels):
-            raise ValueError(f"codes must have 1 to {len(self.levels)} levels, got {len(codes)}")
+        given = sum(one is not None for one in codes)
+        if not given or len(codes) > len(self.levels):
+            raise ValueError(f"codes must have 1 to {len(self.levels)} levels, got {given}")
         device = next(self.parameters()).device
-        found = [self._stored(n, one, device) for n, one in enumerate(codes)]
-        if len({len(one) for one in found}) > 1:
-            raise ValueError(f"all levels must hold equally many grids, got {[len(one) for one in found]}")
-        seen, number = [], len(found[0])
+        found = {n: self._stored(n, one, device) for n, one in enumerate(codes) if one is not None}
+        numbers = [len(one) for one in found.values()]
+        if len(set(numbers)) > 1:
+            raise ValueError(f"all levels must hold equally many grids, got {numbers}")
+        seen, first = [], 0
         for part, grid in zip(self.bottlenecks, self.level_grids, strict=True):
-            own, found = found[: len(part.sizes)], found[len(part.sizes) :]
+            own = [found[n] for n in range(first, first + len(part.sizes)) if n in found]
+            first += len(part.sizes)
             seen.append(
                 part.lookup(own)
                 if len(own) == len(part.sizes)
-                else part.blank()[None, :, None, None].expand(number, -1, *grid)
+                else part.blank()[None, :, None, None].expand(numbers[0], -1, *grid)
             )
         return self._reconstruct(seen).clamp(-1, 1)
 

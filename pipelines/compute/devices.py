@@ -1,7 +1,9 @@
 """Where to run: device, threads, and which of several workers this process is."""
 
 import os
+import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -129,6 +131,24 @@ def described(compute: ComputeConfig) -> str:
     device = torch.cuda.get_device_name() if on_gpu(compute) else "CPU"
     count = max(this_worker().world_size, local_processes(compute) * compute.num_nodes)
     return f"{device}, {count} processes" if count > 1 else device
+
+
+def hardware(compute: ComputeConfig) -> str:
+    """Return the same with the name of the processor and how many of its cores may be used."""
+    if on_gpu(compute):
+        return described(compute)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    return f"{described(compute)}, {cores} cores of {processor()}"
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if named:
+            return named[0]
+    return platform.processor() or platform.machine()
 
 
 def local_processes(compute: ComputeConfig) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.manifest import CodesManifest, Level, read_manifest, receipts_of
 from pipelines.storage.paths import sweep, whole
-from pipelines.storage.shards import SampleIndex, code_dtype, index_shard, level_shape, read_member
+from pipelines.storage.shards import SampleIndex, code_dtype, index_shard, level_shape, read_class, read_member
 
 
 class Codes:
@@ -141,13 +141,7 @@ def code_sample(
         if member is None:
             raise StageError(f"{name} lacks level{number}.npy; {mend}")
         codes.append(_grid(read_member(file, member), level, name))
-    num_classes = len(manifest["class_names"])
-    text = read_member(file, sample.members["cls"])[:32] if "cls" in sample.members else b""
-    if not num_classes and not text:
-        return codes, 0
-    if not text.isdigit() or int(text) >= num_classes:
-        raise StageError(f"{name} must have a class below {num_classes}, has {text!r}; {mend}")
-    return codes, int(text)
+    return codes, read_class(file, sample, len(manifest["class_names"]), shard, "encode")
 
 
 def _grid(data: bytes, level: Level, name: str) -> np.ndarray:
@@ -186,24 +180,39 @@ def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(stream)
 
 
+class CodeBatch(NamedTuple):
+    """A batch of what is stored, as training reads it.
+
+    Attributes:
+        codes: per level, coarse to fine: int64 (B, h, w), or float32 (B, d, h, w) of a continuous one.
+        classes: int64 (B,), 0 where there are none.
+        mask: (B,), 1 for samples that count, 0 for filling.
+    """
+
+    codes: list[Tensor]
+    classes: Tensor
+    mask: Tensor
+
+
 class TrainingCodes:
-    """(codes, classes) of a batch of draws."""
+    """Batches of draws."""
 
     def __init__(self, codes: Codes, seed: int) -> None:
         self.codes, self.seed = codes, seed
 
-    def __getitems__(self, draws: list[int]) -> Any:
-        return self.codes.batch([drawn_sample(self.seed, draw, (len(self.codes),)) for draw in draws])
+    def __getitems__(self, draws: list[int]) -> CodeBatch:
+        rows = [drawn_sample(self.seed, draw, (len(self.codes),)) for draw in draws]
+        return CodeBatch(*self.codes.batch(rows), torch.ones(len(rows)))
 
 
 class ValidationCodes:
-    """((codes, classes), mask) of a batch of indices, -1 filling the tail."""
+    """Batches of indices, -1 filling the tail."""
 
     def __init__(self, codes: Codes) -> None:
         self.codes = codes
 
-    def __getitems__(self, indices: list[int]) -> Any:
-        return self.codes.batch(indices), torch.tensor([float(index >= 0) for index in indices])
+    def __getitems__(self, indices: list[int]) -> CodeBatch:
+        return CodeBatch(*self.codes.batch(indices), torch.tensor([float(index >= 0) for index in indices]))
 
 
 def as_it_is(batch: Any) -> Any:

@@ -4,11 +4,12 @@ B batch, C channels, H W pixels.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from pipelines.data.pictures import FORMATS, BadImageError, pixels_of
 from pipelines.errors import StageError
 from pipelines.storage.cache import Cache
 from pipelines.storage.manifest import Kind, read_manifest, receipts_of
-from pipelines.storage.shards import SampleIndex, index_shard, read_member
+from pipelines.storage.shards import SampleIndex, index_shard, read_class, read_member
 
 # A split whose pixels take no more is decoded once by a process that trains and loads: decoding CIFAR takes a tenth of
 # the time of its training steps. Loaders of their own decode while others train, and would each keep it all.
@@ -46,10 +47,53 @@ class AugmentConfig:
             raise ValueError(f"augment.shift must not be negative, got {self.shift}")
 
 
+class ImageSample(NamedTuple):
+    """What an image has.
+
+    Attributes:
+        pixels: uint8 (C, H, W), not to be written to.
+        label: index of its class, 0 where there are none.
+        key: of it in its split.
+        caption: empty where there is none.
+        counts: 0 for what is no image but filling.
+    """
+
+    pixels: np.ndarray
+    label: int
+    key: str
+    caption: str
+    counts: float = 1.0
+
+
+class ImageBatch(NamedTuple):
+    """A batch of what images have, as training reads it.
+
+    Attributes:
+        pixels: uint8 (B, C, H, W).
+        classes: int64 (B,).
+        keys: of each.
+        captions: of each.
+        mask: (B,), 1 for images that count, 0 for filling.
+    """
+
+    pixels: Tensor
+    classes: Tensor
+    keys: list[str]
+    captions: list[str]
+    mask: Tensor
+
+
+def image_batch(samples: Sequence[ImageSample]) -> ImageBatch:
+    """Return samples as a batch."""
+    pixels, labels, keys, captions, counts = zip(*samples, strict=True)
+    mask = torch.tensor(counts, dtype=torch.float32)
+    return ImageBatch(torch.from_numpy(np.stack(pixels)), torch.tensor(labels), list(keys), list(captions), mask)
+
+
 class ImageShards:
     """One split of packed images, read by index; each shard is fetched, checked and indexed when it is first touched.
 
-    Images of a small split stay in memory once they are decoded, but in a loader's process.
+    Samples of a small split stay in memory once they are decoded, but in a loader's process.
 
     Args:
         folder: an `images` folder, local or remote.
@@ -75,7 +119,7 @@ class ImageShards:
         self.ends = list(accumulate(self.sizes))
         self.checked: dict[int, Path] = {}  # local files of shards that have been checked
         self.keeps = len(self) * self.channels * self.size**2 <= KEPT_BYTES
-        self.kept: dict[int, np.ndarray] = {}
+        self.kept: dict[int, ImageSample] = {}
         if not len(self):
             raise StageError(f"{folder} holds no images of the {split} split; run `smalti {self.stage}` again")
 
@@ -84,12 +128,16 @@ class ImageShards:
 
     def pixels(self, index: int) -> np.ndarray:
         """Return uint8 (C, H, W), not to be written to."""
-        pixels = self.kept.get(index)
-        if pixels is None:
-            pixels = self._decoded(index)
+        return self.read(index).pixels
+
+    def read(self, index: int) -> ImageSample:
+        """Return an image and what it has."""
+        found = self.kept.get(index)
+        if found is None:
+            found = self._decoded(index)
             if self.keeps and get_worker_info() is None:
-                self.kept[index] = pixels
-        return pixels
+                self.kept[index] = found
+        return found
 
     def key(self, index: int) -> str:
         """Return the key of an image."""
@@ -102,8 +150,15 @@ class ImageShards:
         path = self._shard(number)
         return path, _shard_index(path)[index - before]
 
-    def _decoded(self, index: int) -> np.ndarray:
-        return sample_pixels(*self.sample(index), self.size, self.channels)
+    def _decoded(self, index: int) -> ImageSample:
+        path, sample = self.sample(index)
+        with path.open("rb") as file:
+            pixels = checked_pixels(file, sample, path, self.size, self.channels)
+            label = read_class(file, sample, len(self.class_names), path, self.stage)
+            caption = (
+                read_member(file, sample.members["txt"]).decode(errors="replace") if "txt" in sample.members else ""
+            )
+        return ImageSample(pixels, label, sample.key, caption)
 
     def _shard(self, number: int) -> Path:
         path = self.checked.get(number)
@@ -178,27 +233,29 @@ class TrainingImages:
     def __init__(self, shards: ImageShards, augment: AugmentConfig, seed: int, window: int = 0) -> None:
         self.shards, self.augment, self.seed, self.window = shards, augment, seed, window
 
-    def __getitem__(self, draw: int) -> Tensor:
-        pixels = self.shards.pixels(drawn_sample(self.seed, draw, self.shards.sizes, self.window))
+    def __getitem__(self, draw: int) -> ImageSample:
+        sample = self.shards.read(drawn_sample(self.seed, draw, self.shards.sizes, self.window))
+        pixels = sample.pixels
         block, place = divmod(draw, AUGMENTED_DRAWS)
         flip, down, right = augmentations(self.seed, block, self.augment.shift)[place]
         if self.augment.flip and flip:
             pixels = pixels[:, :, ::-1]
         if down or right:
             pixels = shift_pixels(pixels, down, right)
-        return torch.from_numpy(np.array(pixels))
+        return sample._replace(pixels=pixels)
 
 
 class ValidationImages:
-    """(image, 1.0) by index; (zeros, 0.0) for the filling of the tail, index -1."""
+    """Images by index; filling for the tail, index -1."""
 
     def __init__(self, shards: ImageShards) -> None:
         self.shards = shards
 
-    def __getitem__(self, index: int) -> tuple[Tensor, float]:
-        if index < 0:
-            return torch.zeros(self.shards.channels, self.shards.size, self.shards.size, dtype=torch.uint8), 0.0
-        return torch.from_numpy(np.array(self.shards.pixels(index))), 1.0
+    def __getitem__(self, index: int) -> ImageSample:
+        if index >= 0:
+            return self.shards.read(index)
+        nothing = np.zeros((self.shards.channels, self.shards.size, self.shards.size), np.uint8)
+        return ImageSample(nothing, 0, "", "", counts=0.0)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 N images, d features.
 """
 
+import os
 from contextlib import suppress
 
 import numpy as np
@@ -34,7 +35,7 @@ class SplitFeatures:
         made_of = [split.about, split.rows.tolist(), subject.features.record(), subject.device.type]
         kept = not (reconstructed or split.name == "samples")
         self.path = subject.cache.folder / "features" / f"{digest(made_of)}.npy" if kept else None
-        self.known = self._known()
+        self.cache, self.known = subject.cache, self._known()
         self.rows = Rows(0 if self.known is not None else split.count, self.features.num_features, dtype=torch.float32)
 
     def update(self, seen: Seen) -> None:
@@ -49,6 +50,7 @@ class SplitFeatures:
         self.known = found = self.rows.all()
         if self.path and this_worker().rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.cache.make_room()
             with whole(self.path) as temporary, temporary.open("wb") as file:
                 np.save(file, found.numpy())
         return found
@@ -57,7 +59,9 @@ class SplitFeatures:
         """Return what is kept, where all ranks find it."""
         found = None
         with suppress(OSError, ValueError):
-            found = torch.from_numpy(np.load(self.path, allow_pickle=False)) if self.path else None
+            if self.path:
+                found = torch.from_numpy(np.load(self.path, allow_pickle=False))
+                os.utime(self.path)  # so that it gives way last
         fits = found is not None and found.shape == (self.split.count, self.features.num_features)
         ranks = int(sum_over_ranks(torch.tensor(int(fits))))
         return found if ranks == this_worker().world_size else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelines.compute.devices import ComputeConfig
 from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.batches import ValidationBatches
-from pipelines.data.codes import Codes, TrainingCodes, ValidationCodes, as_it_is
+from pipelines.data.codes import CodeBatch, Codes, TrainingCodes, ValidationCodes, as_it_is
 from pipelines.storage.folders import publish_model
 from pipelines.storage.manifest import read_manifest
 from pipelines.storage.paths import write_json
@@ -158,8 +158,8 @@ class PriorTraining(pl.LightningModule):
         seed_step(self.seed, self.global_step, self.micro, self.global_rank)
         self.micro = (self.micro + 1) % self.config.training.micro_batches
 
-    def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
-        codes, classes = batch
+    def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
+        codes, classes = batch.codes, batch.classes
         no_class = len(self.model.config.class_names)
         hidden = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
         logits = self.model(codes[self.level], codes[: self.level], torch.where(hidden, no_class, classes))
@@ -170,9 +170,8 @@ class PriorTraining(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: tuple[tuple[list[Tensor], Tensor], Tensor], batch_idx: int) -> None:
-        (codes, classes), mask = batch
-        mask = mask.double()
+    def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:
+        codes, classes, mask = batch.codes, batch.classes, batch.mask.double()
         nats = self.model.nll(codes[self.level], codes[: self.level], classes)
         self.sums += torch.stack([(nats * mask).sum(), mask.sum() * codes[self.level][0].numel()])
 

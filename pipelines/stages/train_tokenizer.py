@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from pipelines.compute.devices import ComputeConfig, num_loaders
 from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.images import (
+    ImageBatch,
     ImageShards,
     TrainingImages,
     ValidationImages,
+    image_batch,
     to_uint8,
     to_unit_range,
 )
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 NUM_SHOWN = 10
 # Images that are encoded at once for the start of learners.
 START_IMAGES = 8
+# Number of the first level's stream of noise in validation, beyond those of training, which has one per level.
+VALIDATION_STREAMS = 51
 # A level that uses less of its codes, or of its units, is warned of.
 LEAST_USAGE = 0.1
 
@@ -74,6 +78,7 @@ def train_tokenizer(
         training.batch_size,
         training.micro_batches,
         min(workers, 8),
+        image_batch,
     )
     best = fit(module, data, training, compute, folder, "val_loss", "train-tokenizer")
     if module.global_rank > 0:
@@ -120,7 +125,7 @@ class TokenizerTraining(pl.LightningModule):
         self.training_config, self.seed, self.folder = training, seed, folder
         self.statistics: list[Tensor] | None = None  # of the micro-batches since the last optimizer step
         self.micro = 0
-        self.counted: dict[str, Tensor] = {}  # what learners have counted, (levels,) each
+        self.counted: dict[str, Tensor] = {}  # what learners have counted, of each stored grid
         self.shown: tuple[Tensor, Tensor, Tensor] | None = None
 
     def configure_optimizers(self) -> Any:
@@ -140,7 +145,7 @@ class TokenizerTraining(pl.LightningModule):
         if self.owned_before:  # loaded once all is where it stays: an optimizer's state follows its parameters
             self.owned.load(self.owned_before)
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
         seed_step(self.seed, self.global_step, self.micro, self.global_rank)
         if self.global_step == 0 and self.micro == 0 and len(self.learners):
             assert isinstance(self.training_config.batch_size, int)
@@ -155,7 +160,9 @@ class TokenizerTraining(pl.LightningModule):
         """
         train = self.trainer.datamodule.train  # type: ignore[attr-defined]
         mine = range(self.global_rank * START_IMAGES, len(draws), self.trainer.world_size * START_IMAGES)
-        parts = {first: torch.stack([train[draw] for draw in draws[first : first + START_IMAGES]]) for first in mine}
+        parts = {
+            first: image_batch([train[draw] for draw in draws[first : first + START_IMAGES]]).pixels for first in mine
+        }
         pairs = zip(self.model.bottlenecks, self.learners, self.model.level_grids, strict=True)
         for level, (bottleneck, learner, grid) in enumerate(pairs):
             cells = math.prod(grid)
@@ -163,18 +170,30 @@ class TokenizerTraining(pl.LightningModule):
             for first, pixels in parts.items():
                 images = to_unit_range(pixels.to(self.device))
                 output = self.model.forward(images)  # what is compiled is compiled for the size of a micro-batch
-                observed[first : first + len(pixels)] = output.levels[level].observed.view(len(pixels), cells, -1)
+                if len(found := output.levels[level].observed):  # some learners look at nothing
+                    observed[first : first + len(pixels)] = found.view(len(pixels), cells, -1)
             learner.start(bottleneck, sum_over_ranks(observed).flatten(0, 1), self.seed + level)
             if self.trainer.world_size > 1:
                 modules: list[Any] = [bottleneck, learner]
                 for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
                     torch.distributed.broadcast(tensor, src=0)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        images = to_unit_range(batch).contiguous(memory_format=torch.channels_last)
+    def _noise(self, step: int, first: int, number: int, streams: int = 1) -> list[Tensor] | None:
+        """Return what bottlenecks are given of noise: a function of seed, step and place.
+
+        Args:
+            step: of training; 0 in validation, whose figures are then of the same noise each time.
+            first: place of the first image in the global batch, or in the split.
+            number: of images.
+            streams: number of the first level's stream; those of training begin at 1.
+        """
+        levels = range(streams, streams + len(self.model.bottlenecks))
+        return noise_for(self.model, [(self.seed * 101 + one, step) for one in levels], range(first, first + number))
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        images = to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
-        streams = [(self.seed * 101 + level, self.global_step) for level in range(1, len(self.model.bottlenecks) + 1)]
-        output = self.model(images, noise_for(self.model, streams, range(first, first + len(images))))
+        output = self.model(images, self._noise(self.global_step, first, len(images)))
         of_batch = batch_losses(self.model.bottleneck, output.levels, self.trainer.world_size)
         losses = [level.losses | whole for level, whole in zip(output.levels, of_batch, strict=True)]
         loss = self.loss(output.reconstruction, images, losses)
@@ -199,7 +218,7 @@ class TokenizerTraining(pl.LightningModule):
         found: list[Tensor] = []
         for level, (learner, output) in enumerate(zip(self.learners, levels, strict=False)):
             seed = (self.seed * 1_000_003 + self.global_step) * 101 + level
-            found += learner.statistics(output, Place(first, total, seed))
+            found += learner.statistics(self.model.bottlenecks[level], output, Place(first, total, seed))
         if self.statistics is not None:
             found = [old + new for old, new in zip(self.statistics, found, strict=True)]
         self.statistics = found
@@ -213,10 +232,10 @@ class TokenizerTraining(pl.LightningModule):
     @torch.no_grad()
     def _update_learners(self) -> None:
         """One step of all learners, from the statistics of all micro-batches and ranks: one all-reduce."""
-        parts, self.statistics, self.micro = self.statistics, None, 0
-        if not parts:
+        parts, self.statistics, self.micro = self.statistics or [], None, 0
+        if not self.learners:
             return
-        flat = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+        flat = sum_over_ranks(torch.cat([part.flatten() for part in parts])) if parts else torch.empty(0)
         summed = [
             chunk.view_as(part) for chunk, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
         ]
@@ -226,17 +245,21 @@ class TokenizerTraining(pl.LightningModule):
             for level, (bottleneck, learner) in enumerate(zip(self.model.bottlenecks, self.learners, strict=True))
         ]
         for name in counted[0]:
-            new = torch.stack([one[name] for one in counted])
+            new = torch.cat([one[name].flatten() for one in counted])
             self.counted[name] = self.counted.get(name, torch.zeros_like(new)).to(new.device, non_blocking=True) + new
 
     def on_validation_epoch_start(self) -> None:
-        self.quality, self.split_losses = TokenizerQuality(self.model), SplitLosses(self.model)
+        self.quality, self.of_means = TokenizerQuality(self.model), TokenizerQuality(self.model)
+        self.split_losses = SplitLosses(self.model)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        pixels, mask = batch
-        images = to_unit_range(pixels).contiguous(memory_format=torch.channels_last)
-        output = self.model(images)
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        mask, images = batch.mask, to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
+        first = (batch_idx * self.trainer.world_size + self.global_rank) * len(images)
+        noise = self._noise(0, first, len(images), VALIDATION_STREAMS)
+        output = self.model(images, noise)
         self.quality.add(images, output, mask)
+        if noise is not None:
+            self.of_means.add(images, self.model(images), mask)
         self.split_losses.update(output.levels, mask)
         if batch_idx == 0:
             shown = slice(0, min(NUM_SHOWN, len(images)))
@@ -244,6 +267,10 @@ class TokenizerTraining(pl.LightningModule):
             self.shown = (images[shown], output.reconstruction[shown], top)
 
     def on_validation_epoch_end(self) -> None:
+        """Log the figures of the split, where bottlenecks draw those of one draw each: the loss is that of training.
+
+        What the same images give without noise, from means, is called so: `val_mse_of_means`.
+        """
         figures = self.quality.figures() | self.split_losses.compute()
         reconstruction = figures["mse"] if self.loss.reconstruction == "mse" else figures["l1"]
         levels = range(len(self.model.levels))
@@ -253,6 +280,9 @@ class TokenizerTraining(pl.LightningModule):
             for name, weight in self.loss.weights.items()
         )
         figures["loss"] = reconstruction + sum(weighted)
+        if any(part.noise_channels for part in self.model.bottlenecks):
+            of_means = self.of_means.figures()
+            figures |= {f"{name}_of_means": of_means[name] for name in ("mse", "l1", "psnr")}
         self.log_dict({f"val_{name}": value for name, value in figures.items()}, rank_zero_only=False)
         for name, counts in self.counted.items():
             self.log_dict({f"level{level}_{name}": float(count) for level, count in enumerate(counts)})

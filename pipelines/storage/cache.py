@@ -18,7 +18,8 @@ class Cache(NamedTuple):
 
     Attributes:
         folder: on local disk; many processes may share it.
-        limit_bytes: fetched shards beyond this give way, those first that were not used for longest.
+        limit_bytes: fetched shards, and features of images, beyond this give way, those first that were not used for
+            longest.
     """
 
     folder: Path
@@ -88,7 +89,7 @@ class Cache(NamedTuple):
     def _fetch(self, path: Path, kept: Path, sha256: str | None) -> str | None:
         """Copy a remote file to the cache if its checksum is the wanted one; return the checksum that it has."""
         kept.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room()
+        self.make_room()
         store, name = store_of(path)
         try:
             with whole(kept) as temporary:
@@ -103,9 +104,10 @@ class Cache(NamedTuple):
             return None
         return found
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
+        """Remove what was not used for longest, as far as the rest is more than the limit."""
         files = []
-        for path in (path for kind in ("shards", "files") for path in (self.folder / kind).rglob("*")):
+        for path in (path for kind in ("shards", "files", "features") for path in (self.folder / kind).rglob("*")):
             with suppress(FileNotFoundError):  # another process makes room too
                 if path.is_file():
                     files.append((path.stat().st_mtime_ns, path.stat().st_size, path))

@@ -71,6 +71,30 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
     return file.read(member.size)
 
 
+def read_class(file: BinaryIO, sample: SampleIndex, num_classes: int, shard: Path, stage: str) -> int:
+    """Return the class index of a sample, 0 where there are no classes.
+
+    Args:
+        file: the open shard.
+        sample: which one.
+        num_classes: of the split; 0 for none.
+        shard: its name in messages.
+        stage: that makes such shards.
+
+    Raises:
+        StageError: the class does not exist, or there is none and must be.
+    """
+    text = read_member(file, sample.members["cls"])[:32] if "cls" in sample.members else b""
+    if not num_classes and not text:
+        return 0
+    if not text.isdigit() or int(text) >= num_classes:
+        raise StageError(
+            f"sample {sample.key} of {shard} must have a class below {num_classes}, has {text!r}; "
+            f"run `smalti {stage}` again"
+        )
+    return int(text)
+
+
 def array_bytes(array: np.ndarray) -> bytes:
     """Return an array in the npy format."""
     buffer = io.BytesIO()

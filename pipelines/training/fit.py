@@ -24,6 +24,7 @@ from x_transformers.x_transformers import Attention, FeedForward
 
 from pipelines.compute.devices import ComputeConfig, in_slurm_step, on_gpu, several_processes
 from pipelines.compute.launching import GO_ON, Together
+from pipelines.compute.ranks import LOST
 from pipelines.data.batches import TrainingBatches, ValidationBatches
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.folders import publish_model
@@ -43,8 +44,6 @@ logger = logging.getLogger(__name__)
 # Parts of the networks that hold much between forward and backward: what activation checkpointing computes again, and
 # what FSDP shards one by one.
 BLOCKS = (ResidualBlock, GatedResidualBlock, CausalAttention, Attention, FeedForward)
-# Words in which gloo and NCCL say that another process is not there any more.
-LOST = ("onnection closed", "onnection reset", "onnection refused", "imed out", "imeout", "NCCL", "Broken pipe")
 
 
 class StepData(pl.LightningDataModule):

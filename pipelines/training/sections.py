@@ -13,10 +13,21 @@ from prior import PixelSNAILConfig, TransformerConfig
 from tokenizer import EMAConfig, TokenizerConfig
 from tokenizer.bottlenecks import KINDS, FSQConfig, GaussianConfig, GradientConfig, Settings
 from tokenizer.bottlenecks.bottleneck import VectorSizes
+from tokenizer.bottlenecks.gumbel import GumbelConfig
+from tokenizer.bottlenecks.residual import ResidualConfig
 from tokenizer.bottlenecks.sparse import SparseConfig
 
 # What these settings were when they came, for ever.
 GRADIENT_THEN = {"codebook_weight": 1.0, "commitment_weight": 0.25, "kmeans_iterations": 10}
+GUMBEL_THEN = {
+    "beta": 0.02,
+    "temperature": 1.0,
+    "final_temperature": 0.5,
+    "anneal_steps": 10000,
+    "straight_through": True,
+}
+EMA_THEN = {"decay": 0.99, "commitment_weight": 0.25, "kmeans_iterations": 10, "revival_threshold": 0.05}
+RESIDUAL_THEN = {"depth": 2, "ema": EMA_THEN}
 SPARSE_THEN = {"penalty": "kl", "rho": 0.05, "weight": 0.1}
 # What `prior.network` may name; a network's settings stand under its name.
 NETWORKS = ("auto", "transformer", "pixelsnail", "normal")
@@ -96,14 +107,17 @@ class TokenizerSection:
     Attributes:
         from_: a tokenizer folder or hub id to use instead of training one.
         bottleneck: what its levels are made of: "ema" (codebooks that are moving averages), "gradient" (codebooks
-            moved by gradients), "fsq" (rounded channels), "gaussian" (a VAE), "sparse" (units few of which are active)
-            or "identity" (a plain autoencoder).
+            moved by gradients), "residual" (several EMA codebooks, each of what the others leave), "gumbel" (codes
+            drawn from a relaxed distribution), "fsq" (rounded channels), "gaussian" (a VAE), "sparse" (units few
+            of which are active) or "identity" (a plain autoencoder).
         model: its levels and widths; codebook_size, code_dim and normalize are those of codebooks, code_dim also that
             of "gaussian", "sparse" and "identity".
         ema: settings of that bottleneck.
         gradient: settings of that bottleneck.
         fsq: settings of that bottleneck.
         gaussian: settings of that bottleneck.
+        residual: settings of that bottleneck.
+        gumbel: settings of that bottleneck.
         sparse: settings of that bottleneck.
         shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
             disk that it is fetched to; 0 mixes all.
@@ -119,6 +133,8 @@ class TokenizerSection:
     gradient: GradientConfig = field(default_factory=GradientConfig, metadata={"introduced": GRADIENT_THEN})
     fsq: FSQConfig = field(default_factory=FSQConfig, metadata={"introduced": {"levels": [8, 5, 5, 5]}})
     gaussian: GaussianConfig = field(default_factory=GaussianConfig, metadata={"introduced": {"beta": 0.02}})
+    residual: ResidualConfig = field(default_factory=ResidualConfig, metadata={"introduced": RESIDUAL_THEN})
+    gumbel: GumbelConfig = field(default_factory=GumbelConfig, metadata={"introduced": GUMBEL_THEN})
     sparse: SparseConfig = field(default_factory=SparseConfig, metadata={"introduced": SPARSE_THEN})
     loss: Literal["mse", "l1"] = "mse"
     shuffle_shards: int = 0

@@ -5,13 +5,17 @@ from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.bottlenecks.fsq import FSQConfig
 from tokenizer.bottlenecks.gaussian import GaussianConfig
 from tokenizer.bottlenecks.gradient import GradientConfig
+from tokenizer.bottlenecks.gumbel import GumbelConfig
 from tokenizer.bottlenecks.identity import IdentityConfig
+from tokenizer.bottlenecks.residual import ResidualConfig
 from tokenizer.bottlenecks.sparse import SparseConfig
 
 # What `tokenizer.bottleneck` and config.json call a family, and its settings.
 KINDS: dict[str, type[Settings]] = {
     "ema": EMAConfig,
     "gradient": GradientConfig,
+    "residual": ResidualConfig,
+    "gumbel": GumbelConfig,
     "fsq": FSQConfig,
     "gaussian": GaussianConfig,
     "sparse": SparseConfig,

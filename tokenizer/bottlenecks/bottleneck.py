@@ -104,7 +104,7 @@ class Learner(Protocol):
     def start(self, bottleneck: Any, observed: Tensor, seed: int) -> None:
         """Begin from what the bottleneck observes (N, C) of the first batch, the same on every rank."""
 
-    def statistics(self, output: Bottled, place: Place) -> Sequence[Tensor]:
+    def statistics(self, bottleneck: Any, output: Bottled, place: Place) -> Sequence[Tensor]:
         """Return float tensors that add up over micro-batches and ranks."""
 
     def update(self, bottleneck: Any, statistics: Sequence[Tensor], step: int) -> dict[str, Tensor]:

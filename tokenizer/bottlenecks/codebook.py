@@ -16,6 +16,9 @@ from tokenizer.bottlenecks.usage import CodeUsage
 from tokenizer.checks import Float32Module, check_codes, code_grids, float_tensor
 from tokenizer.nearest import nearest_code
 
+# A latent shorter than this has no direction to speak of.
+LEAST_NORM = 1e-6
+
 
 class Codebook(Float32Module):
     """A (K, D) table of code vectors, looked up by nearest neighbour, always in float32.
@@ -28,14 +31,22 @@ class Codebook(Float32Module):
         normalize: l2-normalise latents and codes, so that the nearest code is the one at the smallest angle
             (Yu et al. 2022, section 3.2).
         learned: whether code vectors are a parameter, moved by the loss "codebook"; else they are a buffer.
+        gradient: how it goes back to latents, "straight" or "rotation"; see `passed_back`.
     """
 
     vectors: Tensor
     noise_channels = 0
 
-    def __init__(self, codebook_size: int, code_dim: int, normalize: bool = False, learned: bool = False) -> None:
+    def __init__(
+        self,
+        codebook_size: int,
+        code_dim: int,
+        normalize: bool = False,
+        learned: bool = False,
+        gradient: str = "straight",
+    ) -> None:
         super().__init__()
-        self.normalize, self.learned = normalize, learned
+        self.normalize, self.learned, self.gradient = normalize, learned, gradient
         self.features = self.channels = code_dim
         self.sizes = (codebook_size,)
         vectors = torch.randn(codebook_size, code_dim)
@@ -83,10 +94,9 @@ class Codebook(Float32Module):
             losses = {"commitment": (flat - nearest.detach()).square()}
             if self.learned:
                 losses["codebook"] = (flat.detach() - nearest).square()
-            # The value is exactly the code vector (x - x is 0), the gradient is that of the latent.
-            straight_through = nearest.detach() + (flat - flat.detach())
+            seen = passed_back(flat, nearest.detach(), self.gradient, 1)
         return Bottled(
-            seen=rearrange(straight_through, "(b h w) d -> b d h w", b=b, h=h, w=w),
+            seen=rearrange(seen, "(b h w) d -> b d h w", b=b, h=h, w=w),
             stored=(codes.view(b, h, w),),
             losses={name: per_image(loss.view(b, h * w, self.features)) for name, loss in losses.items()},
             observed=flat.detach(),
@@ -116,3 +126,28 @@ class Codebook(Float32Module):
     def figures(self) -> CodeUsage:
         """Return perplexity and usage, which have seen nothing yet."""
         return CodeUsage(self.sizes, self.vectors.device)
+
+
+def passed_back(latents: Tensor, nearest: Tensor, gradient: str, dim: int) -> Tensor:
+    """Return the nearest codes exactly, with a gradient that goes to latents instead.
+
+    "straight" copies it. "rotation" takes it back through the rotation and the scaling that carry each latent to its
+    code, both held constant, so that latents keep their angle to it.
+
+    Args:
+        latents: e.
+        nearest: q, the code of each, of the same shape and without gradients.
+        gradient: "straight" or "rotation".
+        dim: that of the D numbers of a vector.
+
+    Source: van den Oord et al. 2017, section 3.2; Fifty et al. 2024, section 4.2.
+    """
+    carried = latents
+    if gradient == "rotation":
+        fixed = latents.detach()
+        e, q = F.normalize(fixed, dim=dim), F.normalize(nearest, dim=dim)
+        r = F.normalize(e + q, dim=dim)
+        scale = nearest.norm(dim=dim, keepdim=True) / fixed.norm(dim=dim, keepdim=True).clamp(min=LEAST_NORM)
+        turned = latents - 2 * (latents * r).sum(dim, keepdim=True) * r + 2 * (latents * e).sum(dim, keepdim=True) * q
+        carried = scale * turned
+    return nearest + (carried - carried.detach())  # the value is exactly the code, as x - x is 0

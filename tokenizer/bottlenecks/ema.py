@@ -4,8 +4,8 @@ K codebook_size, D code_dim, N latents of one rank's micro-batch, R revival cand
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,15 @@ class EMAConfig(Settings):
         kmeans_iterations: Lloyd iterations of the start from the first batch; 0 starts from latents drawn from it.
         revival_threshold: a code whose running count falls under this share of the mean count is replaced by a
             latent of the current batch; 0 turns revival off.
+        gradient: how that of the decoder goes back to latents: "straight", as if the codebook were not there, or
+            "rotation" (Fifty et al. 2024).
     """
 
     decay: float = 0.99
     commitment_weight: float = 0.25
     kmeans_iterations: int = 10
     revival_threshold: float = 0.05
+    gradient: Literal["straight", "rotation"] = field(default="straight", metadata={"introduced": "straight"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -49,7 +52,7 @@ class EMAConfig(Settings):
 
     def build(self, sizes: VectorSizes) -> Codebook:
         """Return a codebook for one level."""
-        return Codebook(sizes.codebook_size, sizes.code_dim, sizes.normalize)
+        return Codebook(sizes.codebook_size, sizes.code_dim, sizes.normalize, gradient=self.gradient)
 
     def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
         """Return the weight of the commitment: beta of equation 3, of the mean over levels."""
@@ -158,10 +161,11 @@ class CodebookEMA(nn.Module):
         self.sums.copy_(centres * self.counts[:, None])
 
     @torch.no_grad()
-    def statistics(self, output: Bottled, place: Place) -> Statistics:
+    def statistics(self, codebook: Codebook, output: Bottled, place: Place) -> Statistics:
         """Return the sums over a micro-batch's latents.
 
         Args:
+            codebook: the one that it moves.
             output: what the codebook made of the micro-batch.
             place: of the micro-batch in its step.
         """

@@ -4,7 +4,8 @@ K codebook_size, D code_dim, N latents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class GradientConfig(Settings):
         codebook_weight: weight of the loss that draws codes to latents, beside the reconstruction loss.
         commitment_weight: weight of the loss that draws latents to codes.
         kmeans_iterations: Lloyd iterations of the start from the first batch; 0 starts from latents drawn from it.
+        gradient: how that of the decoder goes back to latents: "straight", as if the codebook were not there, or
+            "rotation" (Fifty et al. 2024).
 
     Source: van den Oord et al. 2017, equation 3.
     """
@@ -29,6 +32,7 @@ class GradientConfig(Settings):
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     kmeans_iterations: int = 10
+    gradient: Literal["straight", "rotation"] = field(default="straight", metadata={"introduced": "straight"})
 
     def __post_init__(self) -> None:
         for name in ("codebook_weight", "commitment_weight", "kmeans_iterations"):
@@ -37,7 +41,7 @@ class GradientConfig(Settings):
 
     def build(self, sizes: VectorSizes) -> Codebook:
         """Return a codebook for one level."""
-        return Codebook(sizes.codebook_size, sizes.code_dim, sizes.normalize, learned=True)
+        return Codebook(sizes.codebook_size, sizes.code_dim, sizes.normalize, learned=True, gradient=self.gradient)
 
     def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
         """Return the weights of both losses, of their mean over levels."""
@@ -61,7 +65,7 @@ class KMeansStart(nn.Module):
         centres = kmeans(latents, len(codebook.vectors), self.iterations, codebook.normalize, seed)
         codebook.vectors.copy_(centres)
 
-    def statistics(self, output: Bottled, place: Place) -> Sequence[Tensor]:
+    def statistics(self, codebook: Codebook, output: Bottled, place: Place) -> Sequence[Tensor]:
         """None are needed."""
         return ()
 

@@ -1,0 +1,143 @@
+"""The figures of a run, each with what it means in a few words; docs/figures.md says the rest."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.storage.paths import exists, read_bytes
+
+# By pattern of their names: what a person is told of them, in this order.
+MEANINGS = {
+    r"tokenizer\.psnr": ("reconstructions: PSNR, dB", "how near they are in pixels; more is better"),
+    r"tokenizer\.ssim": ("reconstructions: SSIM", "how alike they are in structure, 1 at most; more is better"),
+    r"tokenizer\.ms_ssim": ("reconstructions: MS-SSIM", "the same at five scales; more is better"),
+    r"reconstructions\.rkid": ("reconstructions: rKID x 1000", "how far from real images in features; less is better"),
+    r"reconstructions\.rfid": ("reconstructions: rFID", "the same; trust it from 10,000 images on; less is better"),
+    r"tokenizer\.level(\d+)_usage": (
+        "level {}: share of codes in use",
+        "near 100% is good; below 10% it collapsed",
+    ),
+    r"tokenizer\.level(\d+)_perplexity": ("level {}: perplexity", "as many codes, evenly used, would say as much"),
+    r"tokenizer\.level(\d+)_active": ("level {}: share of active units", "channels that tell images apart"),
+    r"prior\.level(\d+)\.histogram_bits": ("level {}: bits a code by the histogram", "what the prior must stay below"),
+    r"prior\.level(\d+)\.bits_per_code\.given_class": ("level {}: bits a code, given the class", "less is better"),
+    r"prior\.level(\d+)\.bits_per_code\.without_class": ("level {}: bits a code, without class", "less is better"),
+    r"prior\.level(\d+)\.train_bits_per_code\.given_class": (
+        "level {}: bits a code of training images, given the class",
+        "far below those of val, it has learned by heart",
+    ),
+    r"prior\.level(\d+)\.right\.given_class": ("level {}: likeliest code is right", "share of positions"),
+    r"prior\.level(\d+)\.calibration_error\.given_class": (
+        "level {}: calibration error",
+        "how far the likeliest code's probability is from how often it is right; less is better",
+    ),
+    r"prior\.level(\d+)\.nats_per_code": ("level {}: nats a code", "as training saw it last; less is better"),
+    r"prior\.level(\d+)\.nats_per_value(?:\.\w+)?": (
+        "level {}: nats a value",
+        "of a density, may be negative",
+    ),
+    r"prior\.rate_bits_per_image\.given_class": (
+        "bits an image, given the class",
+        "what codes take; less is better",
+    ),
+    r"prior\.rate_bits_per_image\.without_class": ("bits an image", "what codes take; less is better"),
+    r"bound\.bits_per_dim\.given_class": (
+        "bound, bits a value, given the class",
+        "codes and the rest; less is better",
+    ),
+    r"bound\.bits_per_dim\.without_class": (
+        "bound, bits a value",
+        "codes and the rest; less is better",
+    ),
+    r"samples\.kid": ("samples: KID x 1000", "how far from real images in features; less is better"),
+    r"samples\.frechet\.fid": ("samples: FID", "the same; trust it from 10,000 images on; less is better"),
+    r"samples\.precision": ("samples: precision", "share that could be real; more is better"),
+    r"samples\.recall": ("samples: recall", "share of real images that could be samples; more is better"),
+    r"samples\.density": ("samples: density", "how deep among real images they lie; more is better"),
+    r"samples\.coverage": ("samples: coverage", "share of real images with a sample nearby; more is better"),
+    r"codes\.level(\d+)\.total_variation": ("level {}: samples' codes, total variation", "0 to 1; less is better"),
+    r"copies\.features\.too_near_share": ("samples: too near a training image", "1% is chance; more are copies"),
+    r"classification\.trained_on_samples": ("classifier trained on samples: right", "of val images; more is better"),
+    r"classification\.trained_on_real": ("classifier trained on real images: right", "what that could be at best"),
+}
+# How values are shown: as shares, and times a thousand with their standard errors.
+SHARES = ("_usage", "_active", ".right.given_class", "_share", ".trained_on_samples", ".trained_on_real")
+THOUSANDS = ("kid",)
+
+
+class Figure(NamedTuple):
+    """A figure: its name in metrics.json, what people call it, its value, and what it means."""
+
+    key: str
+    name: str
+    value: str
+    meaning: str
+
+
+def figures_of(root: Path, num_levels: int) -> dict[str, float]:
+    """Return the figures of a run by name, "tokenizer.psnr": those of `evaluate`, else those that training ended with.
+
+    Args:
+        root: of the run.
+        num_levels: of codes.
+    """
+    found = {f"tokenizer.{name}": value for name, value in flat(read_figures(root / "tokenizer"))}
+    for level in range(num_levels):
+        named = flat(read_figures(root / "prior" / f"level{level}"))
+        found |= {f"prior.level{level}.{name}": value for name, value in named}
+    measured = read_figures(root)
+    parts = tuple(f"{part}." for part in measured)
+    found = {name.replace(".val_", "."): value for name, value in found.items() if not name.startswith(parts)}
+    return found | dict(flat(measured))
+
+
+def told(figures: dict[str, float]) -> list[Figure]:
+    """Return the figures that matter, with their meanings, in the order of MEANINGS."""
+    rows = []
+    for pattern, (name, meaning) in MEANINGS.items():
+        for key, value in figures.items():
+            if match := re.fullmatch(pattern, key):
+                error = figures.get(f"{key}_error")
+                rows.append(Figure(key, name.format(*match.groups()), as_told(key, value, error), meaning))
+    return rows
+
+
+def as_told(key: str, value: float, error: float | None = None) -> str:
+    """Return a figure as people read it, by its name.
+
+    Args:
+        key: its name in metrics.json.
+        value: of it.
+        error: its standard error, if it has one.
+    """
+    if key.endswith(SHARES):
+        return f"{value:.1%}"
+    if key.endswith(THOUSANDS):
+        return f"{1000 * value:.3f}" + (f" ± {1000 * error:.3f}" if error is not None else "")
+    return shown(value)
+
+
+def flat(figures: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Yield "part.figure" and value of nested figures that are numbers."""
+    for name, value in figures.items() if isinstance(figures, dict) else ():
+        if isinstance(value, int | float):
+            yield f"{path}{name}", value
+        yield from flat(value, f"{path}{name}.")
+
+
+def shown(value: float) -> str:
+    """Return a figure as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def read_figures(folder: Path) -> dict[str, Any]:
+    """Return what a folder's metrics.json holds, nothing where there is none that can be read."""
+    try:
+        found = json.loads(read_bytes(folder / "metrics.json")) if exists(folder / "metrics.json") else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

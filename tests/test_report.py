@@ -1,0 +1,385 @@
+"""The page in a browser, the figures that it computes itself, and runs that are only half there."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.cli import page_after_run
+from pipelines.config import load_config
+from pipelines.report import reading
+from pipelines.report.codebooks import Codebook, alone, mosaic, patches
+from pipelines.report.curves import charts, read_rows
+from pipelines.report.likelihoods import Maps, Split, position_nats
+from pipelines.report.pictures import VIRIDIS, heat, picture
+from pipelines.report.reading import most_read, read_codes, read_images
+from pipelines.report.sampled import apart
+from pipelines.report.side_by_side import differing, flat_settings, overlaid
+from pipelines.report.tokenized import ranked
+from pipelines.report.warned import of_classes, of_codebooks, of_curves, of_levels, of_priors
+from pipelines.storage.cache import Cache
+from prior import LevelConfig, LevelPrior, NormalConfig
+from tokenizer import HierarchicalVQVAE
+
+Smalti = Callable[..., tuple[int, str]]
+CHROMIUM = "/usr/bin/chromium"
+SILENT = ("background-networking", "component-update", "sync")
+
+
+@pytest.fixture(scope="module")
+def visit(tiny_run: Path) -> Iterator[Any]:
+    """The tiny run's page, open in a browser, and what it has asked for and complained of."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"needs Chromium as {CHROMIUM}; run `apt-get install chromium`")
+    with playwright.sync_playwright() as started:
+        arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{one}" for one in SILENT)]
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light")
+        page.asked, page.said = [], []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("console", lambda message: page.said.append(message.text))
+        page.on("pageerror", lambda error: page.said.append(str(error)))
+        page.goto((tiny_run.parent / "run" / "report.html").as_uri())
+        yield page
+        browser.close()
+
+
+def test_the_page_asks_for_nothing_and_every_picture_is_there(visit: Any) -> None:
+    assert [url for url in visit.asked if not url.startswith("data:")] == [visit.url]
+    assert visit.said == []
+    widths = visit.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)")
+    assert len(widths) > 50 and min(widths) > 0
+    assert visit.evaluate("[...document.images].every(image => image.alt)")
+    assert visit.evaluate(
+        "[...document.querySelectorAll('table:not(.u-legend)')].every(one => one.caption && one.tHead)"
+    )
+
+
+def test_curves_tell_the_value_under_the_pointer(visit: Any) -> None:
+    chart = visit.locator(".chart", has_text="tokenizer: psnr")
+    values = chart.locator(".u-value")
+    assert values.all_inner_texts() == ["--", "–"]
+    box = chart.locator(".u-over").bounding_box()
+    chart.locator(".u-over").hover(position={"x": box["width"] - 2, "y": box["height"] / 2})
+    step, psnr = values.all_inner_texts()
+    rows = read_rows(Path(visit.url.removeprefix("file://")).parent / "tokenizer")
+    assert int(step) == rows[-1]["step"] + 1 and float(psnr) == pytest.approx(rows[-1]["val_psnr"], rel=1e-4)
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_nothing_makes_the_page_scroll_sideways(visit: Any, width: int) -> None:
+    visit.set_viewport_size({"width": width, "height": 900})
+    visit.wait_for_function("[...document.querySelectorAll('.uplot')].every(one => one.clientWidth <= innerWidth)")
+    assert visit.evaluate("document.documentElement.scrollWidth") <= width
+    wide = visit.evaluate("[...document.images].filter(one => one.getBoundingClientRect().right > innerWidth).length")
+    assert wide == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(visit: Any, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    visit.emulate_media(color_scheme=scheme)
+    visit.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+    found = axe.Axe().run(visit).response["violations"]
+    assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
+
+
+def test_charts_take_the_colours_of_the_scheme(visit: Any) -> None:
+    inks = set()
+    for scheme in ("light", "dark"):
+        visit.emulate_media(color_scheme=scheme)
+        visit.wait_for_function("charts.every(one => one.plot.axes[0].stroke() === colour('--soft'))", timeout=5000)
+        inks.add(visit.evaluate("charts[0].plot.axes[0].stroke()"))
+    assert len(inks) == 2
+
+
+def test_charts_are_told_in_words(visit: Any) -> None:
+    rows = read_rows(Path(visit.url.removeprefix("file://")).parent / "tokenizer")
+    label = visit.locator(".chart", has_text="tokenizer: psnr").get_by_role("img").get_attribute("aria-label")
+    assert label == f"val: {rows[0]['val_psnr']:.5g} at step 3, {rows[-1]['val_psnr']:.5g} at step 6"
+
+
+def page_of(run: Path) -> str:
+    return (run / "report.html").read_text()
+
+
+def test_the_page_says_what_was_read_and_what_came_of_it(tiny_run: Path) -> None:
+    run = tiny_run.parent / "run"
+    text = " ".join(re.sub(r"<[^>]+>", " ", page_of(run)).split())
+    figures = json.loads((run / "metrics.json").read_text())
+    assert "2x2 of 16 codes + 4x4 of 32 codes" in text
+    assert f"{figures['tokenizer']['psnr']:.4g}" in text
+    for words in ("1,618 train, 179 val", "at most 200 images", "smalti run", "Made with python", "cores of"):
+        assert words in text
+    assert (run / "report.html").stat().st_size < 1e6
+
+
+def test_no_more_images_are_read_than_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MOST_IMAGES", 2000)
+    assert sum(most_read(32 * 32 * 3).values()) == 2000
+    assert sum(most_read(1024 * 1024 * 3).values()) == 42
+
+
+def test_images_and_codes_that_are_read_belong_together(tiny_run: Path, cache: Cache) -> None:
+    run = tiny_run.parent / "run"
+    images, codes = (
+        read(run / name, "val", 3, cache) for name, read in (("images", read_images), ("codes", read_codes))
+    )
+    assert images and codes and images.total == codes.total == 179
+    assert len(images.keys) == len(set(images.keys)) == 40
+    assert images.classes.tolist() == codes.classes.tolist()
+    tokenizer = HierarchicalVQVAE.from_pretrained(run / "tokenizer")
+    again = tokenizer.encode(torch.from_numpy(images.pixels).float() / 127.5 - 1)
+    assert all((a == b).float().mean() > 0.99 for a, b in zip(again, codes.levels, strict=True))
+    assert read_images(run / "images", "val", 4, cache).keys != images.keys  # type: ignore[union-attr]
+
+
+def test_the_patch_of_a_code_is_the_mean_of_the_cells_under_it() -> None:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    codes = torch.from_numpy(generator.integers(0, 6, (5, 2, 2)))
+    codes[codes == 4] = 5
+    found = patches(codes, 6, pixels)
+    for code in range(6):
+        cells = [
+            pixels[n, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            for n in range(5)
+            for y in range(2)
+            for x in range(2)
+            if codes[n, y, x] == code
+        ]
+        assert found.counts[code] == len(cells)
+        mean = np.mean(cells, 0) if cells else np.zeros((3, 4, 4))
+        np.testing.assert_allclose(found.means[code].numpy(), mean, atol=1e-3)
+
+
+def test_an_image_is_the_mosaic_of_codes_that_stand_for_one_cell_each() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 6, 6), dtype=np.uint8)
+    codes = torch.randperm(9).view(1, 3, 3)
+    assert (mosaic(codes[0], patches(codes, 9, pixels).means) == pixels[0]).all()
+
+
+def test_a_code_alone_is_decoded_with_all_other_levels_blank(tiny_run: Path) -> None:
+    tokenizer = HierarchicalVQVAE.from_pretrained(tiny_run.parent / "run" / "tokenizer")
+    (cell,) = alone(tokenizer, 1, torch.tensor([7]))
+    blank = torch.cat([part.blank()[None, :, None, None].expand(1, -1, 4, 4) for part in tokenizer.bottlenecks], 1)
+    with torch.no_grad():
+        top = tokenizer.upsamplers[0](tokenizer.bottlenecks[0].blank()[None, :, None, None].expand(1, -1, 2, 2))
+        code = tokenizer.bottlenecks[1].lookup([torch.full((1, 4, 4), 7)])
+        image = tokenizer.decoder(torch.cat([top, code], 1)).clamp(-1, 1)
+    assert blank.shape == torch.cat([top, code], 1).shape
+    expected = ((image[0, :, 8:12, 8:12] + 1) * 127.5).round().numpy()
+    np.testing.assert_allclose(cell, expected, atol=1)
+
+
+def test_nats_by_position_sum_to_the_likelihood(tiny_run: Path) -> None:
+    codes = [torch.randint(0, 16, (3, 2, 2)), torch.randint(0, 32, (3, 4, 4))]
+    classes = torch.tensor([1, 2, 3])
+    for number in range(2):  # a Transformer and a PixelSNAIL
+        level = LevelPrior.from_pretrained(tiny_run.parent / "run" / "prior" / f"level{number}").eval()
+        with torch.no_grad():
+            nats = position_nats(level, codes[number], codes[:number], classes)
+            assert nats.shape == codes[number].shape
+            torch.testing.assert_close(nats.double().sum((1, 2)), level.nll(codes[number], codes[:number], classes))
+    config = LevelConfig(
+        level=0, grids=[(2, 3)], codebook_sizes=[None], class_names=[], size=NormalConfig(), channels=[5]
+    )
+    normal, values = LevelPrior(config), torch.randn(4, 5, 2, 3)
+    nats = position_nats(normal, values, [], None)
+    torch.testing.assert_close(nats.double().sum((1, 2)), normal.nll(values, [], None), rtol=1e-5, atol=1e-5)
+
+
+def test_best_median_and_worst_are_found() -> None:
+    errors = np.array([5.0, 1.0, 4.0, 2.0, 3.0, 0.0, 6.0])
+    assert ranked(errors, 2) == {"best": [5, 1], "median": [3, 4], "worst": [6, 0]}
+    assert ranked(errors[:2], 6) == {"best": [1], "median": [1], "worst": [0]}
+
+
+def test_the_nearest_training_image_is_found_and_a_copy_is_no_distance_away() -> None:
+    generator = np.random.default_rng(0)
+    train, images = (generator.integers(0, 256, (n, 3, 4, 4), dtype=np.uint8) for n in (20, 5))
+    images[2] = train[11]
+    distances, places = apart(images, train)
+    each = [[np.sqrt(np.square(a.astype(float) - b).mean()) for b in train] for a in images]
+    assert places.tolist() == np.argmin(each, 1).tolist() and places[2] == 11 and distances[2] == 0
+    np.testing.assert_allclose(distances, np.min(each, 1), rtol=1e-5)
+
+
+def test_heat_goes_from_dark_to_bright() -> None:
+    colours = heat(np.array([[0.0, 1.0, 2.0, 9.0]]), 0, 2)
+    assert colours[:, 0, 0].tolist() == VIRIDIS[0].tolist()
+    assert colours[:, 0, 1].tolist() == VIRIDIS[4].tolist()
+    assert colours[:, 0, 2].tolist() == colours[:, 0, 3].tolist() == VIRIDIS[-1].tolist()
+
+
+@pytest.mark.parametrize(("side", "kind", "shown"), [(16, "png", 64), (96, "png", 96), (1024, "webp", 256)])
+def test_small_pictures_keep_each_pixel_and_large_ones_stay_small(side: int, kind: str, shown: int) -> None:
+    found = picture(np.zeros((3, side, side), np.uint8), "nothing")
+    assert found.uri.startswith(f"data:image/{kind};base64,") and found.width == found.height == shown
+    assert found.pixelated == (kind == "png")
+
+
+def test_curves_leave_out_a_line_that_is_half_written_and_what_is_no_number(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train_loss,val_level1_usage\n9,1.5,\n19,nan,0.5\n29,1.")
+    found = charts(read_rows(tmp_path), "tokenizer", "tokenizer")
+    assert [(chart.figure, chart.steps) for chart in found] == [("loss", [10, 20]), ("usage", [10, 20])]
+    assert [chart.lines[0][1:] for chart in found] == [(None, False, [1.5, None]), (1, True, [None, 0.5])]
+    assert read_rows(tmp_path / "nowhere") == []
+
+
+def book(size: int, used: int, places: int) -> Codebook:
+    return Codebook(0, size, places, used, 1.0, 4, {}, [], True)
+
+
+def test_collapsed_levels_and_dead_codes_are_told_apart() -> None:
+    (collapsed,) = of_codebooks([book(512, 12, 9000)])
+    assert "Level 0 has collapsed: 12 of its 512 codes" in collapsed
+    (dead,) = of_codebooks([book(512, 442, 30000)])
+    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead
+    assert not [*of_codebooks([book(512, 442, 3000), book(512, 510, 30000)])]  # too few places to tell; nearly all
+
+
+def test_a_level_that_the_decoder_hardly_looks_at_is_named() -> None:
+    (one,) = of_levels({0: 0.1, 1: 3.0}, [36.0, 36.0, 72.0])
+    assert "looks at level 0: without its codes reconstructions lose 0.1 dB, though it takes 25% of the bits" in one
+
+
+@pytest.mark.parametrize(("train", "warned"), [(2.0, True), (2.6, False)])
+def test_a_prior_that_has_learned_by_heart_is_named(train: float, warned: bool) -> None:
+    nothing = picture(np.zeros((1, 2, 2), np.uint8), "nothing")
+    maps = Maps(1, Split(2.7, nothing, 9), Split(train, nothing, 9), 0, 1, [], 1, "nats a code")
+    assert bool([*of_priors([maps])]) == warned
+
+
+def test_classes_without_images_are_named_where_there_are_enough_to_tell() -> None:
+    (one,) = of_classes("training images read", np.array([0, 2] * 50), ["ant", "bee", "cow"])
+    assert one == "None of 100 training images read is of class bee."
+    assert not [*of_classes("training images read", np.array([0, 2]), ["ant", "bee", "cow"])]
+
+
+def test_validation_that_turned_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,val_nats_per_code\n9,3\n19,2\n29,2.5\n")
+    (one,) = of_curves(charts(read_rows(tmp_path), "prior, level 1", "level1"))
+    assert one.startswith("prior, level 1: validation was best at step 20, 2, and is 2.5 at 30.")
+
+
+def test_settings_that_differ_are_those_of_the_run_not_of_its_place(tiny_run: Path) -> None:
+    configs = [load_config(tiny_run), load_config(tiny_run, ["--prior.dropout=[0.1,0.2]", "--run_dir=elsewhere"])]
+    rows = differing([flat_settings(vars_of(config)) for config in configs])
+    assert rows == [("prior.dropout", "0.1", "[0.1, 0.2]")]
+
+
+def vars_of(config: Any) -> Any:
+    from pipelines.storage.folders import plain
+
+    return plain(config)
+
+
+def test_curves_of_several_runs_are_laid_over_one_another(tmp_path: Path) -> None:
+    found = []
+    for name, text in (("a", "step,val_loss\n9,3\n19,2\n"), ("b", "step,val_loss,val_psnr\n19,4,20\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(text)
+        found.append(charts(read_rows(tmp_path / name), "tokenizer", "tokenizer"))
+    (chart,) = overlaid(found, ["a", "b"])
+    assert (chart.figure, chart.steps) == ("loss", [10, 20])
+    assert [(line.name, line.values) for line in chart.lines] == [("a", [3, 2]), ("b", [None, 4])]
+
+
+def test_a_run_is_shown_while_it_trains(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    run = config.parent / "run"
+    for part in ("tokenizer", "prior/level1"):
+        (run / part / "model.safetensors").unlink()
+    shutil.rmtree(run / "samples")
+    with (run / "prior" / "level1" / "metrics.csv").open("a") as file:
+        file.write("99,1")
+    code, said = smalti("report", config)
+    assert code == 0 and said == f"look at {run / 'report.html'}\n"
+    text = page_of(run)
+    assert "as of the best validation so far: the tokenizer, the prior of level 1" in text
+    assert (
+        "Level by level" in text and "by position" in text and ">begun<" in text and '<h3 id="run0-samples' not in text
+    )
+
+
+def test_a_run_of_images_alone_and_one_without_images_are_shown(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    run = tiny_run.parent / "run"
+    images = write_config(tmp_path / "images", {"images": {"from": str(run / "images")}})
+    assert smalti("report", images)[0] == 0
+    assert "1,618 train" in page_of(tmp_path / "images" / "run")
+    parts = {name: {"from": str(run / name)} for name in ("tokenizer", "codes")}
+    shutil.copytree(run / "prior", tmp_path / "codes" / "run" / "prior")
+    codes = write_config(tmp_path / "codes", parts)
+    assert smalti("report", codes)[0] == 0
+    text = page_of(tmp_path / "codes" / "run")
+    assert "by position" in text and "Reconstructions" not in text and ">elsewhere<" in text
+
+
+def test_several_runs_stand_side_by_side(tiny_run: Path, copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    other = copy_of({"sample": {"temperature": 0.9}})
+    code, _ = smalti("report", other, tiny_run)
+    text = page_of(other.parent / "run")
+    assert code == 0 and "Side by side" in text and "sample.temperature" in text
+    assert text.count("as run (1) gives it back") == text.count("as run (2) gives it back") == 8
+
+
+def test_nothing_to_report_is_an_error(tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti) -> None:
+    code, said = smalti("report", write_config(tmp_path))
+    assert code == 1 and "must hold something to report, and does not; run `smalti pack` first" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_damaged_is_named_beside_what_is_not(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    run = config.parent / "run"
+    (run / "samples" / "000000.tar").write_bytes(b"0" * 1024)
+    code, said = smalti("report", config)
+    assert code == 1 and "lacks a part: run: samples:" in said and "000000.tar is not the file" in said
+    text = page_of(run)
+    assert "The part “samples” could not be made" in text and "Level by level" in text
+
+
+def test_a_report_that_fails_takes_nothing_from_the_run(
+    tmp_path: Path, write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    page_after_run([str(write_config(tmp_path))])
+    assert "the run is complete, but its report is not" in caplog.text and "`smalti report` says more" in caplog.text
+
+
+def test_stages_say_where_the_page_is(copy_of: Callable[..., Path], smalti: Smalti) -> None:
+    config = copy_of()
+    run = config.parent / "run"
+    _, said = smalti("sample", config, "--redo", "sample")
+    assert said.strip().endswith(f"look at {run / 'report.html'}")
+
+
+def names_in(figures: dict[str, Any]) -> Iterator[str]:
+    """Names of figures, without what says whose they are."""
+    for name, value in figures.items():
+        if not re.fullmatch(r"level\d+|given_class|without_class|made|pixels|features|codes", name):
+            yield re.sub(r"^level\d+", "levelN", name)
+        if isinstance(value, dict) and name not in ("made", "nearest") and not name.startswith("of_classes"):
+            yield from names_in(value)
+
+
+def test_every_figure_stands_in_the_docs(tiny_run: Path) -> None:
+    run, text = tiny_run.parent / "run", (Path(__file__).parent.parent / "docs" / "figures.md").read_text()
+    quoted = set(re.findall(r"`([^`]+)`", text))
+    known = quoted | {part for name in quoted for part in name.split(".")}
+    known |= {f"{name}{one[1:]}" for name in known for one in quoted if one[0] == "…"}
+    written = set(names_in(json.loads((run / "metrics.json").read_text())))
+    for folder in ("tokenizer", "prior/level0", "prior/level1"):
+        written |= set(names_in(json.loads((run / folder / "metrics.json").read_text())))
+        written |= {name for row in read_rows(run / folder) for name in row} - {"step"}
+    named = {re.sub(r"^(train_|val_)?(level\d+)?", lambda found: "levelN" * bool(found[2]), name) for name in written}
+    assert len(named) > 40 and {name for name in named if name not in known} == set()
