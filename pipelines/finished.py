@@ -150,16 +150,16 @@ class Finished:
         """Whether the codes' val split was held out from the priors' training; see `held_out`."""
         return held_out(self._levels(), "codes", self.codes, own=not self.config.codes.from_)
 
-    def samples(self) -> Path | None:
-        """Return the folder of the finished set of samples, if there is one, and tokenizer and priors too.
+    def samples(self, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> Path | None:
+        """Return the folder of the set of samples, if there is a finished one.
 
         Raises:
-            StageError: others drew it, or it is damaged.
+            StageError: others than these models drew it, or it is damaged.
         """
         folder = self.root / self.config.sample.folder
-        if not (self.has_tokenizer() and self.has_priors() and is_complete(folder)):
+        if not is_complete(folder):
             return None
-        if not self.samples_fit(folder, self.tokenizer(), self.prior()):
+        if not self.samples_fit(folder, tokenizer, prior):
             raise StageError(f"{folder} is damaged or was drawn by other models; run `smalti sample` first")
         return folder
 
@@ -181,8 +181,8 @@ class Finished:
             raise StageError(f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated")
         if images and prior:
             check_codes_of_images(self.codes, images)
-        there = Folders(images, self.codes, self.unpacked, self.samples())
-        config = self.config
+        samples = self.samples(tokenizer, prior) if tokenizer and prior else None
+        there, config = Folders(images, self.codes, self.unpacked, samples), self.config
         return open_subject(config.evaluate, config.seed, config.compute, Models(tokenizer, prior), there), known
 
     def unfinished(self) -> list[str]:

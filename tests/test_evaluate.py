@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipelines.config import load_config
+from pipelines.data.batches import epoch_permutation
 from pipelines.data.images import ImageShards
 from pipelines.metrics.bound import fitted_scales
 from pipelines.metrics.opening import EvaluateConfig, Folders, Models, open_subject
@@ -55,8 +56,8 @@ def split_anew(images: Path) -> None:
     (images / "manifest.json").write_text(json.dumps(manifest))
 
 
-def val_codes(run: Path) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    arrays = sorted((run / "prior" / "codes").glob("val-*.npy"))
+def codes_of(run: Path, split: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    arrays = sorted((run / "prior" / "codes").glob(f"{split}-*.npy"))
     classes, level0, level1 = (torch.from_numpy(np.load(path).astype(np.int64)) for path in arrays)
     return classes, [level0, level1]
 
@@ -65,7 +66,7 @@ def test_evaluate_reports_exact_likelihoods_beside_what_context_is_worth(tiny_ru
     run = tiny_run.parent / "run"
     found = figures_of(run)["prior"]
     prior = HierarchicalPrior.from_pretrained(run / "prior")
-    classes, codes = val_codes(run)
+    classes, codes = codes_of(run, "val")
     for name, given in (("given_class", classes), ("without_class", None)):
         with torch.no_grad():
             nats = float(prior.nll(codes, given).sum())
@@ -82,6 +83,21 @@ def test_evaluate_reports_exact_likelihoods_beside_what_context_is_worth(tiny_ru
     assert found["held_out"] is figures_of(run)["tokenizer"]["held_out"] is True
 
 
+def test_as_many_training_images_are_judged_and_what_is_likeliest_is_looked_up(tiny_run: Path) -> None:
+    run = tiny_run.parent / "run"
+    found, prior = figures_of(run)["prior"], HierarchicalPrior.from_pretrained(run / "prior")
+    (classes, codes), (val_classes, val) = codes_of(run, "train"), codes_of(run, "val")
+    chosen = epoch_permutation(0, 0, (len(classes),))[: len(val_classes)]
+    with torch.no_grad():
+        nats = prior.levels[1].nll(codes[1][chosen], [codes[0][chosen]], classes[chosen])
+        guesses = prior.levels[1].logits(val[1], [val[0]], val_classes).argmax(-1)
+    own = found["level1"]
+    assert found["train_images"] == 179
+    assert own["train_bits_per_code"]["given_class"] == pytest.approx(float(nats.mean()) / 16 / math.log(2), rel=1e-5)
+    assert own["right"]["given_class"] == pytest.approx(float((guesses == val[1]).double().mean()))
+    assert sum(count for count, _, _ in own["reliability"]["given_class"]) == 179 * 16
+
+
 def test_the_bound_is_that_which_is_summed_by_hand(tiny_run: Path, cache: Cache) -> None:
     """Over 179 images, no multiple of a batch."""
     run = tiny_run.parent / "run"
@@ -91,7 +107,7 @@ def test_the_bound_is_that_which_is_summed_by_hand(tiny_run: Path, cache: Cache)
     train, val = (ImageShards(run / "images", split, cache) for split in ("train", "val"))
     assert found["scales_grey_levels"] == fitted_scales(tokenizer, train, seed=0).tolist()
     (scale,) = found["scales_grey_levels"]
-    classes, codes = val_codes(run)
+    classes, codes = codes_of(run, "val")
     pixels = np.stack([val.pixels(row) for row in range(len(val))]).astype(np.float64)
     means = (tokenizer.decode(codes).double().numpy() + 1) * 127.5
 
@@ -254,6 +270,16 @@ def test_where_there_is_nothing_to_evaluate_that_is_an_error(
     assert "must hold a tokenizer and images, or priors and codes, to be evaluated" in text
 
 
+def test_samples_of_other_models_are_not_judged_as_these(run: Path, smalti: Smalti) -> None:
+    path = run / "samples" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["fingerprints"]["prior0"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    code, text = smalti("evaluate", run.parent / "config.yaml")
+    assert code == 1
+    assert "samples is damaged or was drawn by other models; run `smalti sample` first" in text
+
+
 @pytest.mark.parametrize("setting", ["features=nowhere.pt", "reference=nowhere.npz"])
 def test_what_evaluate_cannot_have_is_told_before_the_first_stage(
     setting: str, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
@@ -277,7 +303,7 @@ def test_three_processes_find_the_figures_of_one(copy_of: Callable[..., Path]) -
 
 def test_codes_of_samples_are_held_against_those_of_the_val_split(tiny_run: Path) -> None:
     found, run = figures_of(tiny_run.parent / "run")["codes"], tiny_run.parent / "run"
-    _, levels = val_codes(run)
+    _, levels = codes_of(run, "val")
     drawn: list[list[np.ndarray]] = [[], []]
     for path in sorted((run / "samples").glob("*.tar")):
         with path.open("rb") as file:

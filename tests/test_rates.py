@@ -12,15 +12,15 @@ def judged(confidence: list[float], right: list[bool]) -> Judged:
 
 
 def test_calibration_error_is_how_far_bins_are_off_weighted_by_their_positions() -> None:
-    """Two bins: of 0.9 and 0.95 one is right; of 0.2 none of two."""
-    level = judged([0.95, 0.94, 0.2, 0.2], [True, False, False, False])
+    """Of those near 0.95 one of two is right, of 0.2 none, of 0.5 all."""
+    level = judged([0.95, 0.94, 0.2, 0.2, 0.5, 0.5], [True, False, False, False, True, True])
     found = calibration({"without_class": binned(level)})
-    assert found["calibration_error"]["without_class"] == pytest.approx((abs(0.945 - 0.5) * 2 + 0.2 * 2) / 4)
-    assert found["right"]["without_class"] == 0.25
+    assert found["calibration_error"]["without_class"] == pytest.approx((0.445 + 0.2 + 0.5) / 3)
+    assert found["right"]["without_class"] == 0.5
     bins = found["reliability"]["without_class"]
     assert len(bins) == BINS
     assert bins[14] == [2, pytest.approx(0.945), 0.5] and bins[3] == [2, pytest.approx(0.2), 0]
-    assert sum(count for count, _, _ in bins) == 4
+    assert sum(count for count, _, _ in bins) == 6
 
 
 def test_codes_drawn_from_their_own_probabilities_are_calibrated() -> None:
