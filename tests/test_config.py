@@ -108,9 +108,9 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         (
             {},
             ["--images.classes=false", "--sample.guidance=2"],
-            "sample.guidance need classes; images.classes is false",
+            "sample.classes, guidance and reject need classes; images.classes is false",
         ),
-        ({}, ["--images.classes=false", "--sample.classes=[1]"], "sample.classes and sample.guidance need classes"),
+        ({}, ["--images.classes=false", "--sample.classes=[1]"], "sample.classes, guidance and reject need classes"),
         ({}, ["--prior.training.precision=16-mixed"], "prior.training.precision.*'auto', *'32-true', *'bf16-mixed'"),
         ({"tokenizer": {"training": {"precision": "64-true"}}}, [], "tokenizer.training.precision.*'32-true'.*64-true"),
     ],
