@@ -1,14 +1,21 @@
 """What a folder of images was begun with, and what that means for going on with it."""
 
+import logging
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.stages.pack import ImagesConfig
+from pipelines.errors import UserError
+from pipelines.sources.open import open_source
+from pipelines.stages.pack import ImagesConfig, plan_shards, shard_jobs
+from pipelines.storage.cache import Cache
 from pipelines.storage.folders import differences, is_complete, plain
-from pipelines.storage.paths import read_bytes
+from pipelines.storage.manifest import read_manifest, receipts_of
+from pipelines.storage.paths import is_local, place, read_bytes
 from pipelines.storage.yaml import read_yaml
+
+logger = logging.getLogger(__name__)
 
 
 def as_begun(config: ImagesConfig, seed: int, folder: Path) -> ImagesConfig:
@@ -36,3 +43,29 @@ def _settings_in(folder: Path) -> dict[str, Any]:
         if isinstance(kept, dict) and isinstance(kept.get("images"), dict):
             return kept
     return {}
+
+
+def warn_of_changed_source(config: ImagesConfig, seed: int, cache: Cache, folder: Path) -> None:
+    """Warn where a local folder of images lists others now than a complete folder was packed from.
+
+    Only names are compared, and a folder that is gone says nothing: it may be gone on purpose. Other kinds of sources
+    take too long to list for a stage that has nothing to do.
+    """
+    kind, _, rest = config.source.partition(":")
+    if kind != "folder" or not is_local(root := place(rest)) or not root.is_dir():
+        return
+    try:
+        source = open_source(config.source, cache, config.classes)
+        jobs = shard_jobs(source, plan_shards(source, config, seed), config, folder)
+        now = {job.path.name: job.provenance["settings"] for job in jobs}
+    except (UserError, OSError):  # nothing that could be packed now
+        now = {}
+    manifest = read_manifest(folder, "images", "pack")
+    receipts: list[Any] = [one for split in manifest["splits"] for one in receipts_of(manifest, split)]
+    packed = {one["shard"]: one.get("settings") for one in receipts}
+    if now != packed:
+        logger.warning(
+            "pack: %s does not list what %s was packed from; the images stay as they are, --redo pack makes them again",
+            config.source,
+            folder,
+        )

@@ -141,7 +141,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     except ConfigError:
         raise
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        message = " ".join(re.sub(r"\bfrom_\b", "from", str(error)).split())
+        message = " ".join(re.sub(r"\b(images|tokenizer|codes)\.from_(?!\w)", r"\1.from", str(error)).split())
         raise ConfigError(_readable(message.replace("Parser key", "setting"))) from error
 
 

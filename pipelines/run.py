@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pipelines.begun import as_begun
+from pipelines.begun import as_begun, warn_of_changed_source
 from pipelines.compute.devices import described, hardware, started_by_a_launcher, this_worker
 from pipelines.compute.launching import workers_of
 from pipelines.compute.ranks import adding_up
@@ -102,6 +102,7 @@ class Run:
         images = config.images if new else as_begun(config.images, config.seed, folder)
         self._open("pack", folder, {"seed": config.seed, "images": images})
         if is_complete(folder) and shards_hold(read_manifest(folder, "images", "pack"), folder, config.compute.cache):
+            warn_of_changed_source(images, config.seed, config.compute.cache, folder)
             return _skip("pack", f"{folder} is complete")
         self._begin("pack", config.images.source, folder)
         with workers_of(config.compute):

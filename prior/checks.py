@@ -5,8 +5,11 @@ Values are read back from the device once a call, in `checked`; the training ste
 B batch, h w code grid, K codebook_size.
 """
 
+import json
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 # What callers may give: grids of codes of any integer type, and rows of whole numbers.
 Codes = Tensor | np.ndarray
 Numbers = Sequence[int] | Tensor | np.ndarray
+# What a level is saved as.
+FILES = {"config.json", "model.safetensors"}
 
 
 class Float32Module(nn.Module):
@@ -155,3 +160,16 @@ def whole_number(name: str, value: Any, below: int) -> int:
     if not 0 <= number < below:
         raise ValueError(f"{name} must be a whole number from 0 to {below - 1}, got {value!r}")
     return number
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError unless a folder is absent or empty, or holds a level saved there and nothing else."""
+    found = {path.name for path in folder.glob("[!.]*")}
+    saved: object = None
+    with suppress(OSError, ValueError, RecursionError):
+        saved = json.loads((folder / "config.json").read_text())
+    if found and not (found == FILES and isinstance(saved, dict) and "codebook_sizes" in saved):
+        raise ValueError(
+            f"{folder} must be empty or hold a saved prior and nothing else, but holds {', '.join(sorted(found))}; "
+            "choose another folder"
+        )

@@ -3,7 +3,9 @@
 B batch, h w code grid, K codebook_size.
 """
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prior.checks import Codes, Float32Module, Numbers, checked, integers
+from prior.checks import FILES, Codes, Float32Module, Numbers, check_replaceable, checked, integers
 from prior.decoder import Decoders
 from prior.known import Known, checked_known
 from prior.level import LevelPrior
@@ -202,9 +204,28 @@ class HierarchicalPrior(Float32Module):
         return self.levels[0].device
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write one folder per level: level0, level1, …"""
+        """Write one folder per level, level0, level1, …, in place of a prior saved there before.
+
+        Raises:
+            ValueError: the folder holds anything else, such as a stage's work.
+        """
+        found = {path.name: path for path in Path(folder).glob("[!.]*")}
+        if strays := sorted(name for name in found if not re.fullmatch(r"level\d+", name)):
+            raise ValueError(
+                f"{folder} must be empty or hold a saved prior and nothing else, but holds {', '.join(strays)}; "
+                "choose another folder"
+            )
+        for path in found.values():
+            check_replaceable(path)
         for number, level in enumerate(self.levels):
             level.save_pretrained(Path(folder) / f"level{number}")
+        for path in (
+            path for name, path in found.items() if name not in [f"level{n}" for n in range(len(self.levels))]
+        ):
+            for file in FILES:
+                (path / file).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds hidden files of others
+                path.rmdir()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prior.checks import Codes, Float32Module, Numbers, checked, whole_number
+from prior.checks import Codes, Float32Module, Numbers, check_replaceable, checked, whole_number
 from prior.conditioning import Conditioning
 from prior.decoder import UNKNOWN, Decoder, Decoders, working_dtype
 from prior.known import Known
@@ -245,8 +245,13 @@ class LevelPrior(Float32Module):
         return next(chain(self.parameters(), self.buffers())).device
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `config.json`."""
+        """Write `model.safetensors` and `config.json`, in place of a level saved there before.
+
+        Raises:
+            ValueError: the folder holds anything else, such as a stage's work.
+        """
         folder = Path(folder)
+        check_replaceable(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2) + "\n")

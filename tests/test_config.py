@@ -37,6 +37,10 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
     assert "from_" not in help_text
     with pytest.raises(ConfigError, match="/data/from_web"):
         load_config(path, ["--images.size=/data/from_web"])
+    with pytest.raises(ConfigError, match="got /data/from_/web"):
+        load_config(path, ["--images.size=/data/from_/web"])
+    with pytest.raises(ConfigError, match=r"^images\.from takes a text"):
+        load_config(write_config(tmp_path / "wrong", {"images": {"from": [1]}}))
     with pytest.raises(ConfigError, match=r"images\.from\b"):
         load_config(path, ["--images.from=[1]", "--images.from.x=1"])
 
@@ -104,9 +108,9 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         (
             {},
             ["--images.classes=false", "--sample.guidance=2"],
-            "sample.guidance need classes; images.classes is false",
+            "sample.classes, guidance and reject need classes; images.classes is false",
         ),
-        ({}, ["--images.classes=false", "--sample.classes=[1]"], "sample.classes and sample.guidance need classes"),
+        ({}, ["--images.classes=false", "--sample.classes=[1]"], "sample.classes, guidance and reject need classes"),
         ({}, ["--prior.training.precision=16-mixed"], "prior.training.precision.*'auto', *'32-true', *'bf16-mixed'"),
         ({"tokenizer": {"training": {"precision": "64-true"}}}, [], "tokenizer.training.precision.*'32-true'.*64-true"),
     ],

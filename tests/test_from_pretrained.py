@@ -124,3 +124,35 @@ def test_sizes_are_not_believed_before_memory_is_taken(kind: str, tmp_path: Path
     settings(grown)(files_of(kind, tmp_path))
     with pytest.raises(ValueError, match="lacks, adds or reshapes"):
         LOADED[kind](tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@kinds
+def test_what_was_saved_before_is_replaced_and_leaves_nothing_stale(kind: str, tmp_path: Path) -> None:
+    smaller = {"tokenizer": lambda: tiny([4]), "prior": lambda: prior(1)}[kind]()
+    MADE[kind]().save_pretrained(tmp_path / "one")
+    smaller.save_pretrained(tmp_path / "one")
+    smaller.save_pretrained(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    LOADED[kind](tmp_path / "one")
+
+
+@kinds
+@pytest.mark.parametrize("what", ["a stage's folder", "the other kind", "notes"])
+def test_nothing_is_saved_over_other_work(kind: str, what: str, tmp_path: Path) -> None:
+    """A folder of a run holds the settings, checkpoints and figures of its stage beside the same two files."""
+    (other,) = MADE.keys() - {kind}
+    MADE[other if what == "the other kind" else kind]().save_pretrained(tmp_path)
+    if what == "the other kind" and kind == "prior":
+        (tmp_path / "README.md").unlink()
+    elif what != "the other kind":
+        (files_of(kind, tmp_path) / ("config.yaml" if what == "a stage's folder" else "notes.txt")).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"must be empty or hold a saved {kind} and nothing else, but holds .*; choose"
+    ):
+        MADE[kind]().save_pretrained(tmp_path)
+    assert contents(tmp_path) == before

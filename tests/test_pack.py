@@ -319,3 +319,37 @@ def test_what_to_keep_is_said_in_yaml_and_on_the_command_line() -> None:
     assert (images.keep, images.shuffle) == ([], False)
     images = load_config({"run_dir": "x"}).images
     assert (images.keep, images.shuffle) == ("auto", "auto")
+
+
+def test_a_source_that_changed_after_it_was_packed_is_told_of_and_one_that_is_gone_is_not(
+    picture_folder: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Callable[..., tuple[int, str]]
+) -> None:
+    images = {"source": f"folder:{picture_folder}", "size": 16, "channels": 1}
+    config = write_config(tmp_path / "job", {"images": images})
+    assert smalti("pack", config)[0] == 0
+    assert "does not list" not in smalti("pack", config)[1]
+    before = (tmp_path / "job" / "run" / "images" / "manifest.json").read_bytes()
+    (picture_folder / "cat" / "more.png").write_bytes((picture_folder / "cat" / "01.png").read_bytes())
+    code, said = smalti("pack", config)
+    assert code == 0 and said.count("does not list what") == 1 and "--redo pack" in said and "skipped" in said
+    assert (tmp_path / "job" / "run" / "images" / "manifest.json").read_bytes() == before
+    picture_folder.rename(tmp_path / "elsewhere")
+    code, said = smalti("pack", config)
+    assert code == 0 and "does not list" not in said
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("folder:{}/nowhere", "must be a folder that exists"),
+        ("parquet:{}/*.parquet", "matches no file"),
+        ("shards:{}/a.tar", "must name tars that exist"),
+    ],
+)
+def test_a_source_that_is_not_there_leaves_no_folder(
+    source: str, said: str, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    config = write_config(tmp_path, {"images": {"source": source.format(tmp_path)}})
+    with pytest.raises(StageError, match=said):
+        Run(load_config(config)).stage("pack")
+    assert not (tmp_path / "run" / "images").exists()

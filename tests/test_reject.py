@@ -53,6 +53,11 @@ def test_the_likeliest_of_its_class_is_kept_and_the_first_is_what_is_drawn_witho
     assert (steps[1] > steps[0]).any() and (steps[1] == steps[0]).any()
     same = steps[1] == steps[0]
     assert all(torch.equal(mine[same], first[same]) for mine, first in zip(others[0], one, strict=True))
+    torch.manual_seed(0)
+    second = models()[1].sample(
+        [0, 1] * 3, 5, indices=[2**40 + index for index in range(6)]
+    )  # no other sample's stream
+    assert all(torch.equal(mine[~same], other[~same]) for mine, other in zip(others[0][1:], second, strict=True))
 
 
 def test_what_is_kept_does_not_depend_on_batches(judge: Classifier) -> None:

@@ -23,7 +23,7 @@ from tokenizer.bottlenecks.bottleneck import Bottled, Bottleneck, Settings, Stor
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.checks import Float32Module, check_pixels, code_grids, float_tensor
 from tokenizer.config import TokenizerConfig
-from tokenizer.hub import model_folder
+from tokenizer.hub import CARD, check_replaceable, model_folder
 from tokenizer.networks import decoder, encoder
 
 # Of config.json. A field that came later has metadata={"introduced": value}: what it is where a file lacks it.
@@ -236,6 +236,20 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by the names that files have: there bottlenecks are called codebooks, as all were once."""
         return {name.replace("bottlenecks.", "codebooks.", 1): value for name, value in self.state_dict().items()}
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write `model.safetensors`, `config.json` and a card, in place of a tokenizer saved there before.
+
+        Args:
+            save_directory: a folder.
+            options: of the hub's mixin.
+
+        Raises:
+            ValueError: the folder holds anything else, such as a stage's work.
+        """
+        check_replaceable(folder := Path(save_directory))
+        (folder / CARD).unlink(missing_ok=True)  # which the mixin would leave as it was
+        return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write `model.safetensors` and `config.json`; called by `save_pretrained` and `push_to_hub`."""

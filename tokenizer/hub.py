@@ -1,9 +1,27 @@
-"""Where a model lies that is called by name: in a folder, or in a repository of the hub."""
+"""Where a model lies that is called by name, in a folder or in a repository of the hub; and where one may be saved."""
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+
+# What a tokenizer is saved as.
+FILES, CARD = {"config.json", "model.safetensors"}, "README.md"
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError unless a folder is absent or empty, or holds a tokenizer saved there and nothing else."""
+    found = {path.name for path in folder.glob("[!.]*")}
+    saved: object = None
+    with suppress(OSError, ValueError, RecursionError):
+        saved = json.loads((folder / "config.json").read_text())
+    if found and not (FILES <= found <= FILES | {CARD} and isinstance(saved, dict) and "strides" in saved):
+        raise ValueError(
+            f"{folder} must be empty or hold a saved tokenizer and nothing else, but holds {', '.join(sorted(found))}; "
+            "choose another folder"
+        )
 
 
 def can_be_repository(name: str | Path) -> bool:

@@ -21,7 +21,15 @@ from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.manifest import CodesManifest, Level, read_manifest, receipts_of
 from pipelines.storage.paths import sweep, whole
-from pipelines.storage.shards import SampleIndex, code_dtype, index_shard, level_shape, read_class, read_member
+from pipelines.storage.shards import (
+    SampleIndex,
+    check_count,
+    code_dtype,
+    index_shard,
+    level_shape,
+    read_class,
+    read_member,
+)
 
 
 class Codes:
@@ -92,11 +100,7 @@ def unpack_codes(folder: Path, manifest: CodesManifest, split: str, unpacked: Pa
         for receipt in receipts:
             shard = folder / receipt["shard"]
             found = _unpack_shard(cache.shard(shard, receipt), shard, manifest, arrays, row)
-            if found != receipt["samples"]:
-                raise StageError(
-                    f"{shard} holds {found} samples but its manifest tells of {receipt['samples']}; "
-                    "run `smalti encode` again"
-                )
+            check_count(shard, found, receipt["samples"], "encode")
             row += found
         for array in arrays:
             array.flush()

@@ -21,7 +21,7 @@ from pipelines.data.pictures import FORMATS, BadImageError, pixels_of
 from pipelines.errors import StageError
 from pipelines.storage.cache import Cache
 from pipelines.storage.manifest import Kind, read_manifest, receipts_of
-from pipelines.storage.shards import SampleIndex, index_shard, read_class, read_member
+from pipelines.storage.shards import SampleIndex, check_count, index_shard, read_class, read_member
 
 # A split whose pixels take no more is decoded once by a process that trains and loads: decoding CIFAR takes a tenth of
 # the time of its training steps. Loaders of their own decode while others train, and would each keep it all.
@@ -164,11 +164,7 @@ class ImageShards:
         path = self.checked.get(number)
         if path is None or not path.exists():  # the cache may have made room
             path = self.cache.shard(self.folder / self.receipts[number]["shard"], self.receipts[number])
-            if len(_shard_index(path)) != self.sizes[number]:
-                raise StageError(
-                    f"{path} holds {len(_shard_index(path))} samples but its manifest tells of {self.sizes[number]}; "
-                    f"run `smalti {self.stage}` again"
-                )
+            check_count(path, len(_shard_index(path)), self.sizes[number], self.stage)
             self.checked[number] = path
         return path
 

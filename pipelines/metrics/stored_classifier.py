@@ -62,7 +62,8 @@ def classifier_of(folder: Path, images: Path, seed: int, compute: ComputeConfig)
         pixels, labels = labelled_images(ImageShards(images, "train", compute.cache), seed)
         device = inference_device(compute)
         model = train_classifier(pixels.to(device), labels.to(device), len(manifest["class_names"]), seed).cpu()
-        _store(model, of | {"format": 1, "kind": "classifier", "seed": seed, "steps": STEPS}, folder)
+        if not exists(folder / WEIGHTS):  # another process of the job may have been faster
+            _store(model, of | {"format": 1, "kind": "classifier", "seed": seed, "steps": STEPS}, folder)
     stored = load_classifier(folder)
     told = json.loads(read_bytes(folder / CONFIG))
     if any(told.get(key) != value for key, value in of.items()):

@@ -68,12 +68,29 @@ THOUSANDS = ("kid",)
 
 
 class Figure(NamedTuple):
-    """A figure: its name in metrics.json, what people call it, its value, and what it means."""
+    """A figure.
+
+    Attributes:
+        key: its name in metrics.json.
+        name: what people call it, "level 0: perplexity".
+        value: as people read it.
+        meaning: what it says.
+        level: that it is of; None where it is of all.
+    """
 
     key: str
     name: str
     value: str
     meaning: str
+    level: int | None
+
+
+class LevelFigures(NamedTuple):
+    """A figure of levels: what people call it, what it says, and its value of each level."""
+
+    name: str
+    meaning: str
+    values: list[str]
 
 
 def figures_of(root: Path, num_levels: int) -> dict[str, float]:
@@ -99,9 +116,20 @@ def told(figures: dict[str, float]) -> list[Figure]:
     for pattern, (name, meaning) in MEANINGS.items():
         for key, value in figures.items():
             if match := re.fullmatch(pattern, key):
+                level = int(match[1]) if match.groups() else None
                 error = figures.get(f"{key}_error")
-                rows.append(Figure(key, name.format(*match.groups()), as_told(key, value, error), meaning))
+                rows.append(Figure(key, name.format(*match.groups()), as_told(key, value, error), meaning, level))
     return rows
+
+
+def by_level(figures: list[Figure], num_levels: int) -> list[LevelFigures]:
+    """Return the figures that are of levels, a row of all levels each."""
+    rows: dict[str, LevelFigures] = {}
+    for one in (one for one in figures if one.level is not None and one.level < num_levels):
+        name = one.name.partition(": ")[2]
+        row = rows.setdefault(name, LevelFigures(name, one.meaning, ["–"] * num_levels))
+        row.values[one.level] = one.value  # type: ignore[index]  # those without a level are left out
+    return list(rows.values())
 
 
 def as_told(key: str, value: float, error: float | None = None) -> str:

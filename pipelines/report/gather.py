@@ -14,7 +14,7 @@ from pipelines.config import Config
 from pipelines.errors import StageError, UserError, told_to_user
 from pipelines.finished import Finished
 from pipelines.report import codebooks, curves, likelihoods, sampled, warned
-from pipelines.report.figures import figures_of, read_figures, told
+from pipelines.report.figures import by_level, figures_of, read_figures, told
 from pipelines.report.head import Fact, Head, images_facts, prior_facts, settings_of, stages, tokenizer_facts, versions
 from pipelines.report.reading import Codes, Images, read_codes, read_images
 from pipelines.report.so_far import prior_so_far, tokenizer_so_far
@@ -228,7 +228,10 @@ class Gathered:
         tokenizer = self.tokenizer if self.finished.has_tokenizer() else None
         priors = {level: one for level, one in self.priors.items() if is_complete(self.finished.level(level))}
         rows = stages(self.finished, self.num_levels, tokenizer, priors, steps)
-        return Head(facts, told(self.figures), rows, versions(self.finished, rows), settings_of(self.finished))
+        figures = told(self.figures)
+        of_levels, made_with = by_level(figures, self.num_levels), versions(self.finished, rows)
+        figures = [one for one in figures if one.level is None]
+        return Head(facts, figures, of_levels, rows, made_with, settings_of(self.finished))
 
     def _charts(self) -> list[curves.Chart]:
         found = curves.charts(curves.read_rows(self.root / "tokenizer"), "tokenizer", "tokenizer")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipelines.finished import Finished, what_came_of
-from pipelines.report.figures import Figure
+from pipelines.report.figures import Figure, LevelFigures
 from pipelines.storage.fingerprint import manifest_digest, prior_fingerprint, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete, plain
 from pipelines.storage.manifest import Manifest, read_manifest, receipts_of
@@ -56,6 +56,7 @@ class Head(NamedTuple):
 
     facts: list[Fact]
     figures: list[Figure]
+    by_level: list[LevelFigures]
     stages: list[Stage]
     versions: list[str]
     settings: str

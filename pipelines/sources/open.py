@@ -8,7 +8,14 @@ from pipelines.sources.folder import open_folder
 from pipelines.sources.shards import open_shards
 from pipelines.sources.source import Source
 from pipelines.storage.cache import Cache
-from pipelines.storage.paths import lies_in, matches, place
+from pipelines.storage.paths import is_local, lies_in, matches, place
+
+# What is said of a source of which nothing is there.
+MISSING = {
+    "folder": "must be a folder that exists",
+    "parquet": "matches no file",
+    "shards": "must name tars that exist, and there is none",
+}
 
 
 def open_source(
@@ -64,7 +71,12 @@ def check_name(source: str) -> None:
 
 
 def check_source_outside(source: str, folder: Path) -> None:
-    """Raise ConfigError where a source, by its name, lies in the folder that it would be packed to."""
+    """Refuse, before anything is begun, a source that is not there or lies in the folder that it would be packed to.
+
+    Raises:
+        ConfigError: it lies there, by its name.
+        StageError: there is no such folder or file.
+    """
     kind, _, rest = source.partition(":")
     paths = [place(rest)] if kind == "folder" else matches(rest) if kind == "parquet" else []
     if kind == "hf":  # its library takes the name of a folder too
@@ -73,6 +85,9 @@ def check_source_outside(source: str, folder: Path) -> None:
         from webdataset.shardlists import expand_urls
 
         paths = [path for url in expand_urls(rest) for path in matches(url)]
+    there = paths[0].is_dir() if kind == "folder" and is_local(paths[0]) else bool(paths)
+    if kind in MISSING and not there:
+        raise StageError(f"{source} {MISSING[kind]}")
     inside = next((path for path in paths if lies_in(path, folder)), None)
     if inside:
         raise ConfigError(

@@ -249,7 +249,7 @@ class TokenizerTraining(pl.LightningModule):
             self.counted[name] = self.counted.get(name, torch.zeros_like(new)).to(new.device, non_blocking=True) + new
 
     def on_validation_epoch_start(self) -> None:
-        self.quality, self.of_means = TokenizerQuality(self.model), TokenizerQuality(self.model)
+        self.quality, self.without_noise = TokenizerQuality(self.model), TokenizerQuality(self.model)
         self.split_losses = SplitLosses(self.model)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -259,7 +259,7 @@ class TokenizerTraining(pl.LightningModule):
         output = self.model(images, noise)
         self.quality.add(images, output, mask)
         if noise is not None:
-            self.of_means.add(images, self.model(images), mask)
+            self.without_noise.add(images, self.model(images), mask)
         self.split_losses.update(output.levels, mask)
         if batch_idx == 0:
             shown = slice(0, min(NUM_SHOWN, len(images)))
@@ -269,7 +269,7 @@ class TokenizerTraining(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the split, where bottlenecks draw those of one draw each: the loss is that of training.
 
-        What the same images give without noise, from means, is called so: `val_mse_of_means`.
+        What the same images give without noise, from means or likeliest codes, is called so: `val_mse_without_noise`.
         """
         figures = self.quality.figures() | self.split_losses.compute()
         reconstruction = figures["mse"] if self.loss.reconstruction == "mse" else figures["l1"]
@@ -281,8 +281,8 @@ class TokenizerTraining(pl.LightningModule):
         )
         figures["loss"] = reconstruction + sum(weighted)
         if any(part.noise_channels for part in self.model.bottlenecks):
-            of_means = self.of_means.figures()
-            figures |= {f"{name}_of_means": of_means[name] for name in ("mse", "l1", "psnr")}
+            still = self.without_noise.figures()
+            figures |= {f"{name}_without_noise": still[name] for name in ("mse", "l1", "psnr")}
         self.log_dict({f"val_{name}": value for name, value in figures.items()}, rank_zero_only=False)
         for name, counts in self.counted.items():
             self.log_dict({f"level{level}_{name}": float(count) for level, count in enumerate(counts)})

@@ -27,7 +27,7 @@ from pipelines.storage.manifest import (
 )
 from pipelines.storage.paths import retried
 from pipelines.storage.receipts import read_receipt
-from pipelines.storage.shards import SampleIndex, index_shard
+from pipelines.storage.shards import SampleIndex, check_count, index_shard
 from pipelines.tokens.layout import TokenLayout
 from pipelines.tokens.shards import ALL
 from prior import HierarchicalPrior
@@ -197,11 +197,7 @@ def _samples(manifest: Manifest, folder: Path, cache: Cache, stage: str) -> Iter
                 raise StageError(f"{shard} {what}; run `smalti {stage}` again, which makes just that shard anew")
             local = cache.shard(shard, receipt)
             samples = index_shard(local)
-            if len(samples) != receipt["samples"]:
-                raise StageError(
-                    f"{shard} holds {len(samples)} samples but its manifest tells of {receipt['samples']}; "
-                    f"run `smalti {stage}` again"
-                )
+            check_count(shard, len(samples), receipt["samples"], stage)
             with local.open("rb") as file:
                 for sample in samples:
                     yield split, Found(file, sample, shard)

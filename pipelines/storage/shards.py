@@ -65,6 +65,12 @@ def index_shard(path: Path) -> list[SampleIndex]:
     return samples
 
 
+def check_count(shard: Path, found: int, told: int, stage: str) -> None:
+    """Raise StageError unless a shard holds as many samples as its manifest tells of; the stage can make it again."""
+    if found != told:
+        raise StageError(f"{shard} holds {found} samples but its manifest tells of {told}; run `smalti {stage}` again")
+
+
 def read_member(file: BinaryIO, member: Member) -> bytes:
     """Read one member of an open tar."""
     file.seek(member.offset)

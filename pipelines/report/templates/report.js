@@ -67,3 +67,5 @@ for (const holder of document.querySelectorAll(".plot")) {
   }).observe(holder);
 }
 dark.addEventListener("change", redraw);
+// Paper is white, and print styles are in force once this is called.
+window.matchMedia("print").addEventListener("change", redraw);
