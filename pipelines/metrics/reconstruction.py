@@ -66,17 +66,16 @@ class Reconstruction(Metric):
 
     @classmethod
     def table(cls, figures: dict[str, Any]) -> list[str]:
-        similar = {"SSIM": figures["ssim"], "MS-SSIM": figures["ms_ssim"]}
-        least = {"SSIM": SSIM_SIDE, "MS-SSIM": MS_SSIM_SIDE}
-        shown = [
-            f"{what} {f'{one:.4f}' if one is not None else f'- below {least[what]} pixels'}"
-            for what, one in similar.items()
-        ]
+        similar = f"no structural similarity below {SSIM_SIDE} pixels"
+        if figures["ssim"] is not None:
+            multiscale = figures["ms_ssim"]
+            similar = f"SSIM {figures['ssim']:.4f}   MS-SSIM "
+            similar += f"- below {MS_SSIM_SIDE} pixels" if multiscale is None else f"{multiscale:.4f}"
         lines = [
             title("tokenizer", figures),
             f"  MSE {figures['mse']:.5f} of values in [-1, 1]   PSNR {figures['psnr']:.2f} dB of the MSE, "
             f"{figures['psnr_of_images']:.2f} mean",
-            f"  means over images: {'   '.join(shown)}",
+            f"  mean over images: {similar}",
         ]
         names = [name.removeprefix("level0_") for name in figures if name.startswith("level0_")]
         lines.append("  level" + "".join(f" {name:>12}" for name in names))

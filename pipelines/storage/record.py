@@ -52,4 +52,4 @@ def recorded_seconds(root: Path) -> float | None:
     stages = [path.stem.removeprefix(".made-") for path in root.glob(record_of(root, "*").name)]
     found = [read_record(root, stage).get("seconds") for stage in stages]
     seconds = [one for one in found if isinstance(one, int | float)]
-    return sum(seconds) if seconds else None
+    return round(sum(seconds), 1) if seconds else None
