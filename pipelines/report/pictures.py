@@ -14,6 +14,8 @@ from pipelines.data.pictures import encode_image, to_picture
 
 # Larger images are shown at this many pixels a side, and not without loss.
 LARGEST, QUALITY = 256, 82
+# CSS pixels that they take: fewer than they have, for screens of fine pixels.
+LARGE_SHOWN = 160
 # Up to this many pixels a side an image keeps each of them, enlarged by a whole factor to about as many as SHOWN.
 PIXELATED, SHOWN = 96, 64
 # Viridis at nine points, dark to bright: even to the colour-blind, and in grey.
@@ -66,7 +68,8 @@ def picture(pixels: np.ndarray, alt: str, shown: int = SHOWN) -> Picture:
         return Picture(uri, image.width * factor, image.height * factor, alt, True)
     if side > LARGEST:
         image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    return Picture(_uri("webp", _lossy(image)), image.width, image.height, alt, False)
+    width, height = (round(one * LARGE_SHOWN / max(image.size)) for one in image.size)
+    return Picture(_uri("webp", _lossy(image)), width, height, alt, False)
 
 
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -75,12 +78,6 @@ def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
     points = np.arange(len(VIRIDIS))
     channels = [np.interp(place, points, VIRIDIS[:, channel]) for channel in range(3)]
     return np.stack(channels).round().astype(np.uint8)
-
-
-def as_image(data: bytes, alt: str) -> Picture:
-    """Return a PNG file of ours as it is."""
-    with Image.open(io.BytesIO(data)) as image:
-        return Picture(_uri("png", data), *image.size, alt, False)
 
 
 def _lossy(image: Image.Image) -> bytes:
