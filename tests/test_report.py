@@ -254,7 +254,7 @@ def test_a_level_that_the_decoder_hardly_looks_at_is_named() -> None:
 @pytest.mark.parametrize(("train", "warned"), [(2.0, True), (2.6, False)])
 def test_a_prior_that_has_learned_by_heart_is_named(train: float, warned: bool) -> None:
     nothing = picture(np.zeros((1, 2, 2), np.uint8), "nothing")
-    maps = Maps(1, Split(2.7, nothing, 9), Split(train, nothing, 9), 0, 1, [], 1, "nats a code")
+    maps = Maps(1, Split(2.7, nothing, 9), Split(train, nothing, 9), 0, 1, [], 1, "nats per code")
     assert bool([*of_priors([maps])]) == warned
 
 

@@ -87,7 +87,7 @@ def tokenizer_facts(tokenizer: HierarchicalVQVAE) -> list[Fact]:
     facts = [Fact("an image becomes", grids), Fact("tokenizer", f"{_millions(tokenizer)} parameters")]
     if all(tokenizer.codebook_sizes):
         bits = sum(h * w * math.log2(size) for (h, w), size, _ in tokenizer.levels if size)
-        facts.append(Fact("bits an image", f"{bits:,.0f} as codes, at most; {pixels:,} as pixels of 8 bits"))
+        facts.append(Fact("bits per image", f"{bits:,.0f} as codes, at most; {pixels:,} as pixels of 8 bits"))
     return facts
 
 

@@ -34,13 +34,13 @@ class Maps(NamedTuple):
 
     Attributes:
         level: its number.
-        val: nats a code on the val split, a map of positions, from how many images.
+        val: nats per code on the val split, a map of positions, from how many images.
         train: the same of the training split.
         low: nats shown darkest.
         high: nats shown brightest.
         images: val images, each with the map of its own.
         most: nats shown brightest there.
-        unit: "nats a code" or "nats a cell, of a density".
+        unit: "nats per code" or "nats per cell, of a density".
     """
 
     level: int
@@ -121,14 +121,14 @@ def maps(level: LevelPrior, val: Costs, train: Costs | None, pixels: np.ndarray 
         image = None if pixels is None else picture(pixels[row], f"val image {row + 1}")
         alt = f"what each position of val image {row + 1} costs at level {number}"
         shown.append((image, picture(heat(nats, min(low, 0.0), most), alt), f"{nats.sum() / np.log(2):.0f} bits"))
-    unit = "nats a cell, of a density" if isinstance(level.config.size, NormalConfig) else "nats a code"
+    unit = "nats per cell, of a density" if isinstance(level.config.size, NormalConfig) else "nats per code"
     return Maps(number, split(val, "val"), split(train, "train") if train else None, low, high, shown, most, unit)
 
 
 def by_class(
     found: dict[int, dict[str, Costs]], codes: dict[str, Codes], class_names: Sequence[str]
 ) -> list[tuple[str, ...]]:
-    """Return rows of a table: a class, then its mean nats a code by level, val and train.
+    """Return rows of a table: a class, then its mean nats per code by level, val and train.
 
     Args:
         found: by level and split.

@@ -67,9 +67,9 @@ def of_units(figures: dict[str, float]) -> Iterator[str]:
 def of_priors(found: Sequence[Maps]) -> Iterator[str]:
     """Yield warnings of priors that have learned their training set by heart."""
     for one in found:
-        if one.train and one.unit == "nats a code" and one.val.nats - one.train.nats > GAP * one.val.nats:
+        if one.train and one.unit == "nats per code" and one.val.nats - one.train.nats > GAP * one.val.nats:
             yield (
-                f"The prior of level {one.level} is overfit: {one.val.nats:.3f} nats a code on the val split, "
+                f"The prior of level {one.level} is overfit: {one.val.nats:.3f} nats per code on the val split, "
                 f"{one.train.nats:.3f} on what it was trained on. More encode.views, more dropout or a smaller network "
                 "would help."
             )
