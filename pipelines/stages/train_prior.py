@@ -183,8 +183,8 @@ class PriorTraining(pl.LightningModule):
         if val - train > GAP_WARNED_OF * val and not self.warned:
             self.warned = True
             logger.warning(
-                "level %d: validation is at %.3f nats per code, training at %.3f: they part, and the best checkpoint may "
-                "be behind; more encode.views, more dropout or a smaller network would help",
+                "level %d: validation is at %.3f nats per code, training at %.3f: they part, and the best checkpoint "
+                "may be behind; more encode.views, more dropout or a smaller network would help",
                 self.level,
                 val,
                 train,
