@@ -24,7 +24,7 @@ from tokenizer import HierarchicalVQVAE
 
 # Training images that scales are fitted to, and the shards that they are drawn from, so that few are fetched.
 FITTED_IMAGES, FITTED_SHARDS = 1000, 8
-# Scales to choose from, in grey levels. The best of them costs less than 0.001 bits per value more than the best of all.
+# Scales to choose from, in grey levels. The best of them costs less than 0.001 bits per value more than any other would.
 SCALES = [2 ** (power / 16) for power in range(-4 * 16, 7 * 16 + 1)]
 # Reconstructions are counted to an eighth of a grey level while scales are fitted.
 PARTS = 8
