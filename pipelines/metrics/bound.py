@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pipelines.data.batches import epoch_permutation
 from pipelines.data.images import ImageShards, to_unit_range
-from pipelines.data.noise import noise_for
 from pipelines.metrics.metric import Metric, Rows, title
 from pipelines.metrics.subject import BATCH_SIZE, Seen, Subject
 from pipelines.progress import progress_bar
@@ -24,7 +23,7 @@ from tokenizer import HierarchicalVQVAE
 
 # Training images that scales are fitted to, and the shards that they are drawn from, so that few are fetched.
 FITTED_IMAGES, FITTED_SHARDS = 1000, 8
-# Scales to choose from, in grey levels. The best of them costs less than 0.001 bits per value more than any other would.
+# Scales to choose from, in grey levels. The best of them costs less than 0.001 bits per value more than any other.
 SCALES = [2 ** (power / 16) for power in range(-4 * 16, 7 * 16 + 1)]
 # Reconstructions are counted to an eighth of a grey level while scales are fitted.
 PARTS = 8
@@ -71,11 +70,7 @@ class Bound(Metric):
 
     def _kl(self, seen: Seen) -> Tensor:
         """Return the rate of each image in nats, float64 (B,)."""
-        tokenizer = self.subject.tokenizer
-        assert tokenizer
-        streams = [(self.subject.seed, level) for level in range(len(tokenizer.bottlenecks))]
-        levels = tokenizer(seen.images, noise_for(tokenizer, streams, seen.rows)).levels
-        return torch.stack([level.losses["kl"].double() for level in levels]).sum(0).cpu()
+        return torch.stack([level.losses["kl"].double() for level in seen.output.levels]).sum(0).cpu()
 
     @classmethod
     def table(cls, figures: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.compute.devices import this_worker
 from pipelines.data.images import to_unit_range
+from pipelines.data.noise import noise_for
 from pipelines.metrics.distances import Moments, moments
 from pipelines.metrics.features import Features
 from pipelines.progress import progress_bar
@@ -179,9 +180,11 @@ class Seen:
 
     @cached_property
     def output(self) -> Autoencoded:
-        """What the tokenizer makes of the images, without noise."""
-        assert self._subject.tokenizer
-        return self._subject.tokenizer(self.images)
+        """What the tokenizer makes of the images, of one draw where bottlenecks draw."""
+        tokenizer, seed = self._subject.tokenizer, self._subject.seed
+        assert tokenizer
+        streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
+        return tokenizer(self.images, noise_for(tokenizer, streams, self.rows))
 
     @property
     def reconstructions(self) -> Tensor:
