@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("lookup", "pixelsnail", "transformer", "training", "curves", "encode", "export", "growth", "ddp")
+NAMES = ("lookup", "pixelsnail", "transformer", "training", "curves", "encode", "export", "growth", "ddp", "report")
 HEAD = """\
 # Benchmarks
 

@@ -4,7 +4,8 @@
 
 Images are scikit-learn's digits, moved at random, in shards of 10,000; models are small and hardly trained, as a report
 reads no more of them for that. Seconds and memory are those of the whole command, `smalti report`, in a process of its
-own; the shards' checksums are computed anew, as on a machine that has not seen them.
+own; the shards' checksums are computed anew, as on a machine that has not seen them. The machine of these figures had
+several others' work to do: seconds of CPU carry over, seconds do not.
 """
 
 import json
