@@ -85,12 +85,12 @@ def check_source_outside(source: str, folder: Path) -> None:
         from webdataset.shardlists import expand_urls
 
         paths = [path for url in expand_urls(rest) for path in matches(url)]
-    there = paths[0].is_dir() if kind == "folder" and is_local(paths[0]) else bool(paths)
-    if kind in MISSING and not there:
-        raise StageError(f"{source} {MISSING[kind]}")
     inside = next((path for path in paths if lies_in(path, folder)), None)
     if inside:
         raise ConfigError(
             f"images.source must lie outside {folder}, which pack writes to, but {inside} lies in it; "
             "move the source or choose another run_dir"
         )
+    there = paths[0].is_dir() if kind == "folder" and is_local(paths[0]) else bool(paths)
+    if kind in MISSING and not there:
+        raise StageError(f"{source} {MISSING[kind]}")
