@@ -7,10 +7,13 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from math import sqrt
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from pipelines.config import Config, load_config
@@ -20,6 +23,7 @@ from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
 from pipelines.storage.paths import place, read_bytes, write_text
 from pipelines.storage.record import recorded_seconds
+from pipelines.storage.yaml import read_yaml
 
 # Settings that say where, not what; and the one in which runs of a group may differ.
 WHERE, SEED = ("run_dir", "compute"), "seed"
@@ -101,16 +105,31 @@ class Scoreboard(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A run as far as it is compared: its config, what its `metrics.json` holds, and figures that are not of that."""
+    """A run as far as it is compared.
+
+    Attributes:
+        config: of the run, which may have been overridden on the command line.
+        figures: what its `metrics.json` holds.
+        others: figures that are not of that.
+        recorded: settings that its stages' folders were made with, by name.
+    """
 
     config: Config
     figures: dict[str, Any]
     others: dict[str, float | None]
+    recorded: Mapping[str, str] = MappingProxyType({})
 
     @property
     def settings(self) -> dict[str, str]:
-        """All settings by name but those that say where."""
-        return {name: value for name, value in flat(asdict(self.config)).items() if name.split(".")[0] not in WHERE}
+        """All settings by name but those that say where: those that stages were made with, of others the config's."""
+        made = {name.split(".")[0] for name in self.recorded} | set(WHERE)
+        told = {name: value for name, value in flat(asdict(self.config)).items() if name.split(".")[0] not in made}
+        return told | dict(self.recorded)
+
+    @property
+    def seed(self) -> int:
+        """The seed that the run was made with."""
+        return int(self.settings[SEED])
 
 
 def compare(configs: Sequence[Config]) -> Scoreboard:
@@ -131,9 +150,13 @@ def scoreboard(runs: Sequence[Compared]) -> Scoreboard:
     groups: dict[str, list[Compared]] = {}
     for run in runs:
         same = {name: value for name, value in run.settings.items() if name != SEED}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+        group = json.dumps(same, sort_keys=True)
+        if any(one.seed == run.seed for one in groups.get(group, [])):  # no other seed, whatever makes it differ
+            group += run.config.run_dir
+        groups.setdefault(group, []).append(run)
     rows = list(groups.values())
-    condition = next((one for one in CONDITIONS if all(_has(run, one) for row in rows for run in row)), "given_class")
+    told = [given for run in runs if (given := _conditions(run))]
+    condition = next((one for one in CONDITIONS if all(one in given for given in told)), "given_class")
     columns, notes = {}, []
     for column in COLUMNS:
         columns[column.title], found = _scores(column, rows, condition)
@@ -143,7 +166,7 @@ def scoreboard(runs: Sequence[Compared]) -> Scoreboard:
     made = [
         Row(
             [run.config.run_dir for run in row],
-            [run.config.seed for run in row],
+            [run.seed for run in row],
             {name: own[name] for name in differ},
             {title: scores[number] for title, scores in columns.items()},
         )
@@ -167,11 +190,14 @@ def _read(config: Config) -> Compared:
     path = finished.root / "metrics.json"
     try:
         figures = json.loads(read_bytes(path))
+    except FileNotFoundError as error:
+        raise StageError(f"{finished.root} has not been evaluated; run `smalti evaluate` with its config") from error
     except (OSError, ValueError) as error:
-        raise StageError(
-            f"{path} must hold the figures of a run, and cannot be read ({error}); run `smalti evaluate`"
-        ) from error
-    return Compared(config, figures, {"seconds": recorded_seconds(finished.root), "parameters": _parameters(finished)})
+        raise StageError(f"{path} cannot be read ({error}); run `smalti evaluate` again") from error
+    if not isinstance(figures, dict):
+        raise StageError(f"{path} must hold figures by name, and does not; run `smalti evaluate` again")
+    others = {"seconds": recorded_seconds(finished.root), "parameters": _parameters(finished)}
+    return Compared(config, figures, others, _recorded(finished))
 
 
 def _parameters(finished: Finished) -> float | None:
@@ -181,8 +207,30 @@ def _parameters(finished: Finished) -> float | None:
     return float(sum(one.numel() for model in models for one in model.parameters())) if models else None
 
 
-def _has(run: Compared, condition: str) -> bool:
-    return condition in figures_of(run.figures, "prior").get("rate_bits_per_image", {})
+def _conditions(run: Compared) -> set[str]:
+    """Return what the run's rates and bound were found for."""
+    found = (figures_of(run.figures, "prior").get("rate_bits_per_image"), figures_of(run.figures, "bound"))
+    return {name for one in (found[0], found[1].get("bits_per_dim")) if isinstance(one, dict) for name in one}
+
+
+def _recorded(finished: Finished) -> dict[str, str]:
+    """Return the settings that the stages' folders say they were made with, those of priors by level."""
+    root = finished.root
+    found: dict[str, str] = {}
+    for stage in ("images", "tokenizer", "codes", "samples"):
+        found |= _settings_of(root / stage)
+    for level in sorted(path for path in (root / "prior").glob("level*") if path.is_dir()):
+        own = _settings_of(level)
+        found |= {name.replace("prior.", f"prior.{level.name}.", 1): value for name, value in own.items()}
+    return found
+
+
+def _settings_of(folder: Path) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        settings = read_yaml(read_bytes(folder / "config.yaml"))
+        if isinstance(settings, dict):
+            return {name: value for name, value in flat(settings).items() if not name.startswith("made")}
+    return {}
 
 
 def _value(column: Column, run: Compared, condition: str) -> float | None:
@@ -201,7 +249,11 @@ def _scores(column: Column, rows: Sequence[list[Compared]], condition: str) -> t
     for row, found in zip(rows, values, strict=True):
         known = [value for value in found if value is not None]
         made = [figures_of(run.figures, column.metric).get("made", {}) if column.metric else NOTHING for run in row]
-        told = "" if len(known) == len(found) else f"{len(found) - len(known)} of its runs lack it" * bool(known)
+        told = "" if len(known) == len(found) else f"it is not there for {len(found) - len(known)} of its runs"
+        if not known and any(value is not None for row_values in values for value in row_values):
+            told = "its metrics.json does not hold it" if column.metric else "nothing was recorded of it"
+        elif not known:
+            told = ""
         if known and not told:
             first = first or made
             told = _unlike(first, made)
@@ -244,7 +296,7 @@ def as_text(board: Scoreboard) -> str:
     titles = [title for title in board.meanings if any(row.scores[title] for row in board.rows)]
     lines = [["run", "seeds", *_short(settings), *titles]]
     for row in board.rows:
-        name = row.runs[0] if len(row.runs) == 1 else f"{row.runs[0]} +{len(row.runs) - 1}"
+        name = " ".join(row.runs)
         seeds = ",".join(map(str, row.seeds))
         lines.append([name, seeds, *row.settings.values(), *(_shown(title, row.scores[title]) for title in titles)])
     widths = [max(len(line[number]) for line in lines) for number in range(len(lines[0]))]
@@ -307,6 +359,8 @@ def command(arguments: Sequence[str]) -> None:
         print(parser.format_help())
         return
     found = parser.parse_args(arguments)
+    if found.out in found.configs:
+        raise ConfigError(f"--out must name a file of its own, and {found.out} is one of the configs")
     board = compare([load_config(name) for name in found.configs])
     print(as_text(board))
     if found.out:

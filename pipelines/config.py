@@ -223,7 +223,7 @@ def _check_used(overrides: Sequence[str], config: Config) -> None:
         unread = option.removeprefix("tokenizer.model.") in config.tokenizer.family.unread
         if unread or (section in chosen and rest.partition(".")[0] in chosen[section][2]):
             name, kind, _ = chosen[section]
-            raise ConfigError(f"--{option} would change nothing: {section}.{name} is {kind}; choose one that reads it")
+            raise ConfigError(f"--{option} would change nothing: {section}.{name} is {kind}; leave it out")
     given = {*overrides, *(argument.partition("=")[2] for argument in overrides)}
     for one in config.sample.classes:
         if isinstance(one, str) and one.startswith("[") and one in given:  # read as one name, for it is no such list

@@ -178,7 +178,10 @@ class Finished:
         if prior:
             known["prior"] = self.prior_held_out()
         if not known:
-            raise StageError(f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated")
+            raise StageError(
+                f"{self.root} must hold a tokenizer and images, or priors and codes, to be evaluated; "
+                "run `smalti run` first"
+            )
         if images and prior:
             check_codes_of_images(self.codes, images)
         samples = self.samples(tokenizer, prior) if tokenizer and prior else None

@@ -6,6 +6,7 @@ B batch, h w code grid, K codebook_size.
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -182,8 +183,9 @@ class HierarchicalPrior(Float32Module):
 
     def _settings(self, *given: Any) -> list[LevelSampling]:
         """Return each level's settings from those of `sample`, one value or one per level."""
-        if any(isinstance(setting, Sequence) and len(setting) != len(self.levels) for setting in given):
-            raise ValueError(f"settings must be one value or one per level ({len(self.levels)}), got {given}")
+        for name, setting in zip((one.name for one in fields(LevelSampling)), given, strict=True):
+            if isinstance(setting, Sequence) and len(setting) != len(self.levels):
+                raise ValueError(f"{name} must be one value or one per level ({len(self.levels)}), got {setting}")
         settings = []
         for number, level in enumerate(self.levels):
             settings.append(LevelSampling(*(one[number] if isinstance(one, Sequence) else one for one in given)))

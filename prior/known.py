@@ -71,6 +71,8 @@ def checked_known(
         if one is None:
             continue
         (grid, size, _), name = level, f"known of level {number}"
+        if not isinstance(one, Known):
+            raise ValueError(f"{name} must be a Known of values and mask, or None, got {type(one).__name__}")
         values = integers(name, one.values, 3) if size else numbers(name, one.values, 4)
         mask = one.mask
         if mask.dtype != torch.bool or tuple(mask.shape) != (batch_size, *grid):

@@ -92,7 +92,9 @@ def test_images_of_another_split_are_compared_between_seeds_alone() -> None:
 def test_a_run_is_compared_by_what_its_folder_holds(
     copy_of: Callable[..., Path], tiny_run: Path, tmp_path: Path, smalti: Smalti
 ) -> None:
-    other = copy_of({"sample": {"temperature": 0.5}})
+    other = copy_of({})
+    drawn = other.parent / "run" / "samples" / "config.yaml"  # as an override on the command line leaves it
+    drawn.write_text(drawn.read_text().replace("temperature: 1.0", "temperature: 0.5"))
     for path in (other.parent / "run").glob(".made-*.yaml"):
         path.unlink()
     (other.parent / "run" / ".made-pack.yaml").write_text("seconds: 2.5\n")
@@ -106,4 +108,19 @@ def test_a_run_is_compared_by_what_its_folder_holds(
     assert smalti("compare", tiny_run, tiny_run)[0] == 2
     (other.parent / "run" / "metrics.json").unlink()
     code, text = smalti("compare", tiny_run, other)
-    assert code == 1 and "metrics.json must hold the figures of a run" in text
+    assert code == 1 and "has not been evaluated" in text
+
+
+def test_runs_of_one_seed_are_never_taken_for_several(
+    copy_of: Callable[..., Path], tiny_run: Path, tmp_path: Path, smalti: Smalti
+) -> None:
+    code, text = smalti("compare", tiny_run, copy_of({}), "--out", tmp_path / "board.csv")
+    assert code == 0 and "standard deviation" not in text
+    assert len((tmp_path / "board.csv").read_text().splitlines()) == 3
+
+
+def test_the_table_is_not_written_over_a_config(tiny_run: Path, smalti: Smalti) -> None:
+    before = tiny_run.read_bytes()
+    code, text = smalti("compare", tiny_run, "--out", tiny_run)
+    assert code == 2 and "is one of the configs" in text
+    assert tiny_run.read_bytes() == before

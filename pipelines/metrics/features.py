@@ -63,9 +63,13 @@ class Features(nn.Module):
         self.channels = network.channels
         self.network = network.module.eval()
         with torch.no_grad():
-            self.num_features: int = self.network(
-                self._shown(torch.zeros(2, self.channels, image_size, image_size))
-            ).shape[1]
+            found = self.network(self._shown(torch.zeros(2, self.channels, image_size, image_size)))
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
+            shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise RuntimeError(f"{shown} of two images")
+        if not bool(found.isfinite().all()):
+            raise RuntimeError("features that are not finite")
+        self.num_features = found.shape[1]
 
     def record(self) -> dict[str, Any]:
         """Return what figures must share to be compared."""
@@ -117,8 +121,8 @@ def load_features(name: str, image_size: int, channels: int) -> Features:
         network = PLAIN[name](image_size, channels)
     else:
         raise StageError(
-            "evaluate.features must be pixels, imagenet-lite, inception, dinov2, FILE.pt (TorchScript) or "
-            f"TIMM_NAME:FILE.safetensors, got {name}"
+            "evaluate.features must be pixels, imagenet-lite, inception[:FILE], dinov2[:FOLDER], FILE.pt of "
+            f"TorchScript or TIMM_NAME:FILE.safetensors, got {name}"
         )
     try:
         return Features(name, network, image_size)
@@ -235,7 +239,7 @@ def _torchscript(path: Path) -> Network:
         try:
             return Network(torch.jit.load(path, map_location="cpu"), _sha256(path))
         except RuntimeError as error:
-            raise StageError(f"{path} must be a TorchScript file: {str(error).splitlines()[0]}") from None
+            raise StageError(f"{path} must be a TorchScript file, as torch.jit.save writes it, and is none") from error
 
 
 def _needs(space: str, package: str, how: str) -> None:

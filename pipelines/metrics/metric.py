@@ -76,7 +76,8 @@ class Rows:
 def figures_of(figures: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the figures of the metric of a name from those of `metrics.json`, {} where there are none."""
     for part in name.split("."):
-        figures = figures.get(part, {})
+        found = figures.get(part, {})
+        figures = found if isinstance(found, dict) else {}
     return figures
 
 

@@ -33,8 +33,8 @@ class EvaluateConfig:
     """What samples and reconstructions are held against, and in which features; shapes nothing but `metrics.json`.
 
     Attributes:
-        features: the space in which images are compared: pixels, imagenet-lite, inception, dinov2, FILE.pt of
-            TorchScript or TIMM_NAME:FILE.safetensors.
+        features: the space in which images are compared: pixels, imagenet-lite, inception or inception:FILE, dinov2 or
+            dinov2:FOLDER, FILE.pt of TorchScript or TIMM_NAME:FILE.safetensors.
         reference: an ADM batch, FILE.npz, that samples are held against; empty for the training images.
         train_images: training images that are looked at, at most; chosen by seed where there are more.
         skip: metrics to leave out, by their names in `metrics.json`: classification trains two small classifiers.
@@ -182,7 +182,7 @@ def open_reference(path: Path, features: Features, size: int, channels: int) -> 
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         with np.load(path, allow_pickle=False) as held:
             found: dict[str, Any] = {name: held[name] for name in ("arr_0", "mu", "sigma") if name in held}
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # numpy and zipfile raise many kinds
         raise StageError(
             f"evaluate.reference must be an ADM batch, FILE.npz; {path} cannot be read: {error}"
         ) from error
@@ -190,7 +190,7 @@ def open_reference(path: Path, features: Features, size: int, channels: int) -> 
     if images is not None and (images.dtype != np.uint8 or images.shape[1:] != (size, size, channels)):
         raise StageError(
             f"evaluate.reference must hold uint8 images of {(size, size, channels)}, as the run's are; "
-            f"{path} holds {images.dtype} of {images.shape[1:]}; take the batch of that size"
+            f"{path} holds {images.dtype} of {images.shape[1:]}; take or make the batch that is like them"
         )
     if {"mu", "sigma"} <= found.keys() and features.name.startswith("inception"):
         mean, covariance = (torch.from_numpy(found[name]).double() for name in ("mu", "sigma"))

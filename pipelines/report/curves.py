@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines.errors import StageError
 from pipelines.storage.paths import exists, read_bytes
 
 # Rows drawn of training; validations are drawn all.
@@ -57,7 +58,11 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
     if not exists(path):
         return []
     rows = []
-    for row in csv.DictReader(io.StringIO(read_bytes(path).decode(errors="replace"))):
+    try:
+        found = list(csv.DictReader(io.StringIO(read_bytes(path).decode(errors="replace"))))
+    except csv.Error as error:
+        raise StageError(f"{path} cannot be read ({error}); its curves are left out") from error
+    for row in found:
         values = {name: number for name, text in row.items() if (number := _number(text)) is not None}
         if "step" in values and None not in row.values():
             rows.append(values)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines.errors import StageError
 from pipelines.storage.paths import exists, read_bytes
 
 # By pattern of their names: what a person is told of them, in this order.
@@ -61,7 +62,10 @@ MEANINGS = {
     r"samples\.density": ("samples: density", "how deep among real images they lie; more is better"),
     r"samples\.coverage": ("samples: coverage", "share of real images with a sample nearby; more is better"),
     r"codes\.level(\d+)\.total_variation": ("level {}: samples' codes, total variation", "0 to 1; less is better"),
-    r"copies\.features\.too_near_share": ("samples: too near a training image", "1% is chance; more are copies"),
+    r"copies\.features\.too_near_share": (
+        "samples: too near a training image",
+        "1% is chance; see what val images have",
+    ),
     r"classification\.trained_on_samples": ("classifier trained on samples: right", "of val images; more is better"),
     r"classification\.trained_on_real": ("classifier trained on real images: right", "what that could be at best"),
 }
@@ -166,9 +170,18 @@ def shown(value: float) -> str:
 
 
 def read_figures(folder: Path) -> dict[str, Any]:
-    """Return what a folder's metrics.json holds, nothing where there is none that can be read."""
-    try:
-        found = json.loads(read_bytes(folder / "metrics.json")) if exists(folder / "metrics.json") else {}
-    except (ValueError, RecursionError):
+    """Return what a folder's metrics.json holds, nothing where there is none.
+
+    Raises:
+        StageError: there is one, and it cannot be read.
+    """
+    path = folder / "metrics.json"
+    if not exists(path):
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = json.loads(read_bytes(path))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise StageError(f"{path} cannot be read; remove it, or make it again by the command that wrote it")
+    return found
