@@ -1,4 +1,5 @@
 import hashlib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,26 @@ def test_a_torchscript_file_is_a_space(tmp_path: Path) -> None:
     path.write_bytes(b"no model")
     with pytest.raises(StageError, match="must be a TorchScript file"):
         load_features(str(path), 8, 3)
+
+
+class Wrong(torch.nn.Module):
+    """A network that is no feature space."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images if self.kind == "grid" else images.flatten(1) / 0
+
+
+@pytest.mark.parametrize(("kind", "message"), [("grid", r"got \(2, 3, 8, 8\) of two images"), ("nan", "not finite")])
+def test_a_network_that_gives_no_features_is_told_so(kind: str, message: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(Wrong(kind), torch.zeros(1, 3, 8, 8)).save(tmp_path / "wrong.pt")
+    with pytest.raises(StageError, match=message):
+        load_features(str(tmp_path / "wrong.pt"), 8, 3)
 
 
 def test_inception_reads_the_file_of_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

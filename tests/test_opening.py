@@ -57,6 +57,12 @@ def test_a_reference_that_is_none_is_told(tmp_path: Path, space: Features) -> No
     (tmp_path / "text.npz").write_text("no batch")
     with pytest.raises(StageError, match=r"evaluate.reference must be an ADM batch, FILE.npz; .*text.npz"):
         open_reference(tmp_path / "text.npz", space, 4, 1)
+    np.savez(tmp_path / "cut.npz", arr_0=np.zeros((2, 4, 4, 1), np.uint8))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:150])
+    np.save(tmp_path / "array.npy", np.zeros((2, 4, 4, 1), np.uint8))
+    for name in ("cut.npz", "array.npy"):
+        with pytest.raises(StageError, match=f"{name} cannot be read"):
+            open_reference(tmp_path / name, space, 4, 1)
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(StageError, match=r"must hold uint8 images of \(4, 4, 1\), .*uint8 of \(8, 8, 3\)"):
         open_reference(tmp_path / "large.npz", space, 4, 1)

@@ -352,6 +352,16 @@ def test_what_is_damaged_is_named_beside_what_is_not(copy_of: Callable[..., Path
     assert "The part “samples” could not be made" in text and "Level by level" in text
 
 
+@pytest.mark.parametrize(("name", "data"), [("metrics.json", b"[1]"), ("tokenizer/metrics.csv", b"a,b\n1,\r2\n\r")])
+def test_a_table_of_figures_that_cannot_be_read_is_named(
+    name: str, data: bytes, copy_of: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = copy_of()
+    (config.parent / "run" / name).write_bytes(data)
+    code, said = smalti("report", config)
+    assert code == 1 and f"{name} cannot be read" in said
+
+
 def test_a_report_that_fails_takes_nothing_from_the_run(
     tmp_path: Path, write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
