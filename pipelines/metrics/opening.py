@@ -180,8 +180,9 @@ def open_reference(path: Path, features: Features, size: int, channels: int) -> 
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        with np.load(path, allow_pickle=False) as held:
-            found: dict[str, Any] = {name: held[name] for name in ("arr_0", "mu", "sigma") if name in held}
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as held:
+                found: dict[str, Any] = {name: held[name] for name in ("arr_0", "mu", "sigma") if name in held}
     except Exception as error:  # numpy and zipfile raise many kinds
         raise StageError(
             f"evaluate.reference must be an ADM batch, FILE.npz; {path} cannot be read: {error}"
