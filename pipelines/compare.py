@@ -7,26 +7,18 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Sequence
 from itertools import product
 from math import sqrt
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
+from pipelines.compared import SEED, Compared, read_run
 from pipelines.config import Config, load_config
-from pipelines.errors import ConfigError, StageError
-from pipelines.finished import Finished
+from pipelines.errors import ConfigError
 from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
-from pipelines.storage.paths import place, read_bytes, write_text
-from pipelines.storage.record import recorded_seconds
-from pipelines.storage.yaml import read_yaml
+from pipelines.storage.paths import place, write_text
 
-# Settings that say where, not what; and the one in which runs of a group may differ.
-WHERE, SEED = ("run_dir", "compute"), "seed"
 # What priors may be told, in the order of preference; one is shown of all runs.
 CONDITIONS = {"given_class": "given the class", "without_class": "without class"}
 
@@ -104,34 +96,6 @@ class Scoreboard(NamedTuple):
     notes: list[str]
 
 
-class Compared(NamedTuple):
-    """A run as far as it is compared.
-
-    Attributes:
-        config: of the run, which may have been overridden on the command line.
-        figures: what its `metrics.json` holds.
-        others: figures that are not of that.
-        recorded: settings that its stages' folders were made with, by name.
-    """
-
-    config: Config
-    figures: dict[str, Any]
-    others: dict[str, float | None]
-    recorded: Mapping[str, str] = MappingProxyType({})
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """All settings by name but those that say where: those that stages were made with, of others the config's."""
-        made = {name.split(".")[0] for name in self.recorded} | set(WHERE)
-        told = {name: value for name, value in flat(asdict(self.config)).items() if name.split(".")[0] not in made}
-        return told | dict(self.recorded)
-
-    @property
-    def seed(self) -> int:
-        """The seed that the run was made with."""
-        return int(self.settings[SEED])
-
-
 def compare(configs: Sequence[Config]) -> Scoreboard:
     """Return the scoreboard of runs that have been evaluated.
 
@@ -142,7 +106,7 @@ def compare(configs: Sequence[Config]) -> Scoreboard:
     folders = [config.run_dir for config in configs]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), ""):
         raise ConfigError(f"runs must be named once each, {twice} is named twice; leave one out")
-    return scoreboard([_read(config) for config in configs])
+    return scoreboard([read_run(config) for config in configs])
 
 
 def scoreboard(runs: Sequence[Compared]) -> Scoreboard:
@@ -176,61 +140,10 @@ def scoreboard(runs: Sequence[Compared]) -> Scoreboard:
     return Scoreboard(made, meanings, notes)
 
 
-def flat(settings: dict[str, Any], path: str = "") -> dict[str, str]:
-    """Return nested settings as text, by their names with dots."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        name = f"{path}{name.removesuffix('_')}"
-        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
-    return found
-
-
-def _read(config: Config) -> Compared:
-    finished = Finished(config)
-    path = finished.root / "metrics.json"
-    try:
-        figures = json.loads(read_bytes(path))
-    except FileNotFoundError as error:
-        raise StageError(f"{finished.root} has not been evaluated; run `smalti evaluate` with its config") from error
-    except (OSError, ValueError) as error:
-        raise StageError(f"{path} cannot be read ({error}); run `smalti evaluate` again") from error
-    if not isinstance(figures, dict):
-        raise StageError(f"{path} must hold figures by name, and does not; run `smalti evaluate` again")
-    others = {"seconds": recorded_seconds(finished.root), "parameters": _parameters(finished)}
-    return Compared(config, figures, others, _recorded(finished))
-
-
-def _parameters(finished: Finished) -> float | None:
-    """Return the parameters of tokenizer and priors, as far as they are there."""
-    models = [finished.tokenizer()] if finished.has_tokenizer() else []
-    models += [finished.prior()] if finished.has_priors() else []  # type: ignore[list-item]  # both are modules
-    return float(sum(one.numel() for model in models for one in model.parameters())) if models else None
-
-
 def _conditions(run: Compared) -> set[str]:
     """Return what the run's rates and bound were found for."""
     found = (figures_of(run.figures, "prior").get("rate_bits_per_image"), figures_of(run.figures, "bound"))
     return {name for one in (found[0], found[1].get("bits_per_dim")) if isinstance(one, dict) for name in one}
-
-
-def _recorded(finished: Finished) -> dict[str, str]:
-    """Return the settings that the stages' folders say they were made with, those of priors by level."""
-    root = finished.root
-    found: dict[str, str] = {}
-    for stage in ("images", "tokenizer", "codes", "samples"):
-        found |= _settings_of(root / stage)
-    for level in sorted(path for path in (root / "prior").glob("level*") if path.is_dir()):
-        own = _settings_of(level)
-        found |= {name.replace("prior.", f"prior.{level.name}.", 1): value for name, value in own.items()}
-    return found
-
-
-def _settings_of(folder: Path) -> dict[str, str]:
-    with suppress(OSError, ValueError):
-        settings = read_yaml(read_bytes(folder / "config.yaml"))
-        if isinstance(settings, dict):
-            return {name: value for name, value in flat(settings).items() if not name.startswith("made")}
-    return {}
 
 
 def _value(column: Column, run: Compared, condition: str) -> float | None:

@@ -3,6 +3,7 @@
 import os
 import resource
 import runpy
+import signal
 import socket
 import sys
 from multiprocessing import get_context
@@ -17,6 +18,7 @@ SERVER.set_forkserver_preload(
 
 def _run(module: str, arguments: list[str], folder: Path, environment: dict[str, str], file_limit: int) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell would inherit none
     os.environ.clear()
     os.environ.update(environment)
     if environment.get("LOCAL_RANK", "0") != "0":  # all but the first of a job end with the process that started them

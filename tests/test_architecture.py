@@ -17,7 +17,7 @@ FLOORS = (
     {"cli"},
     {"run"},
     {"report"},
-    {"finished", "judge", "redo", "begun", "generator", "card", "compare"},
+    {"finished", "judge", "redo", "begun", "generator", "card", "compare", "compared"},
     {"config"},
     {"stages"},
     {"training", "tokens", "metrics"},

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.compare import Compared, Scoreboard, as_csv, as_text, scoreboard
+from pipelines.compare import Scoreboard, as_csv, as_text, scoreboard
+from pipelines.compared import Compared
 from pipelines.config import load_config
 
 Smalti = Callable[..., tuple[int, str]]
