@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokenizer.bottlenecks.averages import Averages
 from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
 from tokenizer.checks import Float32Module, float_tensor
 
@@ -89,30 +90,19 @@ class Gaussian(Float32Module):
         """Return the mean of N(0, I), (D,)."""
         return self.zero.expand(self.channels)
 
-    def figures(self) -> "ActiveUnits":
-        """Return the share of active units, of nothing yet."""
-        return ActiveUnits(self.zero.device)
+    def figures(self) -> Averages:
+        """Return the share of active units, of nothing yet: by ACTIVE_VARIANCE in the mean over cells."""
+        return Averages(self.zero.device, _moments, _active)
 
 
-class ActiveUnits:
-    """The share of channels whose mean varies over images, by ACTIVE_VARIANCE in the mean over cells.
+def _moments(output: Bottled) -> Tensor:
+    """Return each image's means and their squares, (B, 2, h*w, D)."""
+    images, channels = len(output.seen), output.observed.shape[1]
+    means = output.observed.double().view(images, -1, channels)
+    return torch.stack([means, means.square()], 1)
 
-    Args:
-        device: where means are.
-    """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = [torch.zeros((), dtype=torch.float64, device=device)] * 3  # of images, means and their squares
-
-    def update(self, output: Bottled, mask: Tensor) -> None:
-        """Add the means of the images that count."""
-        means = output.observed.double().view(len(mask), -1, output.observed.shape[1])  # (B, h*w, D)
-        weights = mask.double()[:, None, None]
-        found = (mask.double().sum(), (means * weights).sum(0), (means.square() * weights).sum(0))
-        self.sums = [old + new for old, new in zip(self.sums, found, strict=True)]
-
-    def compute(self) -> list[dict[str, float]]:
-        """Return "active"."""
-        images, first, second = self.sums
-        variance = second / images - (first / images).square()  # (h*w, D)
-        return [{"active": float((variance.mean(0) > ACTIVE_VARIANCE).double().mean())}]
+def _active(moments: Tensor) -> dict[str, float]:
+    first, second = moments
+    variance = second - first.square()  # (h*w, D)
+    return {"active": float((variance.mean(0) > ACTIVE_VARIANCE).double().mean())}

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokenizer.bottlenecks.averages import Averages
 from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
 from tokenizer.checks import Float32Module, float_tensor
 
@@ -65,29 +66,17 @@ class Identity(Float32Module):
         """Return zeros (D,)."""
         return self.zero.expand(self.channels)
 
-    def figures(self) -> "Moments":
-        """Return mean and standard deviation, of nothing yet."""
-        return Moments(self.zero.device)
+    def figures(self) -> Averages:
+        """Return mean and standard deviation of all numbers, of nothing yet; N(0, I) has 0 and 1."""
+        return Averages(self.zero.device, _moments, _spread)
 
 
-class Moments:
-    """Mean and standard deviation over all numbers of all images; N(0, I) has 0 and 1.
+def _moments(output: Bottled) -> Tensor:
+    """Return the mean of each image's numbers and of their squares, (B, 2)."""
+    values = output.stored[0].double().flatten(1)
+    return torch.stack([values.mean(1), values.square().mean(1)], 1)
 
-    Args:
-        device: where numbers are.
-    """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = [torch.zeros((), dtype=torch.float64, device=device)] * 3  # of images, means and mean squares
-
-    def update(self, output: Bottled, mask: Tensor) -> None:
-        """Add the numbers of the images that count."""
-        values, weights = output.stored[0].double().flatten(1), mask.double()  # (B, D*h*w), (B,)
-        found = (weights.sum(), (values.mean(1) * weights).sum(), (values.square().mean(1) * weights).sum())
-        self.sums = [old + new for old, new in zip(self.sums, found, strict=True)]
-
-    def compute(self) -> list[dict[str, float]]:
-        """Return "mean" and "std"."""
-        images, first, second = self.sums
-        mean = first / images
-        return [{"mean": float(mean), "std": float((second / images - mean.square()).clamp(min=0).sqrt())}]
+def _spread(moments: Tensor) -> dict[str, float]:
+    mean, square = moments
+    return {"mean": float(mean), "std": float((square - mean.square()).clamp(min=0).sqrt())}

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokenizer.bottlenecks.averages import Averages
 from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes, per_image
 from tokenizer.checks import Float32Module, float_tensor
 
@@ -60,7 +61,7 @@ class SparseConfig(Settings):
         return {"activation": 0.0, "divergence": weight} if self.whole_batch else {"activation": weight}
 
     def batch_losses(self, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return "divergence", of units whose mean activation is rho from those of these means (D,); nats a unit."""
+        """Return "divergence", of units whose mean activation is rho from those of these means (D,); nats per unit."""
         mean = averaged["activation"].clamp(LEAST_MEAN, 1 - LEAST_MEAN)
         divergence = self.rho * (self.rho / mean).log() + (1 - self.rho) * ((1 - self.rho) / (1 - mean)).log()
         return {"divergence": divergence.mean()}
@@ -111,28 +112,11 @@ class Sparse(Float32Module):
         """Return units none of which is active (D,)."""
         return self.zero.expand(self.channels)
 
-    def figures(self) -> "ActiveShare":
-        """Return the share of active units, of nothing yet."""
-        return ActiveShare(self.zero.device)
+    def figures(self) -> Averages:
+        """Return the share of an image's units, over all its cells, that are above ACTIVE; of nothing yet."""
+        return Averages(self.zero.device, _active, lambda share: {"active_share": float(share)})
 
 
-class ActiveShare:
-    """The share of an image's units, over all its cells, that are above ACTIVE: its mean over images.
-
-    Args:
-        device: where units are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = [torch.zeros((), dtype=torch.float64, device=device)] * 2  # of images and their shares
-
-    def update(self, output: Bottled, mask: Tensor) -> None:
-        """Add the shares of the images that count."""
-        shares = (output.stored[0] > ACTIVE).double().flatten(1).mean(1)  # (B,)
-        found = (mask.double().sum(), (shares * mask.double()).sum())
-        self.sums = [old + new for old, new in zip(self.sums, found, strict=True)]
-
-    def compute(self) -> list[dict[str, float]]:
-        """Return "active_share"."""
-        images, shares = self.sums
-        return [{"active_share": float(shares / images)}]
+def _active(output: Bottled) -> Tensor:
+    """Return the share of each image's units that are active, (B,)."""
+    return (output.stored[0] > ACTIVE).double().flatten(1).mean(1)
