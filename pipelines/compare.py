@@ -3,18 +3,17 @@
 Figures are read from `metrics.json`; those that were not made alike do not stand in one column.
 """
 
-import argparse
 import csv
 import io
 import json
 from collections.abc import Sequence
 from itertools import product
 from math import sqrt
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from pipelines.compared import SEED, Compared, read_run
 from pipelines.config import Config, load_config
-from pipelines.errors import ConfigError
+from pipelines.errors import CommandParser, ConfigError
 from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
 from pipelines.storage.paths import place, write_text
@@ -253,11 +252,6 @@ def _short(names: Sequence[str]) -> list[str]:
     return [next(end for end in ends(one) if sum(end in ends(other) for other in names) == 1) for one in names]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `smalti compare --help`")
-
-
 def command(arguments: Sequence[str]) -> None:
     """Do what `smalti compare` is asked for.
 
@@ -265,7 +259,7 @@ def command(arguments: Sequence[str]) -> None:
         ConfigError: wrong usage.
     """
     about = "The scoreboard of runs that have been evaluated: a row per run, or per runs that differ in their seed."
-    parser = _Parser(prog="smalti compare", description=about, add_help=False, allow_abbrev=False)
+    parser = CommandParser("smalti compare", about)
     parser.add_argument("configs", metavar="CONFIG.yaml", nargs="+", help="of each run")
     parser.add_argument("--out", default="", help="file for the same as CSV")
     if {"-h", "--help"} & set(arguments):

@@ -1,7 +1,9 @@
 """Mistakes a user can mend, told in one sentence: what must hold, what was found, what to do."""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -25,3 +27,18 @@ def told_to_user() -> Iterator[None]:
         raise
     except ValueError as error:
         raise StageError(str(error)) from error
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The arguments of a command that takes no config alone; wrong usage is a `ConfigError`.
+
+    Args:
+        prog: the command, "smalti decode".
+        description: what it does.
+    """
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")

@@ -3,21 +3,20 @@
 N tokens of a record.
 """
 
-import argparse
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from pipelines.compute.devices import ComputeConfig, inference_device
 from pipelines.data.images import to_uint8
 from pipelines.data.pictures import encode_image, picture_grid, to_picture
-from pipelines.errors import ConfigError, StageError, told_to_user
+from pipelines.errors import CommandParser, StageError, told_to_user
 from pipelines.progress import counted, progress_bar
 from pipelines.storage.fingerprint import digest, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete
@@ -33,11 +32,6 @@ GRID_SIDE = 10
 RECEIPT = "decoded.json"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `smalti decode --help`")
-
-
 def command(arguments: Sequence[str]) -> None:
     """Do what `smalti decode` is asked for.
 
@@ -45,7 +39,7 @@ def command(arguments: Sequence[str]) -> None:
         ConfigError: wrong usage.
     """
     about = "Make pictures, 00000000.png and so on in the order of the records, and grid.png."
-    parser = _Parser(prog="smalti decode", description=about, add_help=False, allow_abbrev=False)
+    parser = CommandParser("smalti decode", about)
     parser.add_argument("tokens", metavar="TOKENS", help="npy (records, N); bin; jsonl; parquet with input_ids")
     parser.add_argument("--layout", required=True, help="the layout.json that was exported, or its folder")
     parser.add_argument("--out", required=True, help="folder for the pictures")
