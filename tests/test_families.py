@@ -9,9 +9,13 @@ import pytest
 
 from pipelines.config import load_config
 from pipelines.errors import ConfigError
+from pipelines.report.curves import charts, read_rows
 from pipelines.storage.shards import index_shard, read_member
+from pipelines.training.sections import stored_sizes
 
 Smalti = Callable[..., tuple[int, str]]
+# Of families of numbers that have another prior than N(0, I) here.
+PRIORS = {"sparse": "mixture", "identity": "flow"}
 FEW = {"training": {"steps": 2, "val_every": 2, "checkpoint_every": 1, "weight_ema": 0.9, "log_every": 1}}
 
 
@@ -22,7 +26,7 @@ def finished(
     from pipelines.cli import main
 
     images = {"from": str(tiny_run.parent / "run" / "images")}
-    changes = {"images": images, "tokenizer": FEW, "prior": {"network": "auto", **FEW}}
+    changes = {"images": images, "tokenizer": FEW, "prior": {"network": PRIORS.get(request.param, "auto"), **FEW}}
     config = write_config(tmp_path_factory.mktemp(request.param), changes)
     assert main(["run", str(config), f"--tokenizer.bottleneck={request.param}", "--traceback"]) == 0
     return config
@@ -38,7 +42,7 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert (run / "samples" / "grid.png").stat().st_size > 100
     names = json.loads((run / "samples" / "manifest.json").read_text())["class_names"]
     levels = json.loads((run / "codes" / "manifest.json").read_text())["levels"]
-    assert bool(names) == bool(levels[0]["codebook_size"])  # N(0, I) knows no classes
+    assert bool(names) != kind_of(finished).endswith("gaussian")  # N(0, I) knows no classes
     assert len(levels) == (4 if "residual" in kind_of(finished) else 2)
     code, said = smalti("run", finished, kind_of(finished))
     assert code == 0 and said.count("skipped") == 4 + len(levels)
@@ -47,6 +51,18 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert code == 0 and said.count("holds what it says") == 5
     code, said = smalti("run", finished)
     assert code == 1 and "made with other settings (tokenizer.bottleneck" in said
+
+
+def test_a_prior_of_numbers_has_its_figures_in_the_files_that_the_report_reads(finished: Path) -> None:
+    config = load_config(finished, [kind_of(finished)])
+    for level, size in enumerate(stored_sizes(config.tokenizer)):
+        folder = finished.parent / "run" / "prior" / f"level{level}"
+        figures = json.loads((folder / "metrics.json").read_text())
+        assert ("val_nats_per_value" in figures) == (size is None)
+        if PRIORS.get(config.tokenizer.bottleneck):
+            found = [row["val_nats_per_value"] for row in read_rows(folder) if "val_nats_per_value" in row]
+            assert min(found) == pytest.approx(figures["val_nats_per_value"], rel=1e-4)
+            assert "nats_per_value" in {chart.figure for chart in charts(read_rows(folder), "", "")}
 
 
 def test_validation_draws_where_training_does_and_says_what_it_would_be_without_noise(finished: Path) -> None:
@@ -82,7 +98,10 @@ def test_numbers_in_shards_are_float32_and_damage_is_named(
     manifest = json.loads((tmp_path / "run" / "codes" / "manifest.json").read_text())
     assert manifest["levels"][0] == {"grid": [2, 2], "codebook_size": None, "channels": 8}
     code, said = smalti("train-prior", config, kind, "--prior.network=transformer")
-    assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
+    assert (
+        code == 2
+        and "prior.network must be normal, mixture or flow where level 0 holds numbers, got transformer" in said
+    )
     code, said = smalti("export", config, kind)
     assert code == 2 and "tokens are made of codes" in said
 
@@ -93,9 +112,12 @@ def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Pa
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=fsq", "--tokenizer.model.codebook_size=8")
     assert code == 2 and "--tokenizer.model.codebook_size would change nothing: tokenizer.bottleneck is fsq" in said
     code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.top_k=3")
-    assert code == 2 and "sample.top_k, top_p, guidance and classes are of codes, and level 0 holds numbers" in said
+    assert code == 2 and "sample.top_k, top_p and guidance are of codes, and level 0 holds numbers" in said
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian")
-    assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
+    assert (
+        code == 2
+        and "prior.network must be normal, mixture or flow where level 0 holds numbers, got transformer" in said
+    )
     code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")
     assert code == 2 and "--prior.transformer.width would change nothing: prior.network is pixelsnail" in said
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.report.pictures import Picture, heat, picture
 from pipelines.report.reading import Codes
-from prior import LevelPrior, NormalConfig
+from prior import LevelPrior
 
 # Multiplications that a level's prior is asked for on a split, at most; images that it sees at least; logits at once.
 MOST_WORK, LEAST_SEEN, MOST_LOGITS = 5e11, 4, 2**25
@@ -121,7 +121,7 @@ def maps(level: LevelPrior, val: Costs, train: Costs | None, pixels: np.ndarray 
         image = None if pixels is None else picture(pixels[row], f"val image {row + 1}")
         alt = f"what each position of val image {row + 1} costs at level {number}"
         shown.append((image, picture(heat(nats, min(low, 0.0), most), alt), f"{nats.sum() / np.log(2):.0f} bits"))
-    unit = "nats per cell, of a density" if isinstance(level.config.size, NormalConfig) else "nats per code"
+    unit = "nats per cell, of a density" if level.config.codebook_sizes[-1] is None else "nats per code"
     return Maps(number, split(val, "val"), split(train, "train") if train else None, low, high, shown, most, unit)
 
 
