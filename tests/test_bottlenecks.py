@@ -89,6 +89,26 @@ def test_figures_of_parts_are_those_of_the_whole_and_filling_does_not_count(fami
 
 
 @every_family
+def test_a_family_warns_where_little_of_a_level_is_in_use_and_only_there(family: Settings) -> None:
+    bottleneck = family.build(SIZES)
+    figures = bottleneck.figures()
+    figures.update(bottleneck(torch.randn(2, bottleneck.features, 2, 2)), torch.ones(2))
+    names = figures.compute()[0]
+    assert not family.warnings(dict.fromkeys(names, 1.0))
+    if set(names) & {"usage", "active"}:
+        (warning,) = family.warnings(dict.fromkeys(names, 0.02))
+        assert "2.0% of its" in warning and "collapsed" in warning
+
+
+@every_family
+def test_what_a_family_calls_its_rate_is_a_loss_of_its_numbers(family: Settings) -> None:
+    bottleneck = family.build(SIZES)
+    assert not family.rate or family.rate in bottleneck(torch.randn(1, bottleneck.features, 2, 2)).losses
+    assert not family.rate or bottleneck.sizes == (None,)
+    assert bool(family.rate) == (bottleneck.noise_channels > 0 and bottleneck.sizes == (None,))
+
+
+@every_family
 def test_a_tokenizer_of_each_family_is_saved_and_loaded_as_it_was(family: Settings, tmp_path: Path) -> None:
     model = tokenizer(family)
     images = torch.rand(2, 1, 16, 16) * 2 - 1

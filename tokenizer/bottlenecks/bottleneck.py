@@ -12,6 +12,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# A level that uses less of its codes, or of its units, has collapsed.
+LEAST_USED = 0.1
+
 
 class StoredGrid(NamedTuple):
     """One grid that stands for an image in shards: a level, for the priors.
@@ -127,12 +130,17 @@ class Settings:
     Attributes:
         of_model: names of the settings that are part of the model; the rest is training's.
         unread: names of what it is told by `VectorSizes` and does not use.
+        rate: name of the loss that is what a continuous level takes of an image, KL(q || N(0, I)) in nats; "" where
+            numbers are not drawn, and of codes, which take what their prior says.
+        mend: what brings codes into use that are not.
         whole_batch: whether it has losses that are no means over images, but of the global batch as a whole. A step is
             then not the sum of its micro-batches, and must be one.
     """
 
     of_model: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
+    rate: ClassVar[str] = ""
+    mend: ClassVar[str] = "a lower learning rate or fewer codes"
 
     @property
     def whole_batch(self) -> bool:
@@ -154,6 +162,12 @@ class Settings:
             averaged: the mean (n,) of each `Bottled.averaged`, the same on every rank.
         """
         return {}
+
+    def warnings(self, figures: Mapping[str, float]) -> list[str]:
+        """Return what to warn of where a stored grid has these figures, as what goes on from "level N"."""
+        if (usage := figures.get("usage", 1.0)) >= LEAST_USED:
+            return []
+        return [f"uses {usage:.1%} of its codes: it has collapsed, and samples will be noise; try {self.mend}"]
 
     def learner(self, bottleneck: Any) -> Any:
         """Return what moves the bottleneck besides gradients, a `Learner`; None where gradients move everything."""

@@ -3,7 +3,7 @@
 B batch, D code_dim, h w grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.bottlenecks.averages import Averages
-from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
+from tokenizer.bottlenecks.bottleneck import LEAST_USED, Bottled, Settings, VectorSizes
 from tokenizer.checks import Float32Module, float_tensor
 
 # Natural logarithms of variances beyond these would leave float32.
@@ -32,6 +32,7 @@ class GaussianConfig(Settings):
     """
 
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
+    rate: ClassVar[str] = "kl"
 
     beta: float = 0.02
 
@@ -46,6 +47,12 @@ class GaussianConfig(Settings):
     def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
         """Return the weight of the KL divergence of an image, of its sum over levels."""
         return {"kl": self.beta / num_values}
+
+    def warnings(self, figures: Mapping[str, float]) -> list[str]:
+        """Warn of a posterior that is the same for every image."""
+        if (active := figures.get("active", 1.0)) >= LEAST_USED:
+            return []
+        return [f"tells images apart by {active:.1%} of its units: the posterior has collapsed; try a lower beta"]
 
 
 class Gaussian(Float32Module):
