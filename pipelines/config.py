@@ -136,6 +136,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
         _check_sections(arguments.as_dict(), Config)
         config = Config(**vars(parser.instantiate(arguments)))
+        _check_named(settings, config)
         _check_used(overrides, config)
         return config
     except ConfigError:
@@ -204,6 +205,21 @@ def _check_options(overrides: Sequence[str]) -> None:
             raise ConfigError(f"--{option} is not allowed: a config is plain data and cannot name code to run")
         if option.rstrip("+") in _sections(Config):
             raise ConfigError(f"--{option} is a section; override its settings one by one, as --{option}.name value")
+
+
+def _check_named(settings: dict, config: Config) -> None:
+    """Refuse settings of a kind that neither the file nor the command line names, and that is not the default.
+
+    A file that names its kind may hold those of others too, for whoever names another on the command line.
+    """
+    for section, name, own in (("tokenizer", "bottleneck", config.tokenizer), ("prior", "network", config.prior)):
+        given, others = settings.get(section, {}), set(own.unused) & set(type(own)().unused)
+        for kind in given if name not in given else ():
+            if kind in others:
+                raise ConfigError(
+                    f"{section}.{kind} would change nothing: {section}.{name} is {getattr(own, name)}; "
+                    f"add `{name}: {kind}` or leave it out"
+                )
 
 
 def _check_used(overrides: Sequence[str], config: Config) -> None:

@@ -1,6 +1,6 @@
 """Laws of every family of bottlenecks, and of each by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -98,6 +98,14 @@ def test_a_family_warns_where_little_of_a_level_is_in_use_and_only_there(family:
     if set(names) & {"usage", "active"}:
         (warning,) = family.warnings(dict.fromkeys(names, 0.02))
         assert "2.0% of its" in warning and "collapsed" in warning
+
+
+def test_a_family_with_losses_of_a_batch_is_of_whole_batches() -> None:
+    class Mean(Settings):
+        def batch_losses(self, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {"mean": averaged["units"].mean()}
+
+    assert Mean().whole_batch and not Settings().whole_batch
 
 
 @every_family

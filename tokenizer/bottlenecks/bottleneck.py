@@ -144,8 +144,8 @@ class Settings:
 
     @property
     def whole_batch(self) -> bool:
-        """See the class."""
-        return False
+        """See the class: those that have `batch_losses`."""
+        return type(self).batch_losses is not Settings.batch_losses
 
     def build(self, sizes: VectorSizes) -> Any:
         """Return a `Bottleneck` for one level."""
