@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipelines.data.noise import normals
 from pipelines.storage.fingerprint import tokenizer_fingerprint
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
-from tokenizer.bottlenecks import KINDS
+from tokenizer.bottlenecks import KINDS, kind_of
 from tokenizer.bottlenecks.bottleneck import Settings, VectorSizes
 from tokenizer.bottlenecks.codebook import Codebook
 from tokenizer.bottlenecks.fsq import FSQ, FSQConfig
@@ -19,6 +19,7 @@ from tokenizer.bottlenecks.gaussian import Gaussian, GaussianConfig
 from tokenizer.bottlenecks.gradient import GradientConfig, KMeansStart
 from tokenizer.bottlenecks.identity import IdentityConfig
 from tokenizer.bottlenecks.sparse import SparseConfig
+from tokenizer.posterior import log_posterior, summands
 
 SIZES = VectorSizes(codebook_size=16, code_dim=4, normalize=False)
 FAMILIES = [kind() for kind in KINDS.values()]
@@ -264,3 +265,43 @@ def test_noise_belongs_to_a_place_and_a_step_whoever_draws_it() -> None:
     assert not torch.equal(together, normals(3, 8, range(6), (2, 3)))
     assert not torch.equal(together, normals(4, 7, range(6), (2, 3)))
     assert len({tuple(one.flatten().tolist()) for one in together}) == 6
+
+
+DRAWING = [family for family in FAMILIES if family.build(SIZES).noise_channels]
+
+
+@pytest.mark.parametrize("family", DRAWING, ids=[kind_of(family) for family in DRAWING])
+def test_the_posterior_of_what_is_stored_is_that_of_torch_and_adds_up_over_levels(family: Settings) -> None:
+    model, images = tokenizer(family), torch.rand(3, 1, 16, 16) * 2 - 1
+    levels = model(images, noise_for(model, range(3))).levels
+    stored = [grid for level in levels for grid in level.stored]
+    expected = torch.zeros(3, dtype=torch.float64)
+    for level in levels:
+        assert level.posterior is not None
+        posterior = level.posterior.double()
+        if isinstance(family, GaussianConfig):
+            mean, log_variance = posterior.chunk(2, 1)
+            q = torch.distributions.Normal(mean, (0.5 * log_variance).exp()).log_prob(level.stored[0].double())
+        else:
+            q = torch.distributions.Categorical(logits=posterior.movedim(1, -1)).log_prob(level.stored[0])
+        expected += q.flatten(1).sum(1)
+    found = log_posterior(model, [level.posterior for level in levels if level.posterior is not None], stored)
+    assert torch.allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", DRAWING, ids=[kind_of(family) for family in DRAWING])
+def test_pairs_have_the_posterior_of_one_image_where_coarser_levels_are_anothers(family: Settings) -> None:
+    """Held against a model that is handed the coarser level of the other image."""
+    model, images = tokenizer(family), torch.rand(3, 1, 16, 16) * 2 - 1
+    stored = model.encode(images, noise_for(model, range(3)))
+    parts = summands(model, images, stored)
+    pairs = [one.of_stored[:, None] + one.of_image for one in parts]  # (N, 1, …) + (M, …)
+    found = log_posterior(model, pairs, [grid[:, None] for grid in stored])
+    for n, m in product(range(3), range(3)):
+        top = model.bottlenecks[0].lookup([stored[0][n : n + 1]])
+        coarse, fine = (features[m : m + 1] for features in model.features(images))
+        known = torch.cat([model.context_decoders[0](top), fine], 1)
+        given = [model.projections[0](coarse), model.projections[1](known)]
+        alone = log_posterior(model, given, [grid[n : n + 1] for grid in stored])
+        assert torch.allclose(found[n, m], alone[0], rtol=1e-4)
+    assert not torch.allclose(found, found.T)

@@ -39,6 +39,7 @@ class Bottled(NamedTuple):
         losses: by name, float (B,) each, to be weighted by the settings' `weights`.
         observed: float32 (B*h*w, channels), detached: what a learner and figures look at; empty where they do not.
         averaged: by name, (B, n) each: what `Settings.batch_losses` wants the mean of over the global batch.
+        posterior: the features that q(z | x) is made of, see `Bottleneck.log_posterior`; None where nothing is drawn.
     """
 
     seen: Tensor
@@ -46,6 +47,7 @@ class Bottled(NamedTuple):
     losses: dict[str, Tensor]
     observed: Tensor
     averaged: Mapping[str, Tensor] = {}
+    posterior: Tensor | None = None
 
 
 class Figures(Protocol):
@@ -85,6 +87,16 @@ class Bottleneck(Protocol):
 
     def lookup(self, stored: Sequence[Tensor]) -> Tensor:
         """Return what the decoder sees (B, D, h, w) for what is stored."""
+
+    def log_posterior(self, posterior: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """Return log q(z | x) in nats of what is stored, summed over the grid; float64, of the leading sizes of both.
+
+        A density where numbers are stored. Asked only of bottlenecks that take noise; the others need not have it.
+
+        Args:
+            posterior: features (…, C, h, w), as `Bottled.posterior` holds them.
+            stored: what is stored, (…, h, w) or (…, d, h, w) each. Leading sizes broadcast: (N, 1) and (M,) make pairs.
+        """
 
     def blank(self) -> Tensor:
         """Return what stands for a level that is absent, (D,)."""

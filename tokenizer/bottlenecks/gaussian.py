@@ -3,7 +3,8 @@
 B batch, D code_dim, h w grid.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -81,7 +82,16 @@ class Gaussian(Numbers):
             sample = mean if noise is None else mean + noise * (0.5 * log_variance).exp()
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         observed = mean.detach().movedim(1, -1).flatten(0, 2)
-        return Bottled(seen=sample, stored=(sample,), losses={"kl": kl.flatten(1).sum(1)}, observed=observed)
+        losses = {"kl": kl.flatten(1).sum(1)}
+        return Bottled(seen=sample, stored=(sample,), losses=losses, observed=observed, posterior=features)
+
+    def log_posterior(self, posterior: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """Return log q(z | x) of numbers (…, D, h, w) under features (…, 2 D, h, w), a density, in nats; float64."""
+        (values,) = stored
+        mean, log_variance = posterior.double().chunk(2, -3)
+        log_variance = log_variance.clamp(*LOG_VARIANCES)
+        squares = (values - mean).square() * (-log_variance).exp()
+        return -0.5 * (squares + log_variance + math.log(2 * math.pi)).flatten(-3).sum(-1)
 
     def figures(self) -> Averages:
         """Return the share of active units, of nothing yet: by ACTIVE_VARIANCE in the mean over cells."""
