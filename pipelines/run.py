@@ -34,7 +34,7 @@ from pipelines.stages.verify import (
     verify_samples,
     verify_tokens,
 )
-from pipelines.storage.fingerprint import manifest_digest, tokenizer_fingerprint
+from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import exists, make_folder, write_json
@@ -253,7 +253,8 @@ class Run:
             told(self.root / "prior", counted(len(prior.levels), "level"))
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
-            marks = self.finished.marks(read_manifest(samples, "samples", "sample"), tokenizer, prior)
+            models = model_fingerprints(tokenizer, prior)
+            marks = self.finished.marks(read_manifest(samples, "samples", "sample"), models)
             told(samples, size_of(verify_samples(samples, tokenizer, marks, cache)))
         tokens = self.root / self.config.export.folder
         if codes and is_complete(tokens):

@@ -163,9 +163,10 @@ class Gathered:
     @cached_property
     def samples_fit(self) -> bool:
         """Whether the samples were drawn by the models that are there now."""
-        marks = read_manifest(self.root / self.config.sample.folder, "samples", "sample")["fingerprints"]
-        found = {f"prior{level}": prior_fingerprint(prior) for level, prior in self.priors.items()}
-        return self.tokenizer is not None and marks == found | {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        manifest = read_manifest(self.root / self.config.sample.folder, "samples", "sample")
+        models = {f"prior{level}": prior_fingerprint(prior) for level, prior in self.priors.items()}
+        models |= {"tokenizer": tokenizer_fingerprint(self.tokenizer)} if self.tokenizer else {}
+        return manifest["fingerprints"] == self.finished.marks(manifest, models)
 
     @cached_property
     def patches(self) -> dict[int, codebooks.Patches]:
