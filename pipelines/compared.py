@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pipelines.config import Config
 from pipelines.errors import StageError
 from pipelines.finished import Finished
+from pipelines.stages import ORDER
 from pipelines.storage.paths import read_bytes
 from pipelines.storage.record import recorded_seconds
 from pipelines.storage.yaml import read_yaml
@@ -63,7 +64,7 @@ def read_run(config: Config) -> Compared:
         raise StageError(f"{path} cannot be read ({error}); run `smalti evaluate` again") from error
     if not isinstance(figures, dict):
         raise StageError(f"{path} must hold figures by name, and does not; run `smalti evaluate` again")
-    others = {"seconds": recorded_seconds(finished.root), "parameters": _parameters(finished)}
+    others = {"seconds": recorded_seconds(finished.root, ORDER[:-1]), "parameters": _parameters(finished)}
     return Compared(config, figures, others, _recorded(finished))
 
 
@@ -87,8 +88,8 @@ def _recorded(finished: Finished) -> dict[str, str]:
     """Return the settings that the stages' folders say they were made with, those of priors by level."""
     root = finished.root
     found: dict[str, str] = {}
-    for stage in ("images", "tokenizer", "codes", "samples"):
-        found |= _settings_of(root / stage)
+    for folder in ("images", "tokenizer", "codes", finished.config.sample.folder):
+        found |= _settings_of(root / folder)
     for level in sorted(path for path in (root / "prior").glob("level*") if path.is_dir()):
         own = _settings_of(level)
         found |= {name.replace("prior.", f"prior.{level.name}.", 1): value for name, value in own.items()}

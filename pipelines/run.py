@@ -219,12 +219,14 @@ class Run:
         """
         from pipelines.stages.evaluate import evaluate, table  # its metrics take seconds to import
 
+        self.begun = time.monotonic()
         make_folder(self.root)
         with workers_of(self.config.compute), adding_up(self.config.compute):
             figures = evaluate(*self.finished.subject(), self.config.evaluate.skip)
         if this_worker().rank == 0:
             print(table(figures))
             write_json(self.root / "metrics.json", figures)
+            self._keep_record("evaluate", f"figures in {self.root / 'metrics.json'}")
         return True
 
     def verify(self) -> bool:
@@ -311,7 +313,8 @@ class Run:
             return True
         if is_complete(folder):
             self.redo.settled(folder)
-            self._keep_record(stage, folder)
+            level = f"-{folder.name}" * (stage == "train-prior")
+            self._keep_record(stage, what_came_of(folder), level)
         elif this_worker().world_size > 1 or self.config.compute.num_nodes > 1:
             logger.info("%s: this process is done, the others are not yet", stage)
         else:
@@ -320,14 +323,13 @@ class Run:
             )
         return True
 
-    def _keep_record(self, stage: str, folder: Path) -> None:
+    def _keep_record(self, stage: str, came: str, level: str = "") -> None:
         """Say what came of a stage, and keep how long it took and where."""
         seconds, page = time.monotonic() - self.begun, self.root / PAGE
         if this_worker().rank == 0:
-            level = f"-{folder.name}" * (stage == "train-prior")
             write_record(self.root, stage + level, seconds, hardware(self.config.compute))
         look = f"look at {page}" if exists(page) else "`smalti report` shows it"
-        logger.info("%s: %s; %.0f s; %s", stage, what_came_of(folder), seconds, look)
+        logger.info("%s: %s; %.0f s; %s", stage, came, seconds, look)
 
     def _alone(self, folder: Path) -> AbstractContextManager[None]:
         return only_process(folder) if this_worker().rank == 0 else nullcontext()

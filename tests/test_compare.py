@@ -99,7 +99,9 @@ def test_a_run_is_compared_by_what_its_folder_holds(
     for path in (other.parent / "run").glob(".made-*.yaml"):
         path.unlink()
     (other.parent / "run" / ".made-pack.yaml").write_text("seconds: 2.5\n")
-    (other.parent / "run" / ".made-encode.yaml").write_text("seconds: 4\n")
+    (other.parent / "run" / ".made-train-prior-level1.yaml").write_text("seconds: 4\n")
+    for stage in ("export", "evaluate"):  # no part of what is compared
+        (other.parent / "run" / f".made-{stage}.yaml").write_text("seconds: 100\n")
     code, text = smalti("compare", tiny_run, other, "--out", tmp_path / "board.csv")
     assert code == 0 and "temperature" in text.splitlines()[0]
     first, second = csv.DictReader((tmp_path / "board.csv").read_text().splitlines())
@@ -125,3 +127,12 @@ def test_the_table_is_not_written_over_a_config(tiny_run: Path, smalti: Smalti) 
     code, text = smalti("compare", tiny_run, "--out", tiny_run)
     assert code == 2 and "is one of the configs" in text
     assert tiny_run.read_bytes() == before
+
+
+def test_settings_of_samples_are_those_of_the_set_that_the_config_names(
+    copy_of: Callable[..., Path], tiny_run: Path, smalti: Smalti
+) -> None:
+    other = copy_of({"sample": {"temperature": 0.5, "folder": "colder"}})
+    assert smalti("sample", other)[0] == 0
+    code, text = smalti("compare", tiny_run, other)
+    assert code == 0 and "temperature" in text.splitlines()[0] and " 0.5 " in text

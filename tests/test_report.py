@@ -116,7 +116,7 @@ def test_the_page_says_what_was_read_and_what_came_of_it(tiny_run: Path) -> None
     figures = json.loads((run / "metrics.json").read_text())
     assert "2x2 of 16 codes + 4x4 of 32 codes" in text
     assert f"{figures['tokenizer']['psnr']:.4g}" in text
-    for words in ("1,618 train, 179 val", "at most 200 images", "smalti run", "Made with python", "cores of"):
+    for words in ("1,618 train, 179 val", "at most 200 images", "smalti run", "Made with python", "cores of", "figures of tokenizer, prior"):
         assert words in text
     assert (run / "report.html").stat().st_size < 1e6
 
@@ -372,8 +372,9 @@ def test_a_report_that_fails_takes_nothing_from_the_run(
 def test_stages_say_where_the_page_is(copy_of: Callable[..., Path], smalti: Smalti) -> None:
     config = copy_of()
     run = config.parent / "run"
-    _, said = smalti("sample", config, "--redo", "sample")
-    assert said.strip().endswith(f"look at {run / 'report.html'}")
+    for stage in (["sample", config, "--redo", "sample"], ["evaluate", config]):
+        _, said = smalti(*stage)
+        assert said.strip().endswith(f"look at {run / 'report.html'}")
 
 
 def names_in(figures: dict[str, Any]) -> Iterator[str]:
