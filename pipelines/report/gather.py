@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.compared import Compared, as_compared
 from pipelines.compute.devices import inference_device
 from pipelines.config import Config
 from pipelines.errors import StageError, UserError, told_to_user
@@ -209,6 +210,11 @@ class Gathered:
         return sum(len(images.keys) for images in self.images.values())
 
     @cached_property
+    def compared(self) -> Compared | None:
+        """The run as it is compared with others; None where its models cannot be read."""
+        return self.part("scoreboard", self._compared)
+
+    @cached_property
     def measured(self) -> dict[str, Any]:
         """What `evaluate` found."""
         return read_figures(self.root)
@@ -302,6 +308,10 @@ class Gathered:
         if not self.samples or not train or self.samples.pixels.shape[1:] != train.pixels.shape[1:]:
             return None
         return sampled.neighbours(self.samples, train, self.images.get("val"))
+
+    def _compared(self) -> Compared:
+        models = [self.tokenizer] if self.tokenizer else []
+        return as_compared(self.finished, self.measured, [*models, *self.priors.values()])
 
     def _warnings(self) -> list[str]:
         found = [*warned.of_codebooks(self.codebooks), *warned.of_units(self.figures)]
