@@ -93,7 +93,9 @@ def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Pa
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=fsq", "--tokenizer.model.codebook_size=8")
     assert code == 2 and "--tokenizer.model.codebook_size would change nothing: tokenizer.bottleneck is fsq" in said
     code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.top_k=3")
-    assert code == 2 and "sample.top_k, top_p, guidance and classes are of codes, and level 0 holds numbers" in said
+    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
+    code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.reject=2")
+    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian")
     assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
     code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")

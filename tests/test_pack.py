@@ -9,13 +9,14 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipelines.begun import settle_source
 from pipelines.compute.devices import ComputeConfig
 from pipelines.config import Config, load_config
 from pipelines.data.images import ImageShards
 from pipelines.errors import ConfigError, StageError
 from pipelines.run import Run
 from pipelines.sources.splits import stratified_fraction
-from pipelines.stages.pack import ImagesConfig, pack, settle_source
+from pipelines.stages.pack import ImagesConfig, pack
 from pipelines.storage.shards import index_shard, read_member
 
 COMPUTE = ComputeConfig(num_workers=0)

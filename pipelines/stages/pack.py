@@ -22,17 +22,16 @@ from pipelines.compute.signals import PARENT, end_with_parent
 from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import StageError
 from pipelines.progress import counted, progress_bar
-from pipelines.sources.open import check_name, check_source_outside, open_source
+from pipelines.sources.open import open_source
 from pipelines.sources.source import Raw, Source, Split, described, described_beside
 from pipelines.sources.splits import stratified_fraction
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.folders import check_settings_stay
 from pipelines.storage.manifest import write_manifest
-from pipelines.storage.paths import read_bytes, write_text
-from pipelines.storage.receipts import read_receipt, remove_shards, write_shard
+from pipelines.storage.paths import write_text
+from pipelines.storage.receipts import read_receipt, write_shard
 from pipelines.storage.shards import CARRIED
-from pipelines.storage.yaml import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +104,21 @@ class ShardPlan(NamedTuple):
     indices: np.ndarray
 
 
-def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) -> None:
+def pack(
+    config: ImagesConfig,
+    seed: int,
+    compute: ComputeConfig,
+    folder: Path,
+    judged: Callable[[list[str]], None] | None = None,
+) -> None:
     """Write image shards, receipts and the manifest; shards whose receipt fits stay.
+
+    Args:
+        config: the section.
+        seed: of the split and the order.
+        compute: where.
+        folder: of the stage.
+        judged: called with the class names before anything is packed, to refuse what they are not enough for.
 
     Raises:
         StageError: an empty source, duplicate keys, or more bad images than max_bad allows.
@@ -119,6 +131,8 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
         config.label_column or None,
         config.caption_column or None,
     )
+    if judged:
+        judged(source.class_names)
     if this_worker().rank == 0:
         logger.info("pack: %s", described(config.source, source))
         if said := described_beside(source, kept_members(source, config)):
@@ -139,24 +153,6 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
     if all_done(jobs, share, compute.cache):
         check_settings_stay(folder, "pack", {"seed": seed, "images": config})
         _finish(folder, plans, source, config)
-
-
-def settle_source(source: str, folder: Path) -> None:
-    """Make sure, before anything is touched, that a folder that is to be packed to has to do with one source alone.
-
-    Shards of an unfinished folder that were made from another source are removed: a source is known by the names of
-    its files, which another may have too, and then receipts fit.
-
-    Raises:
-        ConfigError: there is no such kind of source, or it lies in the folder.
-    """
-    check_name(source)
-    check_source_outside(source, folder)
-    kept = source
-    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
-        kept = read_yaml(read_bytes(folder / "config.yaml"))["images"]["source"]
-    if kept != source and this_worker().rank == 0:
-        remove_shards(folder)
 
 
 def kept_members(source: Source, config: ImagesConfig) -> list[str]:
