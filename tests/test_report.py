@@ -15,7 +15,7 @@ from pipelines.cli import page_after_run
 from pipelines.report import reading
 from pipelines.report.codebooks import Codebook, alone, mosaic, patches
 from pipelines.report.curves import charts, read_rows
-from pipelines.report.likelihoods import Maps, Split, position_nats
+from pipelines.report.likelihoods import Costs, Maps, Split, maps, position_nats
 from pipelines.report.pictures import VIRIDIS, heat, picture
 from pipelines.report.reading import most_read, read_codes, read_images
 from pipelines.report.sampled import apart
@@ -23,7 +23,7 @@ from pipelines.report.side_by_side import overlaid
 from pipelines.report.tokenized import ranked
 from pipelines.report.warned import of_classes, of_codebooks, of_curves, of_levels, of_priors
 from pipelines.storage.cache import Cache
-from prior import LevelConfig, LevelPrior, NormalConfig
+from prior import LevelConfig, LevelPrior, NormalConfig, TransformerConfig
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
 
 Smalti = Callable[..., tuple[int, str]]
@@ -251,7 +251,18 @@ def test_collapsed_levels_and_dead_codes_are_told_apart() -> None:
 
 def test_a_level_that_the_decoder_hardly_looks_at_is_named() -> None:
     (one,) = of_levels({0: 0.1, 1: 3.0}, [36.0, 36.0, 72.0])
-    assert "looks at level 0: without its codes reconstructions lose 0.1 dB, though it takes 25% of the bits" in one
+    assert "looks at level 0: without it reconstructions lose 0.1 dB, though it takes 25% of the bits" in one
+    (other,) = of_levels({0: 0.1}, [None, None])
+    assert "lose 0.1 dB. A coarser stride for it, or fewer channels for finer levels" in other
+
+
+def test_a_density_is_told_in_nats_and_codes_in_bits() -> None:
+    nats = Costs(torch.full((1, 2, 2), 3.0), [0])
+    sizes = {"level": 0, "grids": [(2, 2)], "class_names": []}
+    small = TransformerConfig(width=8, depth=1, heads=1)
+    codes = LevelPrior(LevelConfig(**sizes, codebook_sizes=[16], size=small))
+    numbers = LevelPrior(LevelConfig(**sizes, codebook_sizes=[None], size=NormalConfig(), channels=[5]))
+    assert [maps(level, nats, None, None).images[0][2] for level in (codes, numbers)] == ["17 bits", "12 nats"]
 
 
 @pytest.mark.parametrize(("train", "warned"), [(2.0, True), (2.6, False)])
