@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from pipelines.cli import page_after_run
+from pipelines.compare import COLUMNS
+from pipelines.metrics.quality import TokenizerQuality
 from pipelines.report import reading
 from pipelines.report.codebooks import Codebook, alone, mosaic, patches
 from pipelines.report.curves import charts, read_rows
-from pipelines.report.likelihoods import Maps, Split, position_nats
+from pipelines.report.figures import MEANINGS
+from pipelines.report.likelihoods import Costs, Maps, Split, maps, position_nats
 from pipelines.report.pictures import VIRIDIS, heat, picture
 from pipelines.report.reading import most_read, read_codes, read_images
 from pipelines.report.sampled import apart
@@ -23,8 +26,9 @@ from pipelines.report.side_by_side import overlaid
 from pipelines.report.tokenized import ranked
 from pipelines.report.warned import of_bottlenecks, of_classes, of_curves, of_levels, of_priors
 from pipelines.storage.cache import Cache
-from prior import LevelConfig, LevelPrior, NormalConfig
+from prior import LevelConfig, LevelPrior, NormalConfig, TransformerConfig
 from tokenizer import EMAConfig, HierarchicalVQVAE, TokenizerConfig
+from tokenizer.bottlenecks import KINDS
 from tokenizer.bottlenecks.fsq import FSQConfig
 from tokenizer.bottlenecks.gaussian import GaussianConfig
 
@@ -260,7 +264,18 @@ def test_units_that_say_nothing_are_warned_of_by_their_bottleneck() -> None:
 
 def test_a_level_that_the_decoder_hardly_looks_at_is_named() -> None:
     (one,) = of_levels({0: 0.1, 1: 3.0}, [36.0, 36.0, 72.0])
-    assert "looks at level 0: without its codes reconstructions lose 0.1 dB, though it takes 25% of the bits" in one
+    assert "looks at level 0: without it reconstructions lose 0.1 dB, though it takes 25% of the bits" in one
+    (other,) = of_levels({0: 0.1}, [None, None])
+    assert "lose 0.1 dB. A coarser stride for it, or fewer channels for finer levels" in other
+
+
+def test_a_density_is_told_in_nats_and_codes_in_bits() -> None:
+    nats = Costs(torch.full((1, 2, 2), 3.0), [0])
+    sizes = {"level": 0, "grids": [(2, 2)], "class_names": []}
+    small = TransformerConfig(width=8, depth=1, heads=1)
+    codes = LevelPrior(LevelConfig(**sizes, codebook_sizes=[16], size=small))
+    numbers = LevelPrior(LevelConfig(**sizes, codebook_sizes=[None], size=NormalConfig(), channels=[5]))
+    assert [maps(level, nats, None, None).images[0][2] for level in (codes, numbers)] == ["17 bits", "12 nats"]
 
 
 @pytest.mark.parametrize(("train", "warned"), [(2.0, True), (2.6, False)])
@@ -392,14 +407,46 @@ def names_in(figures: dict[str, Any]) -> Iterator[str]:
             yield from names_in(value)
 
 
-def test_every_figure_stands_in_the_docs(tiny_run: Path) -> None:
-    run, text = tiny_run.parent / "run", (Path(__file__).parent.parent / "docs" / "figures.md").read_text()
-    quoted = set(re.findall(r"`([^`]+)`", text))
+@pytest.fixture(scope="module")
+def documented() -> set[str]:
+    """Names that have a row in docs/figures.md, whole and by their parts."""
+    text = (Path(__file__).parent.parent / "docs" / "figures.md").read_text()
+    cells = [
+        found[1] for found in re.finditer(r"^(?:\| |#+ )([^|\n]+)", text, re.MULTILINE)
+    ]  # first ones, and headings
+    quoted = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     known = quoted | {part for name in quoted for part in name.split(".")}
-    known |= {f"{name}{one[1:]}" for name in known for one in quoted if one[0] == "…"}
+    return known | {f"{name}{one[1:]}" for name in known for one in quoted if one[0] == "…"}
+
+
+def bare(name: str) -> str:
+    """A figure's name without the split and the number of the level."""
+    return re.sub(r"^(train_|val_)?(level\d+)?", lambda found: "levelN" * bool(found[2]), name)
+
+
+def test_every_figure_stands_in_the_docs(tiny_run: Path, documented: set[str]) -> None:
+    run = tiny_run.parent / "run"
     written = set(names_in(json.loads((run / "metrics.json").read_text())))
     for folder in ("tokenizer", "prior/level0", "prior/level1"):
         written |= set(names_in(json.loads((run / folder / "metrics.json").read_text())))
         written |= {name for row in read_rows(run / folder) for name in row} - {"step"}
-    named = {re.sub(r"^(train_|val_)?(level\d+)?", lambda found: "levelN" * bool(found[2]), name) for name in written}
-    assert len(named) > 40 and {name for name in named if name not in known} == set()
+    named = {bare(name) for name in written}
+    assert len(named) > 40 and named - documented == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_bottlenecks_tell_of_themselves_stands_in_the_docs(kind: str, documented: set[str]) -> None:
+    family, config = KINDS[kind](), TokenizerConfig(codebook_size=16, code_dim=4, width=8, residual_width=4)
+    model, images = HierarchicalVQVAE(config, 16, 1, family).eval(), torch.zeros(2, 1, 16, 16)
+    quality = TokenizerQuality(model)
+    with torch.no_grad():
+        quality.add(images, model(images), torch.ones(2))
+    named = {bare(name) for name in quality.figures()} | {f"levelN_{name}" for name in family.weights(4, 256)}
+    assert len(named) > 3 and named - documented == set()
+
+
+def test_what_the_page_and_the_scoreboard_show_stands_in_the_docs(documented: set[str]) -> None:
+    keys = [re.sub(r"\(\?:.*", "", key).replace(r"(\d+)", "N").replace("\\", "") for key in MEANINGS]
+    named = [key.replace(".given_class", "").replace(".without_class", "").split(".") for key in keys]
+    assert {name for parts in named for name in parts[-1:] if name not in documented} == set()
+    assert {column.figure for column in COLUMNS} - documented == set()

@@ -196,6 +196,11 @@ class Gathered:
             found[level] = {split: likelihoods.costs(prior, self.codes[split]) for split in splits}
         return found
 
+    @property
+    def continuous(self) -> bool:
+        """Whether priors are of numbers, which N(0, I) finds likely or not, whatever class and coarser levels."""
+        return any(None in prior.config.codebook_sizes for prior in self.priors.values())
+
     @cached_property
     def class_names(self) -> list[str]:
         """Names of the classes; empty where there are none."""
@@ -277,7 +282,8 @@ class Gathered:
     def _by_class(self) -> Table:
         levels = [f"level {level}, {split}" for level, splits in self.costs.items() for split in splits]
         rows = likelihoods.by_class(self.costs, self.codes, self.class_names)
-        return Table("Nats a code by class", ["class", *levels], rows if levels else [])
+        unit = "cell, of a density" if self.continuous else "code"
+        return Table(f"Nats per {unit}, by class", ["class", *levels], rows if levels else [])
 
     @cached_property
     def bits(self) -> dict[str, np.ndarray] | None:
