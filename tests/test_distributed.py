@@ -36,6 +36,7 @@ KINDS: dict[str, dict] = {
     "gumbel": {"gumbel": {"anneal_steps": 4}},
     "gaussian": {"gaussian": {"beta": 1.0}, "augment": {"corrupt": "noise"}},
     "sparse": {"sparse": {"weight": 1.0}},
+    "contractive": {"contractive": {"weight": 1.0}},
 }
 Trained = Callable[[int, int], dict[str, Path]]
 

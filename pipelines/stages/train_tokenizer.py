@@ -6,6 +6,7 @@ B batch, C channels, H W pixels.
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipelines.data.pictures import picture_grid
 from pipelines.metrics.quality import TokenizerQuality
 from pipelines.storage.paths import whole
 from pipelines.training.batch_losses import SplitLosses, batch_losses
+from pipelines.training.contraction import contraction, contraction_of
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.loggers import log_picture
 from pipelines.training.owned_losses import OwnedLosses
@@ -61,6 +63,8 @@ def train_tokenizer(
         images: the `images` folder.
         folder: of the stage.
     """
+    if section.family.probes:  # no compiled model lets gradients of gradients through
+        training = replace(training, compile=False)
     train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
     model = HierarchicalVQVAE(section.model, train.size, train.channels, section.family)
@@ -116,8 +120,9 @@ class TokenizerTraining(pl.LightningModule):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         num_values = model.channels * model.image_size**2
-        self.loss = TokenizerLoss(section.loss, section.family.weights(model.config.num_levels, num_values))
-        learners = [section.family.learner(bottleneck) for bottleneck in model.bottlenecks]
+        self.family = section.family
+        self.loss = TokenizerLoss(section.loss, self.family.weights(model.config.num_levels, num_values))
+        learners = [self.family.learner(bottleneck) for bottleneck in model.bottlenecks]
         self.learners = nn.ModuleList(one for one in learners if one is not None)  # type: ignore[assignment]
         self.owned = OwnedLosses(losses)
         self.owned_before: list[dict[str, Any]] = []
@@ -185,9 +190,11 @@ class TokenizerTraining(pl.LightningModule):
         images = to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
         noise = self._noise(self.global_step, first, len(images))
-        output = self.model(corrupted(images, self.augment, noise), noise.of_levels(self.model))
-        of_batch = batch_losses(self.model.bottleneck, output.levels, self.trainer.world_size)
-        losses = [level.losses | whole for level, whole in zip(output.levels, of_batch, strict=True)]
+        seen = corrupted(images, self.augment, noise).detach().requires_grad_(self.family.probes > 0)
+        output = self.model(seen, noise.of_levels(self.model))
+        of_batch = batch_losses(self.family, output.levels, self.trainer.world_size)
+        of_images = contraction(output.levels, seen, self.family.probes, noise)
+        losses = [level.losses | a | b for level, a, b in zip(output.levels, of_batch, of_images, strict=True)]
         loss = self.loss(output.reconstruction, images, losses)
         parts = self.owned(output.reconstruction, images, self.training_config.micro_batches)
         loss = loss + sum(parts.values(), start=torch.zeros_like(loss))
@@ -251,7 +258,8 @@ class TokenizerTraining(pl.LightningModule):
         noise = self._noise(0, first, len(images), VALIDATION)
         drawn = noise.of_levels(self.model)
         output = self.model(images, drawn)
-        self.quality.add(images, output, mask)
+        contractions = contraction_of(self.model, images, self.family.probes, noise)
+        self.quality.add(images, output, mask, contractions)
         if drawn is not None:
             self.without_noise.add(images, self.model(images), mask)
         if self.augment.corrupt != "none":

@@ -36,6 +36,7 @@ class Bottled(NamedTuple):
         losses: by name, float (B,) each, to be weighted by the settings' `weights`.
         observed: float32 (B*h*w, channels), detached: what a learner and figures look at; empty where they do not.
         averaged: by name, (B, n) each: what `Settings.batch_losses` wants the mean of over the global batch.
+        contracted: (B, …), what the loss "contraction" is to hold still while images move; see `Settings.probes`.
     """
 
     seen: Tensor
@@ -43,6 +44,7 @@ class Bottled(NamedTuple):
     losses: dict[str, Tensor]
     observed: Tensor
     averaged: Mapping[str, Tensor] = {}
+    contracted: Tensor | None = None
 
 
 class Figures(Protocol):
@@ -129,10 +131,14 @@ class Settings:
         unread: names of what it is told by `VectorSizes` and does not use.
         whole_batch: whether it has losses that are no means over images, but of the global batch as a whole. A step is
             then not the sum of its micro-batches, and must be one.
+        probes: backward passes that the loss "contraction" may take per level: the squared norm of the Jacobian of
+            `Bottled.contracted` by the images, which training adds to the bottleneck's own; 0 where there is none.
     """
 
     of_model: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
+
+    probes = 0
 
     @property
     def whole_batch(self) -> bool:
