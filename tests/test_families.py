@@ -121,6 +121,27 @@ def test_settings_that_a_fixed_prior_does_not_read_are_refused_on_the_command_li
         load_config(write_config(tmp_path, file), [f"--prior.{setting}"])
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "kind", "default", "settings"),
+    [
+        ("tokenizer", "bottleneck", "fsq", "ema", {"levels": [5, 5]}),
+        ("prior", "network", "pixelsnail", "auto", {"width": 8}),
+    ],
+)
+def test_a_file_that_holds_settings_of_a_kind_names_one(
+    section: str, name: str, kind: str, default: str, settings: dict, tmp_path: Path
+) -> None:
+    file = {"run_dir": str(tmp_path), section: {kind: settings}}
+    with pytest.raises(
+        ConfigError, match=rf"{section}.{kind} would change nothing: {section}.{name} is {default}; add"
+    ):
+        load_config(file)
+    load_config(file, [f"--{section}.{name}={kind}"])
+    load_config(file | {section: {kind: settings, name: default}})
+    default = {"auto": "transformer"}.get(default, default)
+    load_config({"run_dir": str(tmp_path), section: {default: {}}}, [f"--{section}.{name}={kind}"])
+
+
 def test_a_loss_of_the_whole_batch_refuses_parts_of_it_before_anything_is_done(
     tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
 ) -> None:

@@ -22,10 +22,12 @@ from pipelines.report.reading import most_read, read_codes, read_images
 from pipelines.report.sampled import apart
 from pipelines.report.side_by_side import differing, flat_settings, overlaid
 from pipelines.report.tokenized import ranked
-from pipelines.report.warned import of_classes, of_codebooks, of_curves, of_levels, of_priors
+from pipelines.report.warned import of_bottlenecks, of_classes, of_curves, of_levels, of_priors
 from pipelines.storage.cache import Cache
 from prior import LevelConfig, LevelPrior, NormalConfig
-from tokenizer import HierarchicalVQVAE, TokenizerConfig
+from tokenizer import EMAConfig, HierarchicalVQVAE, TokenizerConfig
+from tokenizer.bottlenecks.fsq import FSQConfig
+from tokenizer.bottlenecks.gaussian import GaussianConfig
 
 Smalti = Callable[..., tuple[int, str]]
 CHROMIUM = "/usr/bin/chromium"
@@ -242,11 +244,18 @@ def book(size: int, used: int, places: int) -> Codebook:
 
 
 def test_collapsed_levels_and_dead_codes_are_told_apart() -> None:
-    (collapsed,) = of_codebooks([book(512, 12, 9000)])
-    assert "Level 0 has collapsed: 12 of its 512 codes" in collapsed
-    (dead,) = of_codebooks([book(512, 442, 30000)])
-    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead
-    assert not [*of_codebooks([book(512, 442, 3000), book(512, 510, 30000)])]  # too few places to tell; nearly all
+    (collapsed,) = of_bottlenecks(EMAConfig(), {"tokenizer.level0_usage": 0.5}, [book(512, 12, 9000)])
+    assert collapsed.startswith("Level 0 uses 2.3% of its codes: it has collapsed")
+    (dead,) = of_bottlenecks(FSQConfig(), {}, [book(512, 442, 30000)])
+    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead and "revival" not in dead
+    few, nearly_all = book(512, 442, 3000), book(512, 510, 30000)
+    assert not [*of_bottlenecks(EMAConfig(), {}, [few, nearly_all])]
+
+
+def test_units_that_say_nothing_are_warned_of_by_their_bottleneck() -> None:
+    figures = {"tokenizer.psnr": 20.0, "tokenizer.level0_active": 0.5, "tokenizer.level1_active": 0.02}
+    (collapsed,) = of_bottlenecks(GaussianConfig(), figures, [])
+    assert collapsed.startswith("Level 1 tells images apart by 2.0% of its units: the posterior has collapsed")
 
 
 def test_a_level_that_the_decoder_hardly_looks_at_is_named() -> None:

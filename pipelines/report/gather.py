@@ -303,7 +303,9 @@ class Gathered:
         return sampled.neighbours(self.samples, train, self.images.get("val"))
 
     def _warnings(self) -> list[str]:
-        found = [*warned.of_codebooks(self.codebooks), *warned.of_units(self.figures)]
+        found: list[str] = []
+        if self.tokenizer:
+            found += warned.of_bottlenecks(self.tokenizer.bottleneck, self.figures, self.codebooks)
         if self.quality and self.tokenizer:
             bits = [h * w * math.log2(size) if size else None for (h, w), size, _ in self.tokenizer.levels]
             found += warned.of_levels(self.quality.adds, bits)

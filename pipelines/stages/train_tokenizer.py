@@ -28,7 +28,7 @@ from pipelines.data.images import (
 )
 from pipelines.data.noise import VALIDATION, BatchNoise
 from pipelines.data.pictures import picture_grid
-from pipelines.metrics.quality import TokenizerQuality
+from pipelines.metrics.quality import TokenizerQuality, level_warnings
 from pipelines.storage.paths import whole
 from pipelines.training.batch_losses import SplitLosses, batch_losses
 from pipelines.training.contraction import contraction, contraction_of
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 NUM_SHOWN = 10
 # Images that are encoded at once for the start of learners.
 START_IMAGES = 8
-# A level that uses less of its codes, or of its units, is warned of.
-LEAST_USAGE = 0.1
 
 
 def train_tokenizer(
@@ -297,20 +295,8 @@ class TokenizerTraining(pl.LightningModule):
         self.log_dict({f"val_{name}": value for name, value in figures.items()}, rank_zero_only=False)
         for name, counts in self.counted.items():
             self.log_dict({f"level{level}_{name}": float(count) for level, count in enumerate(counts)})
-        for level in levels:
-            if (usage := figures.get(f"level{level}_usage", 1.0)) < LEAST_USAGE:
-                logger.warning(
-                    "level %d uses %.1f%% of its codes: it has collapsed, and samples will be noise; "
-                    "lower the learning rate, raise revival_threshold or use fewer codes",
-                    level,
-                    100 * usage,
-                )
-            if (active := figures.get(f"level{level}_active", 1.0)) < LEAST_USAGE:
-                logger.warning(
-                    "level %d: %.1f%% of its units say anything of the image: the posterior has collapsed; lower beta",
-                    level,
-                    100 * active,
-                )
+        for warning in level_warnings(self.model.bottleneck, figures):
+            logger.warning("%s", warning)
         if self.global_rank == 0 and self.shown is not None:
             picture = picture_grid([list(to_uint8(row)) for row in self.shown])
             with whole(self.folder / "reconstructions.png") as temporary:
