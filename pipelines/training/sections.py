@@ -17,6 +17,7 @@ from tokenizer.bottlenecks.contractive import ContractiveConfig
 from tokenizer.bottlenecks.gumbel import GumbelConfig
 from tokenizer.bottlenecks.residual import ResidualConfig
 from tokenizer.bottlenecks.sparse import SparseConfig
+from tokenizer.loss import Reconstruction
 
 # What these settings were when they came, for ever.
 GRADIENT_THEN = {"codebook_weight": 1.0, "commitment_weight": 0.25, "kmeans_iterations": 10}
@@ -125,7 +126,9 @@ class TokenizerSection:
         contractive: settings of that bottleneck.
         shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
             disk that it is fetched to; 0 mixes all.
-        loss: reconstruction loss.
+        loss: of the reconstruction: "mse", "l1", or a likelihood in nats per value, beside which a bottleneck's KL
+            divergence makes the ELBO: "gaussian", or "bernoulli", for which `model.sigmoid` must be true.
+        loss_scale: standard deviation of "gaussian", of values in [-1, 1]; 0 learns it.
         augment: what is done to training images at random.
         training: optimizer and schedule.
     """
@@ -141,7 +144,8 @@ class TokenizerSection:
     gumbel: GumbelConfig = field(default_factory=GumbelConfig, metadata={"introduced": GUMBEL_THEN})
     sparse: SparseConfig = field(default_factory=SparseConfig, metadata={"introduced": SPARSE_THEN})
     contractive: ContractiveConfig = field(default_factory=ContractiveConfig, metadata={"introduced": CONTRACTIVE_THEN})
-    loss: Literal["mse", "l1"] = "mse"
+    loss: Reconstruction = "mse"
+    loss_scale: float = field(default=0.0, metadata={"introduced": 0.0})
     shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -149,6 +153,14 @@ class TokenizerSection:
     def __post_init__(self) -> None:
         if self.bottleneck not in KINDS:
             raise ValueError(f"tokenizer.bottleneck must be one of {', '.join(KINDS)}, got {self.bottleneck}")
+        if self.loss == "bernoulli" and not self.model.sigmoid:
+            raise ValueError("tokenizer.loss bernoulli needs a decoder of logits; set tokenizer.model.sigmoid to true")
+        if not self.loss_scale >= 0:
+            raise ValueError(f"tokenizer.loss_scale must not be negative, got {self.loss_scale}")
+        if self.loss_scale and self.loss != "gaussian":
+            raise ValueError(
+                f"tokenizer.loss_scale is of the loss gaussian, and the loss is {self.loss}; leave it at 0"
+            )
         if self.shuffle_shards < 0:
             raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
 

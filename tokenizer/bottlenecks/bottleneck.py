@@ -173,6 +173,10 @@ class Settings:
         """Return the weight of each of its losses, for N levels and images of so many values."""
         return {}
 
+    def shares(self, step: int) -> dict[str, float]:
+        """Return by name which share of its weight a loss has in a step of training; 1 where it is not named."""
+        return {}
+
     def batch_losses(self, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return scalar losses by name of what is averaged over the global batch, and of nothing else.
 
