@@ -54,6 +54,11 @@ def judge(
                 f"tokenizer.training.micro_batches must be 1 with bottleneck {config.tokenizer.bottleneck}, whose loss "
                 f"is of the whole batch and no sum of parts, got {training[0].micro_batches}; use more processes"
             )
+        if config.tokenizer.family.probes and training[0].compile is True:
+            raise ConfigError(
+                f"tokenizer.training.compile must be false or auto with bottleneck {config.tokenizer.bottleneck}: "
+                "gradients of gradients go through no compiled model"
+            )
         if config.compute.strategy == "fsdp":
             raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
     if "train-prior" in stages:

@@ -15,7 +15,9 @@ Smalti = Callable[..., tuple[int, str]]
 FEW = {"training": {"steps": 2, "val_every": 2, "checkpoint_every": 1, "weight_ema": 0.9, "log_every": 1}}
 
 
-@pytest.fixture(scope="module", params=["gradient", "residual", "gumbel", "fsq", "gaussian", "sparse", "identity"])
+@pytest.fixture(
+    scope="module", params=["gradient", "residual", "gumbel", "fsq", "gaussian", "sparse", "contractive", "identity"]
+)
 def finished(
     request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable
 ) -> Path:

@@ -6,6 +6,7 @@ B batch, C channels, H W pixels.
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from pipelines.data.pictures import picture_grid
 from pipelines.metrics.quality import TokenizerQuality, level_warnings
 from pipelines.storage.paths import whole
 from pipelines.training.batch_losses import SplitLosses, batch_losses
+from pipelines.training.contraction import contraction, contraction_of
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.loggers import log_picture
 from pipelines.training.owned_losses import OwnedLosses
 from pipelines.training.sections import TokenizerSection, TrainingConfig
-from tokenizer import Bottled, HierarchicalVQVAE, TokenizerLoss
+from tokenizer import Autoencoded, Bottled, HierarchicalVQVAE, TokenizerLoss
 from tokenizer.bottlenecks.bottleneck import Learner, Place
 from tokenizer.loss import OwnedLoss
 
@@ -59,6 +61,8 @@ def train_tokenizer(
         images: the `images` folder.
         folder: of the stage.
     """
+    if section.family.probes:  # no compiled model lets gradients of gradients through
+        training = replace(training, compile=False)
     train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
     model = HierarchicalVQVAE(section.model, train.size, train.channels, section.family)
@@ -114,8 +118,10 @@ class TokenizerTraining(pl.LightningModule):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         num_values = model.channels * model.image_size**2
-        self.loss = TokenizerLoss(section.loss, section.family.weights(model.config.num_levels, num_values))
-        learners = [section.family.learner(bottleneck) for bottleneck in model.bottlenecks]
+        self.family = section.family
+        weights = self.family.weights(model.config.num_levels, num_values)
+        self.loss = TokenizerLoss(section.loss, weights, section.loss_scale)
+        learners = [self.family.learner(bottleneck) for bottleneck in model.bottlenecks]
         self.learners = nn.ModuleList(one for one in learners if one is not None)  # type: ignore[assignment]
         self.owned = OwnedLosses(losses)
         self.owned_before: list[dict[str, Any]] = []
@@ -126,7 +132,7 @@ class TokenizerTraining(pl.LightningModule):
         self.shown: list[Tensor] | None = None
 
     def configure_optimizers(self) -> Any:
-        return make_optimizer(self.model.parameters(), self.training_config)
+        return make_optimizer([*self.model.parameters(), *self.loss.parameters()], self.training_config)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_metrics(self, checkpoint)
@@ -183,10 +189,12 @@ class TokenizerTraining(pl.LightningModule):
         images = to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
         noise = self._noise(self.global_step, first, len(images))
-        output = self.model(corrupted(images, self.augment, noise), noise.of_levels(self.model))
-        of_batch = batch_losses(self.model.bottleneck, output.levels, self.trainer.world_size)
-        losses = [level.losses | whole for level, whole in zip(output.levels, of_batch, strict=True)]
-        loss = self.loss(output.reconstruction, images, losses)
+        seen = corrupted(images, self.augment, noise).detach().requires_grad_(self.family.probes > 0)
+        output = self.model(seen, noise.of_levels(self.model))
+        of_batch = batch_losses(self.family, output.levels, self.trainer.world_size)
+        of_images = contraction(output.levels, seen, self.family.probes, noise)
+        losses = [level.losses | a | b for level, a, b in zip(output.levels, of_batch, of_images, strict=True)]
+        loss = self.loss(self._given(output), images, losses, self.family.shares(self.global_step))
         parts = self.owned(output.reconstruction, images, self.training_config.micro_batches)
         loss = loss + sum(parts.values(), start=torch.zeros_like(loss))
         self._collect(output.levels, first, len(images))
@@ -194,6 +202,13 @@ class TokenizerTraining(pl.LightningModule):
         named = {f"train_{name}": value.detach() for name, value in parts.items()}
         self.log_dict({"train_loss": loss.detach(), "train_mse": mse, **named})
         return loss
+
+    def _given(self, output: Autoencoded) -> Tensor:
+        """Return what the loss is of."""
+        if self.loss.reconstruction != "bernoulli":
+            return output.reconstruction
+        assert output.logits is not None
+        return output.logits
 
     @torch.no_grad()
     def _collect(self, levels: list[Bottled], first: int, number: int) -> None:
@@ -242,6 +257,7 @@ class TokenizerTraining(pl.LightningModule):
         self.quality, self.without_noise = TokenizerQuality(self.model), TokenizerQuality(self.model)
         self.of_corrupted = TokenizerQuality(self.model)
         self.split_losses = SplitLosses(self.model)
+        self.reconstruction = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, and images
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         mask, images = batch.mask, to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
@@ -249,7 +265,10 @@ class TokenizerTraining(pl.LightningModule):
         noise = self._noise(0, first, len(images), VALIDATION)
         drawn = noise.of_levels(self.model)
         output = self.model(images, drawn)
-        self.quality.add(images, output, mask)
+        contractions = contraction_of(self.model, images, self.family.probes, noise)
+        self.quality.add(images, output, mask, contractions)
+        of_images = self.loss.of_values(self._given(output), images).double().flatten(1).mean(1)
+        self.reconstruction += torch.stack([(of_images * mask).sum(), mask.double().sum()])
         if drawn is not None:
             self.without_noise.add(images, self.model(images), mask)
         if self.augment.corrupt != "none":
@@ -271,14 +290,18 @@ class TokenizerTraining(pl.LightningModule):
         and how well they are restored where training corrupts what it sees: `val_mse_corrupted`.
         """
         figures = self.quality.figures() | self.split_losses.compute()
-        reconstruction = figures["mse"] if self.loss.reconstruction == "mse" else figures["l1"]
+        reconstruction, images = sum_over_ranks(self.reconstruction).tolist()
         levels = range(len(self.model.levels))
         weighted = (
             weight * figures.get(f"level{level}_{name}", 0.0)
             for level in levels
             for name, weight in self.loss.weights.items()
         )
-        figures["loss"] = reconstruction + sum(weighted)
+        figures["loss"] = reconstruction / images + sum(weighted)
+        if self.loss.reconstruction in ("gaussian", "bernoulli"):
+            figures["nll"] = reconstruction / images
+        if self.loss.reconstruction == "gaussian":
+            figures["loss_scale"] = float(self.loss.log_scale.exp())
         beside = {"without_noise": self.without_noise} if any(p.noise_channels for p in self.model.bottlenecks) else {}
         beside |= {"corrupted": self.of_corrupted} if self.augment.corrupt != "none" else {}
         for what, quality in beside.items():
