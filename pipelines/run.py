@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pipelines.begun import as_begun, warn_of_changed_source
+from pipelines.begun import as_begun, settle_source, warn_of_changed_source
 from pipelines.compute.devices import described, hardware, started_by_a_launcher, this_worker
 from pipelines.compute.launching import workers_of
 from pipelines.compute.ranks import adding_up
@@ -23,7 +23,7 @@ from pipelines.report import PAGE
 from pipelines.stages import ORDER
 from pipelines.stages.encode import encode
 from pipelines.stages.export import export, files_read, is_exported, plan_export
-from pipelines.stages.pack import pack, settle_source
+from pipelines.stages.pack import pack
 from pipelines.stages.sample import sample
 from pipelines.stages.verify import (
     size_of,
