@@ -1,10 +1,17 @@
 """Laws of what is done with latents, on tiny models; the command on tiny runs."""
 
+import csv
+import json
+import math
 from collections import Counter
+from collections.abc import Callable
 from itertools import permutations, product
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -20,6 +27,7 @@ from tokenizer.bottlenecks.bottleneck import Settings
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.bottlenecks.gaussian import GaussianConfig
 
+Smalti = Callable[..., tuple[int, str]]
 GRIDS, SIZES = [(1, 2), (2, 2)], [2, 3]
 SCALES = torch.tensor([9.0], dtype=torch.float64)
 
@@ -253,3 +261,109 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn_ties_and_all(values: i
     assert area_under_roc(anomalous.double(), anomalous) == 1 and area_under_roc(torch.ones(200), anomalous) == 0.5
     with pytest.raises(ValueError, match="images must be anomalous and not, got 0 and 200"):
         area_under_roc(scores, torch.zeros(200, dtype=torch.bool))
+
+
+def table_of(folder: Path, what: str) -> list[dict[str, str]]:
+    with (folder / f"{what}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def explore(tiny_run: Path, tmp_path: Path, smalti: Smalti) -> Callable[..., tuple[int, str, list[dict[str, str]]]]:
+    """Explore the tiny run into a folder that holds other things: exit code, what was said, the table."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+
+    def run(what: str, *arguments: str) -> tuple[int, str, list[dict[str, str]]]:
+        code, said = smalti("explore", what, tiny_run, *arguments, "--out", tmp_path / "out")
+        assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+        if code:
+            return code, said, []
+        with Image.open(tmp_path / "out" / f"{what}.png") as picture:
+            assert picture.width > 64 and picture.height > 48
+        return code, said, table_of(tmp_path / "out", what)
+
+    return run
+
+
+def test_interpolate_writes_each_step(explore: Callable) -> None:
+    code, said, table = explore("interpolate", "--keys", "0", "5", "--steps", "4", "--beam", "1")
+    assert code == 0 and len(table) == 4 and "on a path that costs at most" in said
+    assert [row["share"] for row in table][:: len(table) - 1] == ["0.0", "1.0"]
+    code, said, drawn = explore("interpolate", "--classes", "3", "8", "--beam", "1", "--seed", "5")
+    assert code == 0 and {row["from"] + row["to"] for row in drawn} == {"38"}
+    assert explore("interpolate", "--keys", "0")[:2] == (
+        2,
+        "smalti: error: interpolate takes two images by --keys or two classes by --classes\n",
+    )
+
+
+def test_vary_keeps_the_coarse_level_and_says_how_much_has_changed(explore: Callable) -> None:
+    code, said, table = explore("vary", "--classes", "2", "7", "--count", "3")
+    assert code == 0 and "3 variants of each of 2 images, finer levels drawn again" in said
+    assert [row["class"] for row in table] == ["2"] * 3 + ["7"] * 3
+    assert all(0 < float(row["changed"]) <= 16 / 20 for row in table)
+    code, said, _ = explore("vary", "--keep", "2")
+    assert code == 1 and "of 2 levels 1 to 1 can be kept and the finer ones drawn, got 2" in said
+
+
+def test_complete_says_what_its_particles_are_worth_and_what_a_raster_prior_does_not_look_at(explore: Callable) -> None:
+    code, said, table = explore("complete", "--keys", "1", "--known", "bottom", "--count", "2", "--particles", "16")
+    assert code == 0 and "of 16 particles; rows called raster only keep the known cells" in said
+    assert [row["how"] for row in table] == ["particles"] * 2 + ["raster"] * 2
+    assert 1 <= float(table[0]["ess"]) < 16 and table[3]["ess"] == ""
+    code, said, table = explore("complete", "--keys", "1", "--known", "6", "--particles", "16")
+    assert code == 0 and "exact, as nothing known comes after anything drawn" in said
+    assert {row["how"] for row in table} == {"exact"} and float(table[0]["ess"]) == pytest.approx(16)
+    assert explore("complete", "--known", "middle")[0] == explore("complete", "--known", "20")[0] == 2
+
+
+def test_edit_starts_from_the_reconstruction(explore: Callable) -> None:
+    code, said, table = explore("edit", "--from", "1", "--to", "7", "--strengths", "-1", "0", "2")
+    assert code == 0 and "4 images from 1 to 7, whose means are" in said
+    assert {row["class"] for row in table} == {"1"} and [row["strength"] for row in table[:3]] == ["-1.0", "0.0", "2.0"]
+    assert float(table[1]["changed"]) == pytest.approx(0, abs=1e-6) and float(table[2]["changed"]) > 0
+    code, said, _ = explore("edit", "--from", "1", "--to", "ten")
+    assert code == 1 and "names 'ten', which is none of the 10 classes" in said
+
+
+def test_score_tells_every_image_and_the_area_under_the_curve(explore: Callable) -> None:
+    code, said, table = explore("score", "--anomalous", "3")
+    assert code == 0 and len(table) == 179
+    for row in table:
+        assert float(row["bound_nats"]) == pytest.approx(float(row["rate_nats"]) + float(row["distortion_nats"]))
+    labels = np.array([row["class"] == "3" for row in table])
+    assert [row["anomalous"] for row in table] == [str(int(label)) for label in labels]
+    for name in ("mse", "distortion_nats", "rate_nats", "bound_nats"):
+        area = roc_auc_score(labels, [float(row[name]) for row in table])
+        assert f"{name.removesuffix('_nats')} {area:.3f}" in said
+
+
+def test_the_bound_that_score_tells_is_the_one_that_evaluate_finds(explore: Callable, tiny_run: Path) -> None:
+    figures = json.loads((tiny_run.parent / "run" / "metrics.json").read_text())["bound"]
+    _, _, table = explore("score")
+    mean = sum(float(row["bound_nats"]) for row in table) / len(table) / 256 / math.log(2)
+    assert mean == pytest.approx(figures["bits_per_dim"]["without_class"], rel=1e-4)
+
+
+def test_only_its_own_two_files_are_replaced(explore: Callable, tmp_path: Path) -> None:
+    assert explore("vary", "--keys", "0")[0] == explore("vary", "--keys", "1")[0] == 0
+    assert table_of(tmp_path / "out", "vary")[0]["key"] != table_of(tmp_path / "out", "vary")[0]["class"]
+    for name in ("vary.csv", "vary.png"):
+        before = (tmp_path / "out" / name).read_bytes()
+        (tmp_path / "out" / name).write_bytes(b"mine")
+        code, said, _ = explore("vary", "--keys", "0")
+        assert code == 1 and f"{name} must not be overwritten" in said
+        assert (tmp_path / "out" / name).read_bytes() == b"mine"
+        (tmp_path / "out" / name).write_bytes(before)
+
+
+def test_wrong_usage_is_told_in_a_sentence(explore: Callable, smalti: Smalti, tiny_run: Path) -> None:
+    assert smalti("explore", "--help")[0] == smalti("explore", "vary", "--help")[0] == 0
+    assert "there is no 'dream' to explore; there are interpolate, vary" in smalti("explore", "dream")[1]
+    assert smalti("explore", "vary", tiny_run)[0] == 2
+    assert "name a config: smalti explore vary CONFIG.yaml" in smalti("explore", "vary", "--out", "x")[1]
+    code, said, _ = explore("vary", "--keys", "nobody")
+    assert code == 1 and "the val split has no image 'nobody'; name a key, such as 0000" in said
+    code, said, _ = explore("vary", "--prior.widht=3")
+    assert code == 2 and "widht" in said

@@ -3,6 +3,7 @@
 B batch, C channels, H W pixels, h w grid.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def score(
     pixels: Tensor,
     scales: Tensor,
     labels: Tensor | None = None,
-    places: range | None = None,
+    places: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Scores:
     """Score images: the more, the less they are like what the models learned.
