@@ -17,6 +17,8 @@ from pipelines.explore.opened import Opened
 from pipelines.explore.shown import Shown, completions, edits, interpolation, scores, variants
 from pipelines.storage.paths import exists, make_folder, place, whole, write_text
 
+# Pixels a side of a picture in the grid, at least: keys stand above.
+SMALLEST = 96
 # How a file says that it is ours: a text of the picture, and the first column of the table, which counts its rows.
 MARK = "smalti explore {}"
 
@@ -65,7 +67,7 @@ def command(arguments: Sequence[str]) -> None:
     with told_to_user():
         shown = TASKS[what].show(Opened(config), asked)
     make_folder(picture.parent)
-    _save(picture_grid(shown.pictures, shown.labels), picture, what)
+    _save(picture_grid(shown.pictures, shown.labels, SMALLEST), picture, what)
     write_text(table, as_csv(shown.table, what))
     print(f"{what}: {shown.line}; {picture}, {table.name}")
 
