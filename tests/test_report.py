@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from pipelines.report.curves import charts, read_rows
 from pipelines.report.figures import MEANINGS
 from pipelines.report.likelihoods import Costs, Maps, Split, maps, position_nats
 from pipelines.report.pictures import VIRIDIS, heat, picture
-from pipelines.report.reading import most_read, read_codes, read_images
+from pipelines.report.plane import COLOURS, PLOT, SHAPES, SIDE, is_plane, plane, quantiles
+from pipelines.report.reading import Images, most_read, read_codes, read_images
 from pipelines.report.sampled import apart
 from pipelines.report.side_by_side import overlaid
 from pipelines.report.tokenized import ranked
@@ -219,6 +221,43 @@ def test_the_nearest_training_image_is_found_and_a_copy_is_no_distance_away() ->
     each = [[np.sqrt(np.square(a.astype(float) - b).mean()) for b in train] for a in images]
     assert places.tolist() == np.argmin(each, 1).tolist() and places[2] == 11 and distances[2] == 0
     np.testing.assert_allclose(distances, np.min(each, 1), rtol=1e-5)
+
+
+def flat(kind: str, **changes: Any) -> HierarchicalVQVAE:
+    config = {"strides": [16], "code_dim": 2, "width": 8, "residual_width": 4} | changes
+    return HierarchicalVQVAE(TokenizerConfig(**config), 16, 1, KINDS[kind]()).eval()
+
+
+def test_the_plane_is_that_of_runs_whose_images_are_two_numbers() -> None:
+    assert is_plane(flat("gaussian")) and is_plane(flat("identity"))
+    assert not any(map(is_plane, (flat("ema"), flat("gaussian", code_dim=3), flat("gaussian", strides=[16, 8]))))
+
+
+def test_points_of_the_plane_are_evenly_spaced_in_probability() -> None:
+    shares = torch.distributions.Normal(0.0, 1.0).cdf(quantiles())
+    even = (torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE
+    assert torch.allclose(shares[..., 0], even.expand(SIDE, SIDE))
+    assert torch.allclose(shares[..., 1], even.flip(0)[:, None].expand(SIDE, SIDE))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "identity"])
+def test_images_lie_on_the_plane_where_their_numbers_are(kind: str) -> None:
+    numbers = torch.tensor([[0.0, 0.0], [1.0, -2.0], [-4.0, 4.0]])
+    images = Images(["a", "b", "c"], np.zeros((3, 1, 16, 16), np.uint8), np.array([0, 1, 1]), 3)
+    found = plane(flat(kind), images, numbers[:, :, None, None], ["zero", "one"])
+    assert [group.name for group in found.groups] == ["zero", "one"] and found.normal == (kind == "gaussian")
+    paths = [mark for group in found.groups for mark in group.path.split("M")[1:]]
+    marks = np.array([[float(number) for number in mark.split("m")[0].split(",")] for mark in paths])
+    marks[:, 1] = PLOT - marks[:, 1]  # upwards is less on a screen
+    places = found.low + marks / PLOT * (found.high - found.low)
+    np.testing.assert_allclose(places, numbers, atol=0.01)
+    assert found.low <= -4 and found.high >= 4
+
+
+def test_no_two_classes_look_alike_on_the_plane() -> None:
+    marks = [(COLOURS[n % len(COLOURS)], SHAPES[n % len(SHAPES)]) for n in range(20)]
+    assert len(set(marks)) == 20
+    assert all(one[0] != other[0] and one[1] != other[1] for one, other in pairwise(marks))
 
 
 def test_heat_goes_from_dark_to_bright() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from pipelines.compute.devices import ComputeConfig, num_loaders, this_worker
 from pipelines.compute.memory import keep_freed_memory
 from pipelines.compute.signals import PARENT, end_with_parent
+from pipelines.data.classes import class_index
 from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import StageError
 from pipelines.progress import counted, progress_bar
@@ -61,6 +62,8 @@ class ImagesConfig:
             for a folder that was begun otherwise, which goes on as it was begun.
         shuffle: mix the images of a split over its shards, by the seed; "auto" does with class folders, which are laid
             down class by class otherwise, but for a folder that was begun otherwise.
+        leave_out: classes, by name or index, whose images the train split lacks and val keeps: what models make of such
+            images, `smalti explore score` tells.
     """
 
     from_: str = ""
@@ -78,6 +81,7 @@ class ImagesConfig:
     caption_column: str = field(default="", metadata={"introduced": ""})
     keep: list[str] | Literal["auto"] = field(default="auto", metadata={"introduced": []})
     shuffle: bool | Literal["auto"] = field(default="auto", metadata={"introduced": False})
+    leave_out: list[str | int] = field(default_factory=list, metadata={"introduced": []})
 
     def __post_init__(self) -> None:
         if self.size < 2:
@@ -94,6 +98,8 @@ class ImagesConfig:
             raise ValueError(f"images.keep must be auto or a list of {' and '.join(CARRIED)}, got {self.keep}")
         if self.shuffle not in (True, False, "auto"):
             raise ValueError(f"images.shuffle must be true, false or auto, got {self.shuffle}")
+        if self.leave_out and not self.classes:
+            raise ValueError("images.leave_out names classes and images.classes is false; leave one of them out")
 
 
 class ShardPlan(NamedTuple):
@@ -191,6 +197,10 @@ def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPl
     else:
         held_out = stratified_fraction(source.splits["train"].labels, len(train), config.val_fraction, seed)
         chosen = {"train": ("train", np.setdiff1d(train, held_out)), "val": ("train", held_out)}
+    if config.leave_out:
+        out = [class_index(one, source.class_names, "images.leave_out") for one in config.leave_out]
+        name, indices = chosen["train"]
+        chosen["train"] = name, indices[~np.isin(np.asarray(source.splits[name].labels)[indices], out)]
     class_folders = config.source.startswith("folder:") and bool(source.class_names)
     shuffled = class_folders if config.shuffle == "auto" else config.shuffle
     plans = []
