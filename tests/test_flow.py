@@ -99,7 +99,7 @@ def test_a_trained_density_of_two_numbers_integrates_to_1_and_draws_have_its_mom
     first = two_humps(300)
     values = torch.stack([first, first**2 + 0.3 * torch.randn(300)], 1).view(-1, *shape)
     with torch.enable_grad():
-        level = train(tiny_level(shape, classes=0, width=16), values, None, steps=60)
+        level = train(tiny_level(shape, classes=0, width=16), values, None, steps=90)
     axis = torch.arange(-12, 14, 0.1)
     cells = torch.cartesian_prod(axis, axis)
     density = (-level.nll(cells.view(-1, *shape), [], None)).exp() * 0.1**2
