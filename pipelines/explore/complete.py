@@ -80,7 +80,9 @@ def complete(
         stored = prior.sample(told, seed, indices=range(count), known=everywhere)
         return Completions(stored, particles, particles, float("nan"))
     if None in prior.levels[-1].config.codebook_sizes:
-        raise ValueError(f"numbers are completed under normal and mixture alone, and this is {', '.join(sorted(networks))}")
+        raise ValueError(
+            f"numbers are completed under normal and mixture alone, and this is {', '.join(sorted(networks))}"
+        )
     sizes = [level.num_uniforms for level in prior.levels]
     streams = np.stack([uniforms(seed, index, sum(sizes)) for index in range(particles + 1)])
     parts = torch.from_numpy(streams).to(device).split(sizes, 1)  # the last row is that of resampling
