@@ -49,13 +49,11 @@ def em(mixture: Mixture, values: Tensor, classes: Tensor | None, seed: int) -> I
         shares = logs.softmax(1)
 
 
-def set_weights(mixture: Mixture, shares: Tensor, classes: Tensor | None) -> None:
-    """Set the weights of components by the shares (N, K) that they have in samples; of a class without any, all's."""
-    totals = shares.sum(0)
-    num_classes = len(mixture.weights) - 1
-    counts = totals.new_zeros(num_classes, len(totals))
-    if classes is not None:
-        counts.index_add_(0, classes, shares)
+def set_weights(mixture: Mixture, counts: Tensor, totals: Tensor) -> None:
+    """Set the weights of components: by the samples of each class that they have, float (C, K), and of all, (K,).
+
+    A class without samples has the weights of all.
+    """
     counts = torch.where(counts.sum(1, keepdim=True) > 0, counts, totals)
     counts = torch.cat([counts, totals[None]])
     mixture.weights.copy_(counts / counts.sum(1, keepdim=True))
@@ -63,8 +61,11 @@ def set_weights(mixture: Mixture, shares: Tensor, classes: Tensor | None) -> Non
 
 def _maximize(mixture: Mixture, values: Tensor, classes: Tensor | None, shares: Tensor, floor: float) -> None:
     """Set a mixture to the likeliest of samples that have these shares (N, K) of components; no variance is less."""
-    set_weights(mixture, shares, classes)
     totals = shares.sum(0)
+    counts = totals.new_zeros(len(mixture.weights) - 1, len(totals))
+    if classes is not None:
+        counts.index_add_(0, classes, shares)
+    set_weights(mixture, counts, totals)
     kept = totals > 1e-9  # a component that has no sample stays where it is
     means = (shares.T @ values) / totals.clamp(min=1e-9)[:, None]
     mixture.means.copy_(torch.where(kept[:, None], means, mixture.means))

@@ -6,6 +6,7 @@ B batch, h w code grid, K codebook_size.
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.compute.ranks import sum_over_ranks
-from pipelines.data.codes import CodeBatch, Codes, TrainingCodes, ValidationCodes, as_it_is
+from pipelines.data.codes import CodeBatch, Codes, TrainingCodes, ValidationCodes, as_it_is, posteriors
 from pipelines.errors import ConfigError
 from pipelines.storage.manifest import read_manifest
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
-from pipelines.training.mixtures import MOST_NUMBERS, drawn_rows, fit_mixture, publish_unlearned
+from pipelines.training.mixtures import MOST_NUMBERS, drawn_rows, fit_mixture, publish_unlearned, put_at_images
 from pipelines.training.sections import PriorConfig
 from prior import LevelConfig, LevelPrior, NormalConfig
 from prior.flow import Flow
@@ -87,6 +88,11 @@ def train_prior(
     pl.seed_everything(seed, workers=True, verbose=False)
     training = config.training
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
+    at_images = config.network == "mixture" and config.mixture.at == "images"
+    if at_images:
+        assert isinstance(config.mixture.components, int)
+        rows = drawn_rows(len(train), config.mixture.components or len(train), seed)
+        config = replace(config, mixture=replace(config.mixture, components=len(rows)))
     assert isinstance(config.dropout, float | int)
     about = (train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"])
     settings = level_config(config, level, *about, [] if all(train.codebook_sizes) else train.channels)
@@ -97,7 +103,9 @@ def train_prior(
     except ValueError as error:
         raise ConfigError(f"level {level} can have no prior of prior.{config.network}: {error}") from error
     if not list(model.parameters()):
-        if isinstance(model.network, Mixture):
+        if at_images:
+            put_at_images(model, posteriors(codes, level, rows, compute.cache), train.labels[rows])
+        elif isinstance(model.network, Mixture):
             fit_mixture(model, train, val, seed, folder)
         publish_unlearned(model, val, folder)
         return

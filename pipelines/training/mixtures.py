@@ -19,7 +19,7 @@ from pipelines.storage.folders import publish_model
 from pipelines.storage.paths import write_json
 from pipelines.training.loggers import MetricsCSV
 from prior import LevelPrior
-from prior.em import em
+from prior.em import em, set_weights
 from prior.mixture import Mixture
 
 # Samples judged at once; numbers that are fitted to, at most, as they and the shares of components are in memory.
@@ -70,6 +70,28 @@ def fit_mixture(model: LevelPrior, train: Codes, val: Codes, seed: int, folder: 
         except ValueError as error:
             raise ConfigError(f"prior.mixture of level {level}: {error}") from error
     mixture.load_state_dict(kept)
+
+
+@torch.no_grad()
+def put_at_images(model: LevelPrior, posteriors: np.ndarray, labels: np.ndarray) -> None:
+    """Make a level's mixture, in place, the aggregated posterior of some images: the mean of their q(z | x).
+
+    Args:
+        model: of one level, of as many components.
+        posteriors: mean and log-variance, (K, 2d, h, w).
+        labels: class of each image, (K,).
+
+    Source: Hoffman and Johnson 2016, section 2; Tomczak and Welling 2018, section 2.2.
+    """
+    mixture, num_classes = model.network, len(model.config.class_names)
+    assert isinstance(mixture, Mixture)
+    means, log_variances = (part.flatten(1) for part in torch.from_numpy(posteriors).chunk(2, 1))
+    mixture.means.copy_(means)
+    mixture.scales.copy_((0.5 * log_variances).exp())
+    counts = torch.zeros(num_classes, len(means), dtype=torch.float64)
+    if num_classes:
+        counts[torch.from_numpy(labels.astype(np.int64)), torch.arange(len(means))] = 1
+    set_weights(mixture, counts, torch.ones(len(means), dtype=torch.float64))
 
 
 def publish_unlearned(model: LevelPrior, val: Codes, folder: Path) -> None:
