@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.config import load_config
 from pipelines.errors import ConfigError
 from pipelines.report.curves import charts, read_rows
 from pipelines.storage.shards import index_shard, read_member
 from pipelines.training.sections import stored_sizes
+from prior import LevelPrior
+from prior.mixture import Mixture
 
 Smalti = Callable[..., tuple[int, str]]
 # Of families of numbers that have another prior than N(0, I) here.
@@ -219,3 +222,45 @@ def test_old_names_of_settings_read_on(
     assert (found := load_config(config).tokenizer.ema).decay == 0.5 and found.kmeans_iterations == 3
     code, said = smalti("train-tokenizer", tiny_run, "--tokenizer.codebook.ema_decay=0.5")
     assert code == 1 and "tokenizer.ema.decay: 0.99 -> 0.5" in said
+
+
+def test_components_at_images_are_their_posteriors_and_their_mixture_the_aggregated_one(
+    numbers_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    codes = numbers_run.parent / "run" / "codes"
+    assert json.loads((codes / "manifest.json").read_text())["posterior"]
+    prior = {"network": "mixture", "mixture": {"at": "images", "components": 40}}
+    config = write_config(tmp_path, {"codes": {"from": str(codes)}, "prior": prior})
+    assert smalti("train-prior", config, "--level", "1")[0] == 0
+    level, mean, values, labels = LevelPrior.from_pretrained(tmp_path / "run/prior/level1"), [], [], []
+    for shard in sorted(codes.glob("train-*.tar")):
+        with shard.open("rb") as file:
+            for sample in index_shard(shard):
+                found = read_member(file, sample.members["level1.posterior.npy"])
+                mean.append(np.frombuffer(found, np.float32, offset=128).reshape(2, -1))
+                stored = read_member(file, sample.members["level1.npy"])
+                values.append(np.frombuffer(stored, np.float32, offset=128).reshape(8, 4, 4))
+                labels.append(int(read_member(file, sample.members["cls"])))
+    means, log_variances = np.stack(mean).transpose(1, 0, 2)
+    mixture = level.network
+    assert isinstance(mixture, Mixture) and len(mixture.means) == level.config.size.components == 40
+    rows = [int(np.abs(means - one.numpy()).sum(1).argmin()) for one in mixture.means]
+    assert len(set(rows)) == 40 and np.array_equal(mixture.means.numpy(), means[rows])
+    assert np.allclose(mixture.scales.numpy(), np.exp(0.5 * log_variances[rows]), rtol=1e-5)
+    apart = (np.stack(values).reshape(len(means), -1) - means) * np.exp(-0.5 * log_variances)
+    assert abs(apart.std() - 1) < 0.02  # what is stored is a draw of it
+    own = torch.tensor([float(labels[row] == 3) for row in rows])
+    assert torch.allclose(mixture.weights[3], own / own.sum())
+    assert torch.allclose(mixture.weights[-1], torch.tensor(1 / 40))
+    figures = json.loads((tmp_path / "run/prior/level1/metrics.json").read_text())
+    assert figures["val_nats_per_value"] > 0
+
+
+def test_q_of_images_is_stored_where_it_is_asked_for_and_can_be(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    mixture = ["--prior.network=mixture", "--prior.mixture.at=images"]
+    code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian", *mixture, f"--run_dir={tmp_path}")
+    assert code == 2 and "prior.mixture.at images needs q(z | x) beside the codes; set encode.posterior to true" in said
+    code, said = smalti("run", tiny_run, "--encode.posterior=true", f"--run_dir={tmp_path}")
+    assert code == 2 and "encode.posterior is of levels that hold draws of numbers" in said
