@@ -253,7 +253,7 @@ def test_uint16_is_used_up_to_its_last_id() -> None:
 
 
 def test_classes_need_classes() -> None:
-    with pytest.raises(ConfigError, match="template names <class> but the codes have no classes"):
+    with pytest.raises(ConfigError, match="codes have no classes; set it to '<bos> <boi> <codes> <eoi> <eos>'"):
         layout(SMALL | {"class_names": []})
     made = layout(SMALL | {"class_names": []}, template="<codes>")
     assert made.encode(draw(SMALL, 2)[0]).shape == (2, 20)
