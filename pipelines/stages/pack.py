@@ -93,8 +93,6 @@ class ImagesConfig:
             raise ValueError(f"images.shard_size must be at least 1, got {self.shard_size}")
         if self.keep != "auto" and not (isinstance(self.keep, list) and all(name in [*CARRIED] for name in self.keep)):
             raise ValueError(f"images.keep must be auto or a list of {' and '.join(CARRIED)}, got {self.keep}")
-        if self.shuffle not in (True, False, "auto"):
-            raise ValueError(f"images.shuffle must be true, false or auto, got {self.shuffle}")
 
 
 class ShardPlan(NamedTuple):
