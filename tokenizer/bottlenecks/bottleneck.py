@@ -39,6 +39,8 @@ class Bottled(NamedTuple):
         losses: by name, float (B,) each, to be weighted by the settings' `weights`.
         observed: float32 (B*h*w, channels), detached: what a learner and figures look at; empty where they do not.
         averaged: by name, (B, n) each: what `Settings.batch_losses` wants the mean of over the global batch.
+        posterior: the features that q(z | x) is made of, see `Bottleneck.log_posterior`; None where nothing is drawn.
+        contracted: (B, …), what the loss "contraction" is to hold still while images move; see `Settings.probes`.
     """
 
     seen: Tensor
@@ -46,6 +48,8 @@ class Bottled(NamedTuple):
     losses: dict[str, Tensor]
     observed: Tensor
     averaged: Mapping[str, Tensor] = {}
+    posterior: Tensor | None = None
+    contracted: Tensor | None = None
 
 
 class Figures(Protocol):
@@ -85,6 +89,16 @@ class Bottleneck(Protocol):
 
     def lookup(self, stored: Sequence[Tensor]) -> Tensor:
         """Return what the decoder sees (B, D, h, w) for what is stored."""
+
+    def log_posterior(self, posterior: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """Return log q(z | x) in nats of what is stored, summed over the grid; float64, of the leading sizes of both.
+
+        A density where numbers are stored. Asked only of bottlenecks that take noise; the others need not have it.
+
+        Args:
+            posterior: features (…, C, h, w), as `Bottled.posterior` holds them.
+            stored: what is stored, (…, h, w) or (…, d, h, w) each. Leading sizes broadcast: (N, 1) and (M,) make pairs.
+        """
 
     def blank(self) -> Tensor:
         """Return what stands for a level that is absent, (D,)."""
@@ -135,12 +149,16 @@ class Settings:
         mend: what brings codes into use that are not.
         whole_batch: whether it has losses that are no means over images, but of the global batch as a whole. A step is
             then not the sum of its micro-batches, and must be one.
+        probes: backward passes that the loss "contraction" may take per level: the squared norm of the Jacobian of
+            `Bottled.contracted` by the images, which training adds to the bottleneck's own; 0 where there is none.
     """
 
     of_model: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
     rate: ClassVar[str] = ""
     mend: ClassVar[str] = "a lower learning rate or fewer codes"
+
+    probes = 0
 
     @property
     def whole_batch(self) -> bool:
@@ -153,6 +171,10 @@ class Settings:
 
     def weights(self, num_levels: int, num_values: int) -> dict[str, float]:
         """Return the weight of each of its losses, for N levels and images of so many values."""
+        return {}
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Return by name which share of its weight a loss has in a step of training; 1 where it is not named."""
         return {}
 
     def batch_losses(self, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
