@@ -65,7 +65,11 @@ MEANINGS = {
     r"codes\.level(\d+)\.total_variation": ("level {}: samples' codes, total variation", "0 to 1; less is better"),
     r"copies\.features\.too_near_share": (
         "samples: too near a training image",
-        "1% is chance; see what val images have",
+        "at least as near as 1% of val images are; less is better",
+    ),
+    r"copies\.features\.nearer_share": (
+        "samples: nearer to training images than val images are",
+        "50% is chance, 100% is copying",
     ),
     r"classification\.trained_on_samples": ("classifier trained on samples: right", "of val images; more is better"),
     r"classification\.trained_on_real": ("classifier trained on real images: right", "what that could be at best"),
