@@ -5,9 +5,10 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
-from pipelines.begun import as_begun, warn_of_changed_source
+from pipelines.begun import as_begun, settle_source, warn_of_changed_source
 from pipelines.compute.devices import described, hardware, started_by_a_launcher, this_worker
 from pipelines.compute.launching import workers_of
 from pipelines.compute.ranks import adding_up
@@ -16,14 +17,14 @@ from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
 from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
-from pipelines.judge import judge
+from pipelines.judge import check_classes, judge
 from pipelines.progress import counted
 from pipelines.redo import Redo
 from pipelines.report import PAGE
 from pipelines.stages import ORDER
 from pipelines.stages.encode import encode
 from pipelines.stages.export import export, files_read, is_exported, plan_export
-from pipelines.stages.pack import pack, settle_source
+from pipelines.stages.pack import pack
 from pipelines.stages.sample import sample
 from pipelines.stages.verify import (
     size_of,
@@ -106,7 +107,7 @@ class Run:
             return _skip("pack", f"{folder} is complete")
         self._begin("pack", config.images.source, folder)
         with workers_of(config.compute):
-            pack(images, config.seed, config.compute, folder)
+            pack(images, config.seed, config.compute, folder, partial(check_classes, config.sample))
         return self._close("pack", folder)
 
     def train_tokenizer(self) -> bool:

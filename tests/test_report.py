@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,18 @@ from pipelines.report.curves import charts, read_rows
 from pipelines.report.figures import MEANINGS
 from pipelines.report.likelihoods import Costs, Maps, Split, maps, position_nats
 from pipelines.report.pictures import VIRIDIS, heat, picture
-from pipelines.report.reading import most_read, read_codes, read_images
+from pipelines.report.plane import COLOURS, PLOT, SHAPES, SIDE, is_plane, plane, quantiles
+from pipelines.report.reading import Images, most_read, read_codes, read_images
 from pipelines.report.sampled import apart
 from pipelines.report.side_by_side import overlaid
 from pipelines.report.tokenized import ranked
-from pipelines.report.warned import of_classes, of_codebooks, of_curves, of_levels, of_priors
+from pipelines.report.warned import of_bottlenecks, of_classes, of_curves, of_levels, of_priors
 from pipelines.storage.cache import Cache
 from prior import LevelConfig, LevelPrior, NormalConfig, TransformerConfig
-from tokenizer import HierarchicalVQVAE, TokenizerConfig
+from tokenizer import EMAConfig, HierarchicalVQVAE, TokenizerConfig
 from tokenizer.bottlenecks import KINDS
+from tokenizer.bottlenecks.fsq import FSQConfig
+from tokenizer.bottlenecks.gaussian import GaussianConfig
 
 Smalti = Callable[..., tuple[int, str]]
 CHROMIUM = "/usr/bin/chromium"
@@ -219,6 +223,43 @@ def test_the_nearest_training_image_is_found_and_a_copy_is_no_distance_away() ->
     np.testing.assert_allclose(distances, np.min(each, 1), rtol=1e-5)
 
 
+def flat(kind: str, **changes: Any) -> HierarchicalVQVAE:
+    config = {"strides": [16], "code_dim": 2, "width": 8, "residual_width": 4} | changes
+    return HierarchicalVQVAE(TokenizerConfig(**config), 16, 1, KINDS[kind]()).eval()
+
+
+def test_the_plane_is_that_of_runs_whose_images_are_two_numbers() -> None:
+    assert is_plane(flat("gaussian")) and is_plane(flat("identity"))
+    assert not any(map(is_plane, (flat("ema"), flat("gaussian", code_dim=3), flat("gaussian", strides=[16, 8]))))
+
+
+def test_points_of_the_plane_are_evenly_spaced_in_probability() -> None:
+    shares = torch.distributions.Normal(0.0, 1.0).cdf(quantiles())
+    even = (torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE
+    assert torch.allclose(shares[..., 0], even.expand(SIDE, SIDE))
+    assert torch.allclose(shares[..., 1], even.flip(0)[:, None].expand(SIDE, SIDE))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "identity"])
+def test_images_lie_on_the_plane_where_their_numbers_are(kind: str) -> None:
+    numbers = torch.tensor([[0.0, 0.0], [1.0, -2.0], [-4.0, 4.0]])
+    images = Images(["a", "b", "c"], np.zeros((3, 1, 16, 16), np.uint8), np.array([0, 1, 1]), 3)
+    found = plane(flat(kind), images, numbers[:, :, None, None], ["zero", "one"])
+    assert [group.name for group in found.groups] == ["zero", "one"] and found.normal == (kind == "gaussian")
+    paths = [mark for group in found.groups for mark in group.path.split("M")[1:]]
+    marks = np.array([[float(number) for number in mark.split("m")[0].split(",")] for mark in paths])
+    marks[:, 1] = PLOT - marks[:, 1]  # upwards is less on a screen
+    places = found.low + marks / PLOT * (found.high - found.low)
+    np.testing.assert_allclose(places, numbers, atol=0.01)
+    assert found.low <= -4 and found.high >= 4
+
+
+def test_no_two_classes_look_alike_on_the_plane() -> None:
+    marks = [(COLOURS[n % len(COLOURS)], SHAPES[n % len(SHAPES)]) for n in range(20)]
+    assert len(set(marks)) == 20
+    assert all(one[0] != other[0] and one[1] != other[1] for one, other in pairwise(marks))
+
+
 def test_heat_goes_from_dark_to_bright() -> None:
     colours = heat(np.array([[0.0, 1.0, 2.0, 9.0]]), 0, 2)
     assert colours[:, 0, 0].tolist() == VIRIDIS[0].tolist()
@@ -246,11 +287,18 @@ def book(size: int, used: int, places: int) -> Codebook:
 
 
 def test_collapsed_levels_and_dead_codes_are_told_apart() -> None:
-    (collapsed,) = of_codebooks([book(512, 12, 9000)])
-    assert "Level 0 has collapsed: 12 of its 512 codes" in collapsed
-    (dead,) = of_codebooks([book(512, 442, 30000)])
-    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead
-    assert not [*of_codebooks([book(512, 442, 3000), book(512, 510, 30000)])]  # too few places to tell; nearly all
+    (collapsed,) = of_bottlenecks(EMAConfig(), {"tokenizer.level0_usage": 0.5}, [book(512, 12, 9000)])
+    assert collapsed.startswith("Level 0 uses 2.3% of its codes: it has collapsed")
+    (dead,) = of_bottlenecks(FSQConfig(), {}, [book(512, 442, 30000)])
+    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead and "revival" not in dead
+    few, nearly_all = book(512, 442, 3000), book(512, 510, 30000)
+    assert not [*of_bottlenecks(EMAConfig(), {}, [few, nearly_all])]
+
+
+def test_units_that_say_nothing_are_warned_of_by_their_bottleneck() -> None:
+    figures = {"tokenizer.psnr": 20.0, "tokenizer.level0_active": 0.5, "tokenizer.level1_active": 0.02}
+    (collapsed,) = of_bottlenecks(GaussianConfig(), figures, [])
+    assert collapsed.startswith("Level 1 tells images apart by 2.0% of its units: the posterior has collapsed")
 
 
 def test_a_level_that_the_decoder_hardly_looks_at_is_named() -> None:

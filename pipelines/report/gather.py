@@ -17,6 +17,7 @@ from pipelines.finished import Finished
 from pipelines.report import codebooks, curves, likelihoods, sampled, warned
 from pipelines.report.figures import by_level, figures_of, read_figures, told
 from pipelines.report.head import Fact, Head, images_facts, prior_facts, settings_of, stages, tokenizer_facts, versions
+from pipelines.report.plane import Plane, is_plane, plane
 from pipelines.report.reading import Codes, Images, read_codes, read_images
 from pipelines.report.so_far import prior_so_far, tokenizer_so_far
 from pipelines.report.tokenized import Quality, Row, Tokenized, quality, tokenized
@@ -57,6 +58,7 @@ class Gathered:
         self.in_sight = codebooks.IN_SIGHT
         self.charts = self.part("curves", self._charts) or []
         self.quality = self.part("reconstructions", self._quality)
+        self.plane = self.part("plane", self._plane)
         self.codebooks = self.part("codebooks", self._codebooks) or []
         self.mosaics = self.part("maps of codes", self._mosaics) or []
         self.maps = self.part("priors", self._maps) or []
@@ -88,6 +90,7 @@ class Gathered:
             ("curves", "curves", bool(self.charts)),
             ("reconstructions", "reconstructions", bool(self.quality)),
             ("levels", "level by level", bool(self.quality)),
+            ("plane", "plane", bool(self.plane)),
             ("codebooks", "codebooks", bool(self.codebooks)),
             ("codes", "maps of codes", bool(self.mosaics)),
             ("priors", "priors", bool(self.maps)),
@@ -257,6 +260,11 @@ class Gathered:
             return None
         return quality(self.tokenizer, self.images["val"], self.tokenized["val"], self.class_names)
 
+    def _plane(self) -> Plane | None:
+        if not self.tokenizer or "val" not in self.images or not is_plane(self.tokenizer):
+            return None
+        return plane(self.tokenizer, self.images["val"], self.tokenized["val"].levels[0], self.class_names)
+
     def _codebooks(self) -> list[codebooks.Codebook]:
         model = self.tokenizer
         return [codebooks.codebook(model, level, found) for level, found in self.patches.items()] if model else []
@@ -320,7 +328,9 @@ class Gathered:
         return as_compared(self.finished, self.measured, [*models, *self.priors.values()])
 
     def _warnings(self) -> list[str]:
-        found = [*warned.of_codebooks(self.codebooks), *warned.of_units(self.figures)]
+        found: list[str] = []
+        if self.tokenizer:
+            found += warned.of_bottlenecks(self.tokenizer.bottleneck, self.figures, self.codebooks)
         if self.quality and self.tokenizer:
             bits = [h * w * math.log2(size) if size else None for (h, w), size, _ in self.tokenizer.levels]
             found += warned.of_levels(self.quality.adds, bits)
