@@ -56,7 +56,7 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert "report: look at" in said and "could not be made" not in (run / "report.html").read_text()
     code, said = smalti("verify", finished, kind_of(finished))
     assert code == 0 and said.count("holds what it says") == 5
-    code, said = smalti("run", finished)
+    code, said = smalti("run", finished, "--prior.network=auto")
     assert code == 1 and "made with other settings (tokenizer.bottleneck" in said
 
 
@@ -99,6 +99,9 @@ def test_latents_of_each_family_can_be_explored(
     what, *options = asked
     options += [] if what == "score" else ["--keys", "0"]
     code, said = smalti("explore", what, finished, kind_of(finished), *options, "--out", tmp_path)
+    if what == "complete" and kind_of(finished).endswith("identity"):  # whose prior is a flow
+        assert code == 1 and "numbers are completed under normal and mixture alone, and this is flow" in said
+        return
     if what == "vary" and kind_of(finished).endswith("gumbel"):
         assert "q(z | x) drawn again" in said
     assert code == 0 and {path.name for path in tmp_path.iterdir()} == {f"{what}.png", f"{what}.csv"}
