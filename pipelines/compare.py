@@ -55,6 +55,24 @@ COLUMNS = (
     Column("MSE", "of reconstructions, values in [-1, 1]: less is better", "tokenizer", "mse", "{:.5f}"),
     Column("bound", "bits per image dimension at most, {condition}: less is better", "bound", "bits_per_dim"),
     Column(
+        "I(x,z)",
+        "the bound's part that z tells of the image, of what is drawn; bits per dimension, {condition}",
+        "surgery",
+        "mutual_information_bits_per_dim",
+    ),
+    Column(
+        "KL(q||p)",
+        "the bound's part that another prior could save, of what is drawn, {condition}: less is better",
+        "surgery",
+        "marginal_kl_bits_per_dim",
+    ),
+    Column(
+        "bound of 100",
+        "importance-weighted, of 100 draws per image, {condition}: less is better",
+        "importance",
+        "bits_per_dim_100",
+    ),
+    Column(
         "rKID", "x 1000, of reconstructions beside their images: less is better", "reconstructions", "rkid", "{:.3f}"
     ),
     Column("KID", "x 1000, of samples beside real images: less is better", "samples", "kid", "{:.3f}"),
