@@ -50,7 +50,9 @@ class Bound(Metric):
         self.scales = scales_of(subject)
         self.distortion = Rows(val.count)
         self.rates = {condition: Rows(val.count) for condition in subject.conditions}
-        self.continuous = any(size is None for size in subject.tokenizer.codebook_sizes)
+        assert subject.prior
+        fixed = all(level.config.network == "normal" for level in subject.prior.levels)
+        self.rate = subject.tokenizer.bottleneck.rate if fixed else ""  # the loss that is the rate under N(0, I)
 
     def update(self, seen: Seen) -> None:
         if seen.split != "val":
@@ -59,7 +61,7 @@ class Bound(Metric):
         nats = pixel_nats(seen.pixels.to(seen.decoded.device), grey_levels(seen.decoded), scales)
         self.distortion.put(seen.rows, nats.flatten(1).sum(1, dtype=torch.float64))
         for condition, rates in self.rates.items():
-            rates.put(seen.rows, self._kl(seen) if self.continuous else seen.rate(condition))
+            rates.put(seen.rows, self._divergence(seen) if self.rate else seen.rate(condition))
 
     def compute(self) -> dict[str, Any]:
         fitted = {
@@ -69,9 +71,9 @@ class Bound(Metric):
         rates = {condition: rows.all() for condition, rows in self.rates.items()}
         return fitted | bound_figures(rates, self.distortion.all(), self.subject.dims)
 
-    def _kl(self, seen: Seen) -> Tensor:
-        """Return the rate of each image in nats, float64 (B,)."""
-        return torch.stack([level.losses["kl"].double() for level in seen.output.levels]).sum(0).cpu()
+    def _divergence(self, seen: Seen) -> Tensor:
+        """Return KL(q || N(0, I)) of each image in nats, float64 (B,), of the levels as they are drawn."""
+        return torch.stack([level.losses[self.rate].double() for level in seen.output.levels]).sum(0).cpu()
 
     @classmethod
     def table(cls, figures: dict[str, Any]) -> list[str]:

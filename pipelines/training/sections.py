@@ -13,9 +13,11 @@ from prior import PixelSNAILConfig, TransformerConfig
 from tokenizer import EMAConfig, TokenizerConfig
 from tokenizer.bottlenecks import KINDS, FSQConfig, GaussianConfig, GradientConfig, Settings
 from tokenizer.bottlenecks.bottleneck import VectorSizes
+from tokenizer.bottlenecks.contractive import ContractiveConfig
 from tokenizer.bottlenecks.gumbel import GumbelConfig
 from tokenizer.bottlenecks.residual import ResidualConfig
 from tokenizer.bottlenecks.sparse import SparseConfig
+from tokenizer.loss import Reconstruction
 
 # What these settings were when they came, for ever.
 GRADIENT_THEN = {"codebook_weight": 1.0, "commitment_weight": 0.25, "kmeans_iterations": 10}
@@ -29,6 +31,7 @@ GUMBEL_THEN = {
 EMA_THEN = {"decay": 0.99, "commitment_weight": 0.25, "kmeans_iterations": 10, "revival_threshold": 0.05}
 RESIDUAL_THEN = {"depth": 2, "ema": EMA_THEN}
 SPARSE_THEN = {"penalty": "kl", "rho": 0.05, "weight": 0.1}
+CONTRACTIVE_THEN = {"weight": 0.1, "probes": 4}
 # What `prior.network` may name; a network's settings stand under its name.
 NETWORKS = ("auto", "transformer", "pixelsnail", "normal")
 
@@ -109,9 +112,10 @@ class TokenizerSection:
         bottleneck: what its levels are made of: "ema" (codebooks that are moving averages), "gradient" (codebooks
             moved by gradients), "residual" (several EMA codebooks, each of what the others leave), "gumbel" (codes
             drawn from a relaxed distribution), "fsq" (rounded channels), "gaussian" (a VAE), "sparse" (units few
-            of which are active) or "identity" (a plain autoencoder).
+            of which are active), "contractive" (numbers that change little with the image) or "identity" (a plain
+            autoencoder).
         model: its levels and widths; codebook_size, code_dim and normalize are those of codebooks, code_dim also that
-            of "gaussian", "sparse" and "identity".
+            of "gaussian", "sparse", "contractive" and "identity".
         ema: settings of that bottleneck.
         gradient: settings of that bottleneck.
         fsq: settings of that bottleneck.
@@ -119,9 +123,12 @@ class TokenizerSection:
         residual: settings of that bottleneck.
         gumbel: settings of that bottleneck.
         sparse: settings of that bottleneck.
+        contractive: settings of that bottleneck.
         shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
             disk that it is fetched to; 0 mixes all.
-        loss: reconstruction loss.
+        loss: of the reconstruction: "mse", "l1", or a likelihood in nats per value, beside which a bottleneck's KL
+            divergence makes the ELBO: "gaussian", or "bernoulli", for which `model.sigmoid` must be true.
+        loss_scale: standard deviation of "gaussian", of values in [-1, 1]; 0 learns it.
         augment: what is done to training images at random.
         training: optimizer and schedule.
     """
@@ -136,7 +143,9 @@ class TokenizerSection:
     residual: ResidualConfig = field(default_factory=ResidualConfig, metadata={"introduced": RESIDUAL_THEN})
     gumbel: GumbelConfig = field(default_factory=GumbelConfig, metadata={"introduced": GUMBEL_THEN})
     sparse: SparseConfig = field(default_factory=SparseConfig, metadata={"introduced": SPARSE_THEN})
-    loss: Literal["mse", "l1"] = "mse"
+    contractive: ContractiveConfig = field(default_factory=ContractiveConfig, metadata={"introduced": CONTRACTIVE_THEN})
+    loss: Reconstruction = "mse"
+    loss_scale: float = field(default=0.0, metadata={"introduced": 0.0})
     shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -144,6 +153,14 @@ class TokenizerSection:
     def __post_init__(self) -> None:
         if self.bottleneck not in KINDS:
             raise ValueError(f"tokenizer.bottleneck must be one of {', '.join(KINDS)}, got {self.bottleneck}")
+        if self.loss == "bernoulli" and not self.model.sigmoid:
+            raise ValueError("tokenizer.loss bernoulli needs a decoder of logits; set tokenizer.model.sigmoid to true")
+        if not self.loss_scale >= 0:
+            raise ValueError(f"tokenizer.loss_scale must not be negative, got {self.loss_scale}")
+        if self.loss_scale and self.loss != "gaussian":
+            raise ValueError(
+                f"tokenizer.loss_scale is of the loss gaussian, and the loss is {self.loss}; leave it at 0"
+            )
         if self.shuffle_shards < 0:
             raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
 
