@@ -38,6 +38,21 @@ def as_begun(config: ImagesConfig, seed: int, folder: Path) -> ImagesConfig:
     return config
 
 
+def settle_source(source: str, folder: Path) -> None:
+    """Make sure, before anything is touched, that a folder that is to be packed to has to do with one source alone.
+
+    Shards of an unfinished folder that were made from another source are removed: a source is known by the names of
+    its files, which another may have too, and then receipts fit.
+
+    Raises:
+        ConfigError: there is no such kind of source, or it lies in the folder.
+    """
+    check_name(source)
+    check_source_outside(source, folder)
+    if _settings_in(folder).get("images", {}).get("source", source) != source and this_worker().rank == 0:
+        remove_shards(folder)
+
+
 def _settings_in(folder: Path) -> dict[str, Any]:
     """What a folder was begun with; nothing where that cannot be read, which is judged elsewhere."""
     with suppress(OSError, ValueError):
@@ -71,21 +86,3 @@ def warn_of_changed_source(config: ImagesConfig, seed: int, cache: Cache, folder
             config.source,
             folder,
         )
-
-
-def settle_source(source: str, folder: Path) -> None:
-    """Make sure, before anything is touched, that a folder that is to be packed to has to do with one source alone.
-
-    Shards of an unfinished folder that were made from another source are removed: a source is known by the names of
-    its files, which another may have too, and then receipts fit.
-
-    Raises:
-        ConfigError: there is no such kind of source, or it lies in the folder.
-    """
-    check_name(source)
-    check_source_outside(source, folder)
-    kept = source
-    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
-        kept = read_yaml(read_bytes(folder / "config.yaml"))["images"]["source"]
-    if kept != source and this_worker().rank == 0:
-        remove_shards(folder)

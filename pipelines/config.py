@@ -91,11 +91,16 @@ class Config:
         for level, size in enumerate(sizes):
             drawn = at_level(self.sample, level, len(sizes), "sample.", ("temperature", "top_k", "top_p", "guidance"))
             prior_for(self.prior, level, sizes)
-            if size is None and (drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1 or drawn.classes):
+            filtered = drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1
+            if size is None and (filtered or drawn.classes or drawn.reject > 1):
                 raise ConfigError(
-                    f"sample.top_k, top_p, guidance and classes are of codes, and level {level} holds numbers; "
+                    f"sample.top_k, top_p, guidance, classes and reject are of codes, and level {level} holds numbers; "
                     "leave them out"
                 )
+
+
+# Files that stand on one another, at most.
+MAX_BASES = 8
 
 
 def make_parser(stage: str = "STAGE") -> ArgumentParser:
@@ -108,6 +113,8 @@ def make_parser(stage: str = "STAGE") -> ArgumentParser:
 def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration.
 
+    A file's `base` names another file, from its own folder: what is said there holds where the file says nothing else.
+
     Args:
         path: the YAML file, plain data; or the name of one that smalti ships ("digits"); or what such a file holds.
         overrides: `--section.key value` of the command line.
@@ -115,18 +122,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     Raises:
         ConfigError: no such file, an unknown key, a wrong type, or a value that cannot work; names the key.
     """
-    try:
-        settings = path if isinstance(path, dict) else read_yaml(_find(Path(path)).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"cannot use the config {path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
-    try:
-        settings = renamed(_rename(settings, "from", "from_"))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    settings = _named(path) if isinstance(path, dict) else _read(Path(path))
     overrides = [renamed_option(argument) for argument in overrides]
     _check_sections(settings, Config)
     _check_options(overrides)
@@ -136,6 +132,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
         _check_sections(arguments.as_dict(), Config)
         config = Config(**vars(parser.instantiate(arguments)))
+        _check_named(settings, config)
         _check_used(overrides, config)
         return config
     except ConfigError:
@@ -143,6 +140,44 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         message = " ".join(re.sub(r"\b(images|tokenizer|codes)\.from_(?!\w)", r"\1.from", str(error)).split())
         raise ConfigError(_readable(message.replace("Parser key", "setting"))) from error
+
+
+def _read(path: Path, above: int = 0) -> dict[str, Any]:
+    """Return the settings of a file, laid over those of its base."""
+    if above > MAX_BASES:
+        raise ConfigError(f"{path} stands on more than {MAX_BASES} files; does a base name a file that stands on it?")
+    try:
+        settings = read_yaml(_find(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"cannot use the config {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
+    base = settings.pop("base", None)
+    if base is None:
+        return _named(settings)
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"base of {path} must name a file, got {base!r}")
+    return _laid_over(_read(path.parent / base, above + 1), _named(settings))
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings under the names that they have now and here."""
+    try:
+        return renamed(_rename(settings, "from", "from_"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _laid_over(below: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings beside those below that they do not name, section by section."""
+    both = {
+        name: _laid_over(below[name], value)
+        for name, value in settings.items()
+        if isinstance(value, dict) and isinstance(below.get(name), dict)
+    }
+    return below | settings | both
 
 
 # What jsonargparse calls the kinds of values, and what people do.
@@ -204,6 +239,21 @@ def _check_options(overrides: Sequence[str]) -> None:
             raise ConfigError(f"--{option} is not allowed: a config is plain data and cannot name code to run")
         if option.rstrip("+") in _sections(Config):
             raise ConfigError(f"--{option} is a section; override its settings one by one, as --{option}.name value")
+
+
+def _check_named(settings: dict, config: Config) -> None:
+    """Refuse settings of a kind that neither the file nor the command line names, and that is not the default.
+
+    A file that names its kind may hold those of others too, for whoever names another on the command line.
+    """
+    for section, name, own in (("tokenizer", "bottleneck", config.tokenizer), ("prior", "network", config.prior)):
+        given, others = settings.get(section, {}), set(own.unused) & set(type(own)().unused)
+        for kind in given if name not in given else ():
+            if kind in others:
+                raise ConfigError(
+                    f"{section}.{kind} would change nothing: {section}.{name} is {getattr(own, name)}; "
+                    f"add `{name}: {kind}` or leave it out"
+                )
 
 
 def _check_used(overrides: Sequence[str], config: Config) -> None:

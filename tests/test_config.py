@@ -28,6 +28,23 @@ def test_only_the_whole_name_picks_a_shipped_config(tmp_path: Path, monkeypatch:
             load_config(name)
 
 
+def test_a_file_holds_where_the_one_that_stands_on_it_says_nothing_else(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    below = write_config(tmp_path / "below", {"tokenizer": {"codebook": {"ema_decay": 0.5}}})
+    path = tmp_path / "above.yaml"
+    path.write_text(f"base: below/{below.name}\ntokenizer:\n  model: {{codebook_size: 9}}\n  from: a\n")
+    config, alone = load_config(path, ["--seed", "3"]), load_config(below)
+    assert (config.seed, config.tokenizer.from_, config.tokenizer.model.codebook_sizes) == (3, "a", [9, 9])
+    assert (config.tokenizer.ema.decay, config.tokenizer.model.width) == (0.5, alone.tokenizer.model.width)
+    assert config.images == alone.images
+    wrong = {"above.yaml": "stands on more than 8 files", "gone.yaml": "gone.yaml", "[1]": "base of"}
+    for base, message in wrong.items():
+        path.write_text(f"base: {base}\n")
+        with pytest.raises(ConfigError, match=message):
+            load_config(path)
+
+
 def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     path = write_config(tmp_path, {"images": {"from": "a"}})
     config = load_config(path, ["--tokenizer.from", "b", "--codes.from=c"])

@@ -34,7 +34,7 @@ KINDS: dict[str, dict] = {
     "fsq": {"fsq": {"levels": [3, 3]}},
     "residual": {"residual": {"depth": 2, "ema": {"kmeans_iterations": 0, "gradient": "rotation"}}},
     "gumbel": {"gumbel": {"anneal_steps": 4}},
-    "gaussian": {"gaussian": {"beta": 1.0}},
+    "gaussian": {"gaussian": {"beta": 1.0}, "augment": {"corrupt": "noise"}},
     "sparse": {"sparse": {"weight": 1.0}},
 }
 Trained = Callable[[int, int], dict[str, Path]]
@@ -95,6 +95,7 @@ def test_two_processes_take_the_steps_of_one_with_every_kind(kind: str, trained:
     figures = [name for name in wanted if name.startswith("val_")]
     assert [float(found[name]) for name in figures] == pytest.approx([float(wanted[name]) for name in figures], 1e-4)
     assert (kind == "sparse") == ("val_level0_divergence" in figures)
+    assert (kind == "gaussian") == ("val_mse_corrupted" in figures)
 
 
 def test_validation_figures_do_not_depend_on_the_number_of_processes(

@@ -129,7 +129,9 @@ def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Pa
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=fsq", "--tokenizer.model.codebook_size=8")
     assert code == 2 and "--tokenizer.model.codebook_size would change nothing: tokenizer.bottleneck is fsq" in said
     code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.top_k=3")
-    assert code == 2 and "sample.top_k, top_p, guidance and classes are of codes, and level 0 holds numbers" in said
+    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
+    code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.reject=2")
+    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian")
     assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
     code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")
@@ -153,6 +155,27 @@ def test_settings_that_a_fixed_prior_does_not_read_are_refused_on_the_command_li
     name = setting.partition("=")[0]
     with pytest.raises(ConfigError, match=f"--prior.{name} would change nothing: prior.network is normal"):
         load_config(write_config(tmp_path, file), [f"--prior.{setting}"])
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "kind", "default", "settings"),
+    [
+        ("tokenizer", "bottleneck", "fsq", "ema", {"levels": [5, 5]}),
+        ("prior", "network", "pixelsnail", "auto", {"width": 8}),
+    ],
+)
+def test_a_file_that_holds_settings_of_a_kind_names_one(
+    section: str, name: str, kind: str, default: str, settings: dict, tmp_path: Path
+) -> None:
+    file = {"run_dir": str(tmp_path), section: {kind: settings}}
+    with pytest.raises(
+        ConfigError, match=rf"{section}.{kind} would change nothing: {section}.{name} is {default}; add"
+    ):
+        load_config(file)
+    load_config(file, [f"--{section}.{name}={kind}"])
+    load_config(file | {section: {kind: settings, name: default}})
+    default = {"auto": "transformer"}.get(default, default)
+    load_config({"run_dir": str(tmp_path), section: {default: {}}}, [f"--{section}.{name}={kind}"])
 
 
 def test_a_loss_of_the_whole_batch_refuses_parts_of_it_before_anything_is_done(

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from pipelines.cli import page_after_run
-from pipelines.config import load_config
 from pipelines.report import reading
 from pipelines.report.codebooks import Codebook, alone, mosaic, patches
 from pipelines.report.curves import charts, read_rows
@@ -22,13 +21,15 @@ from pipelines.report.pictures import VIRIDIS, heat, picture
 from pipelines.report.plane import COLOURS, PLOT, SHAPES, SIDE, is_plane, plane, quantiles
 from pipelines.report.reading import Images, most_read, read_codes, read_images
 from pipelines.report.sampled import apart
-from pipelines.report.side_by_side import differing, flat_settings, overlaid
+from pipelines.report.side_by_side import overlaid
 from pipelines.report.tokenized import ranked
-from pipelines.report.warned import of_classes, of_codebooks, of_curves, of_levels, of_priors
+from pipelines.report.warned import of_bottlenecks, of_classes, of_curves, of_levels, of_priors
 from pipelines.storage.cache import Cache
 from prior import LevelConfig, LevelPrior, NormalConfig
-from tokenizer import HierarchicalVQVAE, TokenizerConfig
+from tokenizer import EMAConfig, HierarchicalVQVAE, TokenizerConfig
 from tokenizer.bottlenecks import KINDS
+from tokenizer.bottlenecks.fsq import FSQConfig
+from tokenizer.bottlenecks.gaussian import GaussianConfig
 
 Smalti = Callable[..., tuple[int, str]]
 CHROMIUM = "/usr/bin/chromium"
@@ -121,6 +122,7 @@ def test_the_page_says_what_was_read_and_what_came_of_it(tiny_run: Path) -> None
     assert f"{figures['tokenizer']['psnr']:.4g}" in text
     for words in ("1,618 train, 179 val", "at most 200 images", "smalti run", "Made with python", "cores of"):
         assert words in text
+    assert "evaluate done figures of bound, codes, copies" in text
     assert (run / "report.html").stat().st_size < 1e6
 
 
@@ -282,11 +284,18 @@ def book(size: int, used: int, places: int) -> Codebook:
 
 
 def test_collapsed_levels_and_dead_codes_are_told_apart() -> None:
-    (collapsed,) = of_codebooks([book(512, 12, 9000)])
-    assert "Level 0 has collapsed: 12 of its 512 codes" in collapsed
-    (dead,) = of_codebooks([book(512, 442, 30000)])
-    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead
-    assert not [*of_codebooks([book(512, 442, 3000), book(512, 510, 30000)])]  # too few places to tell; nearly all
+    (collapsed,) = of_bottlenecks(EMAConfig(), {"tokenizer.level0_usage": 0.5}, [book(512, 12, 9000)])
+    assert collapsed.startswith("Level 0 uses 2.3% of its codes: it has collapsed")
+    (dead,) = of_bottlenecks(FSQConfig(), {}, [book(512, 442, 30000)])
+    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead and "revival" not in dead
+    few, nearly_all = book(512, 442, 3000), book(512, 510, 30000)
+    assert not [*of_bottlenecks(EMAConfig(), {}, [few, nearly_all])]
+
+
+def test_units_that_say_nothing_are_warned_of_by_their_bottleneck() -> None:
+    figures = {"tokenizer.psnr": 20.0, "tokenizer.level0_active": 0.5, "tokenizer.level1_active": 0.02}
+    (collapsed,) = of_bottlenecks(GaussianConfig(), figures, [])
+    assert collapsed.startswith("Level 1 tells images apart by 2.0% of its units: the posterior has collapsed")
 
 
 def test_a_level_that_the_decoder_hardly_looks_at_is_named() -> None:
@@ -311,18 +320,6 @@ def test_validation_that_turned_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,val_nats_per_code\n9,3\n19,2\n29,2.5\n")
     (one,) = of_curves(charts(read_rows(tmp_path), "prior, level 1", "level1"))
     assert one.startswith("prior, level 1: validation was best at step 20, 2, and is 2.5 at 30.")
-
-
-def test_settings_that_differ_are_those_of_the_run_not_of_its_place(tiny_run: Path) -> None:
-    configs = [load_config(tiny_run), load_config(tiny_run, ["--prior.dropout=[0.1,0.2]", "--run_dir=elsewhere"])]
-    rows = differing([flat_settings(vars_of(config)) for config in configs])
-    assert rows == [("prior.dropout", "0.1", "[0.1, 0.2]")]
-
-
-def vars_of(config: Any) -> Any:
-    from pipelines.storage.folders import plain
-
-    return plain(config)
 
 
 def test_curves_of_several_runs_are_laid_over_one_another(tmp_path: Path) -> None:
@@ -369,10 +366,19 @@ def test_a_run_of_images_alone_and_one_without_images_are_shown(
 
 
 def test_several_runs_stand_side_by_side(tiny_run: Path, copy_of: Callable[..., Path], smalti: Smalti) -> None:
-    other = copy_of({"sample": {"temperature": 0.9}})
+    other = copy_of({"seed": 1})
+    path = other.parent / "run" / "metrics.json"
+    figures = json.loads(path.read_text())
+    figures["samples"]["made"]["splits"]["samples"]["settings"]["temperature"] = 0.9
+    path.write_text(json.dumps(figures))
     code, _ = smalti("report", other, tiny_run)
     text = page_of(other.parent / "run")
-    assert code == 0 and "Side by side" in text and "sample.temperature" in text
+    board = re.search(r"<caption>Scoreboard</caption>.*?</table>", text, re.DOTALL)
+    assert code == 0 and board
+    rows = [re.sub(r"(<[^>]+>)+", " ", row).split() for row in board[0].split("</tr>")]
+    kid = f"{1000 * figures['samples']['kid']:.3f}"
+    assert ["seeds", "0", "0"] in rows and ["sample.temperature", "0.9", "1.0"] in rows and ["KID", kid, kid] in rows
+    assert "KID: x 1000, of samples beside real images: less is better; in features of pixels" in text
     assert text.count("as run (1) gives it back") == text.count("as run (2) gives it back") == 8
 
 
@@ -412,8 +418,9 @@ def test_a_report_that_fails_takes_nothing_from_the_run(
 def test_stages_say_where_the_page_is(copy_of: Callable[..., Path], smalti: Smalti) -> None:
     config = copy_of()
     run = config.parent / "run"
-    _, said = smalti("sample", config, "--redo", "sample")
-    assert said.strip().endswith(f"look at {run / 'report.html'}")
+    for stage in (["sample", config, "--redo", "sample"], ["evaluate", config]):
+        _, said = smalti(*stage)
+        assert said.strip().endswith(f"look at {run / 'report.html'}")
 
 
 def names_in(figures: dict[str, Any]) -> Iterator[str]:

@@ -205,10 +205,15 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """Return images as float32, if kind and shape are what this tokenizer reads."""
         return float_tensor("images", images, ("B", self.channels, self.image_size, self.image_size))
 
-    def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None) -> list[Bottled]:
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return what encoders make of images, float32 (B, width, h, w) of each bottleneck, coarse to fine."""
         features = [images]
         for encode in reversed(self.encoders):
             features.insert(0, encode(features[0]))
+        return features[:-1]
+
+    def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None) -> list[Bottled]:
+        features = self.features(images)
         levels: list[Bottled] = []
         seen = None  # (B, sum of D, h, w) of all coarser levels on the grid of the last one
         for level, bottleneck in enumerate(self.bottlenecks):
@@ -217,16 +222,16 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
                 known = torch.cat([self.context_decoders[level - 1](seen), known], 1)
             output = bottleneck(self.projections[level](known), noise[level] if noise else None)
             levels.append(output)
-            seen = self._stack(seen, output.seen, level)
+            seen = self.stack(seen, output.seen, level)
         return levels
 
     def _reconstruct(self, levels: list[Tensor]) -> Tensor:
         seen = None
         for level, vectors in enumerate(levels):
-            seen = self._stack(seen, vectors, level)
+            seen = self.stack(seen, vectors, level)
         return self.decoder(seen)
 
-    def _stack(self, seen: Tensor | None, vectors: Tensor, level: int) -> Tensor:
+    def stack(self, seen: Tensor | None, vectors: Tensor, level: int) -> Tensor:
         """Lay what is seen of a level (B, D, h, w) on that of the coarser ones, upsampled to its grid."""
         return vectors if seen is None else torch.cat([self.upsamplers[level - 1](seen), vectors], 1)
 

@@ -48,7 +48,7 @@ class Bound(Metric):
         self.scales = fitted_scales(subject.tokenizer, self.train, subject.seed)
         self.distortion = Rows(val.count)
         self.rates = {condition: Rows(val.count) for condition in subject.conditions}
-        self.continuous = any(size is None for size in subject.tokenizer.codebook_sizes)
+        self.rate = subject.tokenizer.bottleneck.rate
 
     def update(self, seen: Seen) -> None:
         if seen.split != "val":
@@ -57,8 +57,8 @@ class Bound(Metric):
         nats = pixel_nats(seen.pixels.to(seen.decoded.device), grey_levels(seen.decoded), scales)
         self.distortion.put(seen.rows, nats.flatten(1).sum(1, dtype=torch.float64))
         for condition, rates in self.rates.items():
-            levels = [self._kl(seen)] if self.continuous else [level.nats for level in seen.judged(condition)]
-            rates.put(seen.rows, torch.stack(levels).sum(0))
+            drawn = [level.losses[self.rate].double().cpu() for level in seen.output.levels] if self.rate else []
+            rates.put(seen.rows, torch.stack(drawn or [level.nats for level in seen.judged(condition)]).sum(0))
 
     def compute(self) -> dict[str, Any]:
         fitted = {
@@ -67,10 +67,6 @@ class Bound(Metric):
         }
         rates = {condition: rows.all() for condition, rows in self.rates.items()}
         return fitted | bound_figures(rates, self.distortion.all(), self.subject.dims)
-
-    def _kl(self, seen: Seen) -> Tensor:
-        """Return the rate of each image in nats, float64 (B,)."""
-        return torch.stack([level.losses["kl"].double() for level in seen.output.levels]).sum(0).cpu()
 
     @classmethod
     def table(cls, figures: dict[str, Any]) -> list[str]:

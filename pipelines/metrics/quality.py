@@ -4,12 +4,24 @@ B batch, C channels, H W pixels.
 """
 
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from pipelines.compute.ranks import sum_over_ranks
 from tokenizer import Autoencoded, HierarchicalVQVAE
+from tokenizer.bottlenecks.bottleneck import Settings
+
+
+def level_warnings(family: Settings, figures: Mapping[str, float]) -> list[str]:
+    """Return what bottlenecks warn of where these are figures of a split, those of levels by names "levelN_NAME"."""
+    levels: dict[int, dict[str, float]] = {}
+    for name, value in figures.items():
+        if match := re.fullmatch(r"level(\d+)_(\w+)", name):
+            levels.setdefault(int(match[1]), {})[match[2]] = value
+    return [f"level {level} {warning}" for level, own in sorted(levels.items()) for warning in family.warnings(own)]
 
 
 class TokenizerQuality:

@@ -135,8 +135,8 @@ class Subject(NamedTuple):
     @property
     def _is_bounded(self) -> bool:
         """Whether all that is stored has a rate. Numbers without noise have no density given the image."""
-        parts = self.tokenizer.bottlenecks if self.tokenizer else []
-        return all(part.noise_channels for part in parts if None in part.sizes)
+        tokenizer = self.tokenizer
+        return tokenizer is None or bool(tokenizer.bottleneck.rate) or None not in tokenizer.codebook_sizes
 
     @property
     def conditions(self) -> list[str]:

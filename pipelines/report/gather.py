@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.compared import Compared, as_compared
 from pipelines.compute.devices import inference_device
 from pipelines.config import Config
 from pipelines.errors import StageError, UserError, told_to_user
@@ -166,9 +167,10 @@ class Gathered:
     @cached_property
     def samples_fit(self) -> bool:
         """Whether the samples were drawn by the models that are there now."""
-        marks = read_manifest(self.root / self.config.sample.folder, "samples", "sample")["fingerprints"]
-        found = {f"prior{level}": prior_fingerprint(prior) for level, prior in self.priors.items()}
-        return self.tokenizer is not None and marks == found | {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        manifest = read_manifest(self.root / self.config.sample.folder, "samples", "sample")
+        models = {f"prior{level}": prior_fingerprint(prior) for level, prior in self.priors.items()}
+        models |= {"tokenizer": tokenizer_fingerprint(self.tokenizer)} if self.tokenizer else {}
+        return manifest["fingerprints"] == self.finished.marks(manifest, models)
 
     @cached_property
     def patches(self) -> dict[int, codebooks.Patches]:
@@ -209,6 +211,11 @@ class Gathered:
     def looked_at(self) -> int:
         """Images of both splits that are read."""
         return sum(len(images.keys) for images in self.images.values())
+
+    @cached_property
+    def compared(self) -> Compared | None:
+        """The run as it is compared with others; None where its models cannot be read."""
+        return self.part("scoreboard", self._compared)
 
     @cached_property
     def measured(self) -> dict[str, Any]:
@@ -310,8 +317,14 @@ class Gathered:
             return None
         return sampled.neighbours(self.samples, train, self.images.get("val"))
 
+    def _compared(self) -> Compared:
+        models = [self.tokenizer] if self.tokenizer else []
+        return as_compared(self.finished, self.measured, [*models, *self.priors.values()])
+
     def _warnings(self) -> list[str]:
-        found = [*warned.of_codebooks(self.codebooks), *warned.of_units(self.figures)]
+        found: list[str] = []
+        if self.tokenizer:
+            found += warned.of_bottlenecks(self.tokenizer.bottleneck, self.figures, self.codebooks)
         if self.quality and self.tokenizer:
             bits = [h * w * math.log2(size) if size else None for (h, w), size, _ in self.tokenizer.levels]
             found += warned.of_levels(self.quality.adds, bits)

@@ -1,11 +1,13 @@
 """What an image source is: pictures and their classes, as splits that are read by index."""
 
-from collections.abc import Collection, Mapping
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pipelines.errors import StageError
 from pipelines.progress import counted
 from pipelines.sources.listing import shortly
 from pipelines.storage.cache import Cache
@@ -71,6 +73,19 @@ def described_beside(source: Source, kept: Collection[str]) -> str:
     dropped = [*(extension for extension in source.beside if extension not in kept), *source.dropped]
     said = [f"{what} {shortly(names)}" for what, names in (("kept", kept), ("dropped", dropped)) if names]
     return f"beside the images: {'; '.join(said)}" if said else ""
+
+
+def check_unique(keys: Iterable[str], name: str) -> None:
+    """Raise StageError for a key that comes twice in a split of the source of a name."""
+    seen: set[bytes] = set()
+    for key in keys:
+        short = hashlib.blake2b(key.encode(), digest_size=16).digest()  # a set of these stays small
+        if short in seen:
+            raise StageError(
+                f"keys must be unique, but {key} comes twice in {name}; rename one of the files "
+                "(names are compared without their extension, dots as underscores)"
+            )
+        seen.add(short)
 
 
 def on_disk(path: Path, cache: Cache) -> Path:

@@ -1,7 +1,6 @@
 """Stage pack: an image source becomes image shards of one size."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import StageError
 from pipelines.progress import counted, progress_bar
 from pipelines.sources.open import open_source
-from pipelines.sources.source import Raw, Source, Split, described, described_beside
+from pipelines.sources.source import Raw, Source, Split, check_unique, described, described_beside
 from pipelines.sources.splits import stratified_fraction
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest
@@ -110,8 +109,21 @@ class ShardPlan(NamedTuple):
     indices: np.ndarray
 
 
-def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) -> None:
+def pack(
+    config: ImagesConfig,
+    seed: int,
+    compute: ComputeConfig,
+    folder: Path,
+    judged: Callable[[list[str]], None] | None = None,
+) -> None:
     """Write image shards, receipts and the manifest; shards whose receipt fits stay.
+
+    Args:
+        config: the section.
+        seed: of the split and the order.
+        compute: where.
+        folder: of the stage.
+        judged: called with the class names before anything is packed, to refuse what they are not enough for.
 
     Raises:
         StageError: an empty source, duplicate keys, or more bad images than max_bad allows.
@@ -124,12 +136,17 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
         config.label_column or None,
         config.caption_column or None,
     )
+    if judged:
+        judged(source.class_names)
     if this_worker().rank == 0:
         logger.info("pack: %s", described(config.source, source))
         if said := described_beside(source, kept_members(source, config)):
             logger.info("pack: %s", said)
     plans = plan_shards(source, config, seed)
-    _check_keys(source, plans, config.source)
+    for name in ("train", "val"):
+        own = [plan for plan in plans if plan.name.startswith(name)]
+        keys = (source.splits[plan.source_split].key(int(index)) for plan in own for index in plan.indices)
+        check_unique(keys, config.source)
     jobs = shard_jobs(source, plans, config, folder)
     share = this_workers(jobs, folder, compute.cache)
     tasks = [(jobs[number], plans[number], config) for number in share.todo]
@@ -198,24 +215,6 @@ def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPl
             part = indices[start : start + config.shard_size]
             plans.append(ShardPlan(f"{split}-{number:06d}.tar", source_split, part))
     return plans
-
-
-def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:
-    for split in {plan.name.split("-")[0] for plan in plans}:
-        seen: set[bytes] = set()
-        for plan in plans:
-            if not plan.name.startswith(split):
-                continue
-            images = source.splits[plan.source_split]
-            for index in plan.indices:
-                key = images.key(int(index))
-                short = hashlib.blake2b(key.encode(), digest_size=16).digest()  # a set of these stays small
-                if short in seen:
-                    raise StageError(
-                        f"keys must be unique, but {key} comes twice in {name}; rename one of the files "
-                        "(names are compared without their extension, dots as underscores)"
-                    )
-                seen.add(short)
 
 
 Task = tuple[ShardJob, ShardPlan, ImagesConfig]

@@ -3,7 +3,8 @@
 B batch, D code_dim, h w grid.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenizer.bottlenecks.averages import Averages
-from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
-from tokenizer.checks import Float32Module, float_tensor
+from tokenizer.bottlenecks.bottleneck import LEAST_USED, Bottled, Settings, VectorSizes
+from tokenizer.bottlenecks.numbers import Numbers
+from tokenizer.checks import float_tensor
 
 # Natural logarithms of variances beyond these would leave float32.
 LOG_VARIANCES = (-30.0, 20.0)
@@ -32,6 +34,7 @@ class GaussianConfig(Settings):
     """
 
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
+    rate: ClassVar[str] = "kl"
 
     beta: float = 0.02
 
@@ -47,8 +50,14 @@ class GaussianConfig(Settings):
         """Return the weight of the KL divergence of an image, of its sum over levels."""
         return {"kl": self.beta / num_values}
 
+    def warnings(self, figures: Mapping[str, float]) -> list[str]:
+        """Warn of a posterior that is the same for every image."""
+        if (active := figures.get("active", 1.0)) >= LEAST_USED:
+            return []
+        return [f"tells images apart by {active:.1%} of its units: the posterior has collapsed; try a lower beta"]
 
-class Gaussian(Float32Module):
+
+class Gaussian(Numbers):
     """Features are means and log-variances; what is seen and stored is mean + noise * standard deviation.
 
     Without noise, as in validation, that is the mean. The loss "kl" is KL(q || N(0, I)) of an image in nats.
@@ -57,14 +66,8 @@ class Gaussian(Float32Module):
         code_dim: D.
     """
 
-    zero: Tensor
-
     def __init__(self, code_dim: int) -> None:
-        super().__init__()
-        self.features, self.channels, self.noise_channels = 2 * code_dim, code_dim, code_dim
-        self.sizes = (None,)
-        # Where tensors without parameters go is where this is.
-        self.register_buffer("zero", torch.zeros(()), persistent=False)
+        super().__init__(2 * code_dim, code_dim, noise_channels=code_dim)
 
     def forward(self, features: Tensor, noise: Tensor | None = None) -> Bottled:
         """Draw from the Gaussians of features (B, 2 D, h, w), with noise (B, D, h, w) of N(0, I).
@@ -79,16 +82,16 @@ class Gaussian(Float32Module):
             sample = mean if noise is None else mean + noise * (0.5 * log_variance).exp()
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         observed = mean.detach().movedim(1, -1).flatten(0, 2)
-        return Bottled(seen=sample, stored=(sample,), losses={"kl": kl.flatten(1).sum(1)}, observed=observed)
+        losses = {"kl": kl.flatten(1).sum(1)}
+        return Bottled(seen=sample, stored=(sample,), losses=losses, observed=observed, posterior=features)
 
-    def lookup(self, stored: Sequence[Tensor]) -> Tensor:
-        """Return the numbers (B, D, h, w) as they are."""
+    def log_posterior(self, posterior: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """Return log q(z | x) of numbers (…, D, h, w) under features (…, 2 D, h, w), a density, in nats; float64."""
         (values,) = stored
-        return float_tensor("values", values, ("B", self.channels, "h", "w"))
-
-    def blank(self) -> Tensor:
-        """Return the mean of N(0, I), (D,)."""
-        return self.zero.expand(self.channels)
+        mean, log_variance = posterior.double().chunk(2, -3)
+        log_variance = log_variance.clamp(*LOG_VARIANCES)
+        squares = (values - mean).square() * (-log_variance).exp()
+        return -0.5 * (squares + log_variance + math.log(2 * math.pi)).flatten(-3).sum(-1)
 
     def figures(self) -> Averages:
         """Return the share of active units, of nothing yet: by ACTIVE_VARIANCE in the mean over cells."""
