@@ -142,9 +142,11 @@ class Subject(NamedTuple):
     def conditions(self) -> list[str]:
         """What codes are predicted from: "given_class"; "without_class" where there are none, or training hid some."""
         assert self.prior
+        names = self.prior.class_names
+        if names and self.tokenizer and self.tokenizer.num_classes:  # codes and images are then of their class
+            return ["given_class"]
         if any(level.config.codebook_sizes[-1] is None for level in self.prior.levels):
             return ["without_class"]
-        names = self.prior.class_names
         without = not names or all(getattr(level.config, "unconditional", True) for level in self.prior.levels)
         return ["given_class"] * bool(names) + ["without_class"] * without
 
@@ -184,7 +186,10 @@ class Seen:
         tokenizer, seed = self._subject.tokenizer, self._subject.seed
         assert tokenizer
         streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
-        return tokenizer(self.images, noise_for(tokenizer, streams, self.rows))
+        images, classes = self._split.images, None
+        if tokenizer.num_classes and images.class_names:
+            classes = torch.tensor([images.read(index).label for index in self._indices])
+        return tokenizer(self.images, noise_for(tokenizer, streams, self.rows), classes)
 
     @property
     def reconstructions(self) -> Tensor:
@@ -204,8 +209,9 @@ class Seen:
     @cached_property
     def decoded(self) -> Tensor:
         """What the codes decode to, float (B, C, H, W), in [-1, 1] or somewhat beyond."""
-        assert self._subject.tokenizer
-        return self._subject.tokenizer.decode(self.codes)
+        tokenizer, prior = self._subject.tokenizer, self._subject.prior
+        assert tokenizer and prior
+        return tokenizer.decode(self.codes, self.classes if prior.class_names else None)
 
     def judged(self, condition: str) -> list[Judged]:
         """Return what the prior of each level makes of the codes, under one of the subject's `conditions`."""

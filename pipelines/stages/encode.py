@@ -78,6 +78,11 @@ def encode(
             f"but {images} was packed with {found[0]} and {found[1]}; "
             "set images.size and images.channels to the tokenizer's"
         )
+    if tokenizer.num_classes and len(manifest["class_names"]) not in (0, tokenizer.num_classes):
+        raise StageError(
+            f"the tokenizer was trained with {tokenizer.num_classes} classes but {images} has "
+            f"{len(manifest['class_names'])}; take the images' own, or pack them with images.classes false"
+        )
     mark = tokenizer_fingerprint(tokenizer)
     views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
     count = sum(receipt["samples"] * len(views[split]) for split, receipt in all_receipts(manifest))
@@ -114,6 +119,8 @@ def encode(
             "precision": config.precision,
             "made_from": manifest_digest(manifest),
         }
+        if tokenizer.num_classes:
+            contents["conditional"] = True
         names = {split: [receipt["shard"] for receipt in receipts_of(manifest, split)] for split in manifest["splits"]}
         write_manifest(folder, names, contents)
 
@@ -140,9 +147,12 @@ def compiled_encoder(model: HierarchicalVQVAE, batch_size: int) -> Callable[...,
     def filled(batch: Tensor) -> Tensor:
         return F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - len(batch)))
 
-    def encoder(images: Tensor, noise: list[Tensor] | None = None) -> list[Tensor]:
+    def encoder(images: Tensor, noise: list[Tensor] | None = None, classes: Tensor | None = None) -> list[Tensor]:
         whole = filled(images).contiguous(memory_format=torch.channels_last)
-        return encode(whole) if noise is None else encode(whole, [filled(one) for one in noise])
+        more: dict[str, Any] = {} if noise is None else {"noise": [filled(one) for one in noise]}
+        if classes is not None:
+            more["classes"] = F.pad(classes, (0, batch_size - len(classes)))
+        return encode(whole, **more)
 
     return encoder
 
@@ -204,9 +214,18 @@ def _encoded(
             # What is drawn to be stored is a function of split and key.
             places = (int(digest(["encode", seed, split, key])[:16], 16) for key, _, _ in batch)
             noise = noise_for(model, streams, places)
-            codes = encoder(images.contiguous(memory_format=torch.channels_last), noise)
+            codes = encoder(images.contiguous(memory_format=torch.channels_last), noise, _classes(model, batch))
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
         for row, (key, beside, _) in enumerate(batch):
             grids = {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}
             yield key, grids | beside
         tick(len(batch))
+
+
+def _classes(model: HierarchicalVQVAE, batch: list[tuple[str, dict[str, bytes], np.ndarray]]) -> Tensor | None:
+    """Return the class of each image, -1 for none; None where the tokenizer looks at none."""
+    if not model.num_classes:
+        return None
+    return torch.tensor(
+        [int(beside.get("cls", b"-1")) for _, beside, _ in batch], device=next(model.parameters()).device
+    )

@@ -19,7 +19,7 @@ from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.batches import ValidationBatches
 from pipelines.data.codes import CodeBatch, Codes, TrainingCodes, ValidationCodes, as_it_is
 from pipelines.storage.folders import publish_model
-from pipelines.storage.manifest import read_manifest
+from pipelines.storage.manifest import classes_for_prior, read_manifest
 from pipelines.storage.paths import write_json
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.sections import PriorConfig
@@ -49,7 +49,7 @@ def level_config(
         level: 0 for the coarsest.
         grids: (h, w) of all levels.
         codebook_sizes: K of all levels, None of continuous ones.
-        class_names: empty when the data has none.
+        class_names: empty when the data has none, or the network is not to know them.
         tokenizer: fingerprint of the tokenizer that made the codes.
         channels: of all levels, where some are continuous.
     """
@@ -62,7 +62,7 @@ def level_config(
         level=level,
         grids=grids[: level + 1],
         codebook_sizes=list(codebook_sizes[: level + 1]),
-        class_names=[] if config.network == "normal" else class_names,  # which it knows nothing of
+        class_names=class_names,
         size=sizes.get(str(config.network), config.transformer),
         tokenizer=tokenizer,
         unconditional=config.class_dropout > 0 or not class_names,
@@ -91,8 +91,10 @@ def train_prior(
     training = config.training
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
     assert isinstance(config.dropout, float | int)
-    about = (train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"])
-    settings = level_config(config, level, *about, [] if all(train.codebook_sizes) else train.channels)
+    class_names = classes_for_prior(manifest, str(config.network))
+    about = (train.grids, train.codebook_sizes, class_names, manifest["tokenizer"])
+    channels = [] if all(train.codebook_sizes) else train.channels
+    settings = level_config(config, level, *about, channels)
     model = LevelPrior(settings, config.dropout)
     if not list(model.parameters()):
         publish_fixed(model, val, folder)

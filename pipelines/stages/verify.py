@@ -22,6 +22,7 @@ from pipelines.storage.manifest import (
     Manifest,
     SamplesManifest,
     all_receipts,
+    classes_for_prior,
     level_entries,
     read_manifest,
 )
@@ -113,7 +114,7 @@ def verify_priors(prior: HierarchicalPrior, codes: CodesManifest) -> None:
     """
     check_belong_together(prior, codes["tokenizer"])
     config = prior.levels[-1].config
-    names = [] if config.network == "normal" else codes["class_names"]
+    names = classes_for_prior(codes, config.network)
     if level_entries(config.levels) != codes["levels"] or config.class_names != names:
         raise StageError("the priors know other levels or classes than the codes have; run `smalti train-prior` again")
 
