@@ -6,13 +6,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.compute.devices import this_worker
 from pipelines.errors import UserError
-from pipelines.sources.open import open_source
+from pipelines.sources.open import check_name, check_source_outside, open_source
 from pipelines.stages.pack import ImagesConfig, plan_shards, shard_jobs
 from pipelines.storage.cache import Cache
 from pipelines.storage.folders import differences, is_complete, plain
 from pipelines.storage.manifest import read_manifest, receipts_of
 from pipelines.storage.paths import is_local, place, read_bytes
+from pipelines.storage.receipts import remove_shards
 from pipelines.storage.yaml import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,21 @@ def as_begun(config: ImagesConfig, seed: int, folder: Path) -> ImagesConfig:
         if is_complete(folder) or (kept and not differences(kept, plain({"seed": seed, "images": before}))):
             return before
     return config
+
+
+def settle_source(source: str, folder: Path) -> None:
+    """Make sure, before anything is touched, that a folder that is to be packed to has to do with one source alone.
+
+    Shards of an unfinished folder that were made from another source are removed: a source is known by the names of
+    its files, which another may have too, and then receipts fit.
+
+    Raises:
+        ConfigError: there is no such kind of source, or it lies in the folder.
+    """
+    check_name(source)
+    check_source_outside(source, folder)
+    if _settings_in(folder).get("images", {}).get("source", source) != source and this_worker().rank == 0:
+        remove_shards(folder)
 
 
 def _settings_in(folder: Path) -> dict[str, Any]:

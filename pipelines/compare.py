@@ -86,6 +86,21 @@ class Row(NamedTuple):
     settings: dict[str, str]
     scores: dict[str, Score | None]
 
+    @property
+    def told_seeds(self) -> str:
+        """Its seeds as text."""
+        return ",".join(map(str, self.seeds))
+
+    def shown(self, title: str) -> str:
+        """Return the score of a column as text, "-" for none."""
+        score = self.scores[title]
+        if score is None:
+            return "-"
+        column = next(column for column in COLUMNS if column.title == title)
+        scale = SCALES.get(column.figure, 1)
+        shown = column.shown.format(score.mean * scale)
+        return shown if score.deviation is None else f"{shown} +- {column.shown.format(score.deviation * scale)}"
+
 
 class Scoreboard(NamedTuple):
     """Rows, what the columns mean, and why figures are missing, sentences."""
@@ -93,6 +108,18 @@ class Scoreboard(NamedTuple):
     rows: list[Row]
     meanings: dict[str, str]
     notes: list[str]
+
+    @property
+    def titles(self) -> list[str]:
+        """Columns that have a score."""
+        return [title for title in self.meanings if any(row.scores[title] for row in self.rows)]
+
+    @property
+    def told(self) -> list[str]:
+        """What these columns mean, and the notes, sentences."""
+        several = any(len(row.runs) > 1 for row in self.rows)
+        told = [f"{title}: {self.meanings[title]}" for title in self.titles]
+        return [*told, *["+-: standard deviation over seeds"] * several, *self.notes]
 
 
 def compare(configs: Sequence[Config]) -> Scoreboard:
@@ -125,12 +152,13 @@ def scoreboard(runs: Sequence[Compared]) -> Scoreboard:
         columns[column.title], found = _scores(column, rows, condition)
         notes += found
     settings = [row[0].settings for row in rows]
-    differ = [name for name in settings[0] if len({one.get(name) for one in settings}) > 1 and name != SEED]
+    named = dict.fromkeys(name for one in settings for name in one if name != SEED)
+    differ = [name for name in named if len({one.get(name) for one in settings}) > 1]
     made = [
         Row(
             [run.config.run_dir for run in row],
             [run.seed for run in row],
-            {name: own[name] for name in differ},
+            {name: own.get(name, "–") for name in differ},
             {title: scores[number] for title, scores in columns.items()},
         )
         for number, (row, own) in enumerate(zip(rows, settings, strict=True))
@@ -205,18 +233,14 @@ def _mean(values: Sequence[float]) -> Score:
 def as_text(board: Scoreboard) -> str:
     """Return the scoreboard for a terminal; it is as wide as it must be."""
     settings = list(board.rows[0].settings)
-    titles = [title for title in board.meanings if any(row.scores[title] for row in board.rows)]
+    titles = board.titles
     lines = [["run", "seeds", *_short(settings), *titles]]
     for row in board.rows:
         name = " ".join(row.runs)
-        seeds = ",".join(map(str, row.seeds))
-        lines.append([name, seeds, *row.settings.values(), *(_shown(title, row.scores[title]) for title in titles)])
+        lines.append([name, row.told_seeds, *row.settings.values(), *(row.shown(title) for title in titles)])
     widths = [max(len(line[number]) for line in lines) for number in range(len(lines[0]))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    several = any(len(row.runs) > 1 for row in board.rows)
-    told = [f"{title}: {board.meanings[title]}" for title in titles]
-    told += ["+-: standard deviation over seeds"] * several
-    return "\n".join([*table, "", *told, *board.notes])
+    return "\n".join([*table, "", *board.told])
 
 
 def as_csv(board: Scoreboard) -> str:
@@ -231,15 +255,6 @@ def as_csv(board: Scoreboard) -> str:
         cells = [cell for score in scores for cell in ((score.mean, score.deviation) if score else ("", ""))]
         writer.writerow([" ".join(row.runs), " ".join(map(str, row.seeds)), *row.settings.values(), *cells])
     return out.getvalue()
-
-
-def _shown(title: str, score: Score | None) -> str:
-    if score is None:
-        return "-"
-    column = next(column for column in COLUMNS if column.title == title)
-    scale = SCALES.get(column.figure, 1)
-    shown = column.shown.format(score.mean * scale)
-    return shown if score.deviation is None else f"{shown} +- {column.shown.format(score.deviation * scale)}"
 
 
 def _short(names: Sequence[str]) -> list[str]:

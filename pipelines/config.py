@@ -91,11 +91,11 @@ class Config:
         for level, size in enumerate(sizes):
             drawn = at_level(self.sample, level, len(sizes), "sample.", ("temperature", "top_k", "top_p", "guidance"))
             prior_for(self.prior, level, sizes)
+            filtered = drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1
             conditional = self.tokenizer.model.conditional or self.tokenizer.from_  # then numbers may have classes too
-            classes = drawn.classes and not conditional
-            if size is None and (drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1 or classes):
+            if size is None and (filtered or (not conditional and (drawn.classes or drawn.reject > 1))):
                 raise ConfigError(
-                    f"sample.top_k, top_p, guidance and classes are of codes, and level {level} holds numbers; "
+                    f"sample.top_k, top_p, guidance, classes and reject are of codes, and level {level} holds numbers; "
                     "leave them out"
                 )
 

@@ -4,10 +4,11 @@ from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipelines.compute.devices import ComputeConfig, local_processes, this_worker
+from pipelines.compute.devices import ComputeConfig, local_processes, on_gpu, this_worker
 from pipelines.config import Config
 from pipelines.errors import ConfigError
 from pipelines.metrics.features import load_features
+from pipelines.stages.evaluate import check_names
 from pipelines.stages.sample import SampleConfig, class_indices
 from pipelines.storage.manifest import CodesManifest, ImagesManifest
 from pipelines.training.sections import TrainingConfig, at_level, prior_for, stored_sizes
@@ -40,7 +41,9 @@ def judge(
     if not codes:
         _check_images(config, images, tokenizer)
     if known := codes or images:
-        _check_classes(config.sample, known["class_names"])
+        check_classes(config.sample, known["class_names"])
+    if codes and not config.images.from_ and config.sample.reject > 1:
+        raise ConfigError("sample.reject needs the images that its classifier is trained on; name images.from too")
     if "evaluate" in stages:
         _check_evaluate(config, images or codes)
     training = []
@@ -83,8 +86,17 @@ def _check_images(config: Config, images: ImagesManifest | None, tokenizer: Hier
         )
 
 
-def _check_classes(config: SampleConfig, class_names: list[str]) -> None:
-    """Refuse samples of classes that there are not."""
+def check_classes(config: SampleConfig, class_names: list[str]) -> None:
+    """Refuse samples of classes that there are not.
+
+    Args:
+        config: what shall be drawn.
+        class_names: of the images or codes; known once their source is opened.
+
+    Raises:
+        ConfigError: there are no classes to choose or guide by.
+        StageError: one that is asked for is none of them.
+    """
     class_indices(config.classes, class_names)
     guidance = config.guidance if isinstance(config.guidance, list) else [config.guidance]
     if not class_names and any(value != 1 for value in guidance):
@@ -94,8 +106,9 @@ def _check_classes(config: SampleConfig, class_names: list[str]) -> None:
 
 
 def _check_evaluate(config: Config, known: ImagesManifest | CodesManifest | None) -> None:
-    """Refuse a feature space or a reference that is not here."""
+    """Refuse a feature space or a reference that is not here, and metrics that there are not."""
     asked, images = config.evaluate, config.images
+    check_names(asked.skip)
     size, channels = (known["image_size"], known["channels"]) if known else (images.size, images.channels)
     if asked.reference and not Path(asked.reference).is_file():
         raise ConfigError(f"evaluate.reference must name a file that exists, there is no {asked.reference}")
@@ -111,6 +124,8 @@ def _check_training(config: TrainingConfig, compute: ComputeConfig) -> None:
             f"batch_size must be a multiple of processes * micro_batches, got {config.batch_size} for "
             f"{processes} * {config.micro_batches}"
         )
+    if compute.strategy == "fsdp" and not on_gpu(compute):
+        raise ConfigError("compute.strategy fsdp needs GPUs, and there are none here; use ddp")
     if compute.strategy == "fsdp" and config.weight_ema:
         raise ConfigError("compute.strategy fsdp keeps no averaged weights; set weight_ema to 0")
     if compute.logger != "csv" and find_spec(compute.logger) is None:

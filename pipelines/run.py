@@ -5,9 +5,10 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
-from pipelines.begun import as_begun, warn_of_changed_source
+from pipelines.begun import as_begun, settle_source, warn_of_changed_source
 from pipelines.compute.devices import described, hardware, started_by_a_launcher, this_worker
 from pipelines.compute.launching import workers_of
 from pipelines.compute.ranks import adding_up
@@ -16,14 +17,14 @@ from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
 from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
-from pipelines.judge import judge
+from pipelines.judge import check_classes, judge
 from pipelines.progress import counted
 from pipelines.redo import Redo
 from pipelines.report import PAGE
 from pipelines.stages import ORDER
 from pipelines.stages.encode import encode
 from pipelines.stages.export import export, files_read, is_exported, plan_export
-from pipelines.stages.pack import pack, settle_source
+from pipelines.stages.pack import pack
 from pipelines.stages.sample import sample
 from pipelines.stages.verify import (
     size_of,
@@ -34,7 +35,7 @@ from pipelines.stages.verify import (
     verify_samples,
     verify_tokens,
 )
-from pipelines.storage.fingerprint import manifest_digest, tokenizer_fingerprint
+from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import exists, make_folder, write_json
@@ -106,7 +107,7 @@ class Run:
             return _skip("pack", f"{folder} is complete")
         self._begin("pack", config.images.source, folder)
         with workers_of(config.compute):
-            pack(images, config.seed, config.compute, folder)
+            pack(images, config.seed, config.compute, folder, partial(check_classes, config.sample))
         return self._close("pack", folder)
 
     def train_tokenizer(self) -> bool:
@@ -219,12 +220,14 @@ class Run:
         """
         from pipelines.stages.evaluate import evaluate, table  # its metrics take seconds to import
 
+        self.begun = time.monotonic()
         make_folder(self.root)
         with workers_of(self.config.compute), adding_up(self.config.compute):
             figures = evaluate(*self.finished.subject(), self.config.evaluate.skip)
         if this_worker().rank == 0:
             print(table(figures))
             write_json(self.root / "metrics.json", figures)
+            self._keep_record("evaluate", f"figures in {self.root / 'metrics.json'}")
         return True
 
     def verify(self) -> bool:
@@ -253,7 +256,8 @@ class Run:
             told(self.root / "prior", counted(len(prior.levels), "level"))
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
-            marks = self.finished.marks(read_manifest(samples, "samples", "sample"), tokenizer, prior)
+            models = model_fingerprints(tokenizer, prior)
+            marks = self.finished.marks(read_manifest(samples, "samples", "sample"), models)
             told(samples, size_of(verify_samples(samples, tokenizer, marks, cache)))
         tokens = self.root / self.config.export.folder
         if codes and is_complete(tokens):
@@ -310,7 +314,8 @@ class Run:
             return True
         if is_complete(folder):
             self.redo.settled(folder)
-            self._keep_record(stage, folder)
+            level = f"-{folder.name}" * (stage == "train-prior")
+            self._keep_record(stage, what_came_of(folder), level)
         elif this_worker().world_size > 1 or self.config.compute.num_nodes > 1:
             logger.info("%s: this process is done, the others are not yet", stage)
         else:
@@ -319,14 +324,13 @@ class Run:
             )
         return True
 
-    def _keep_record(self, stage: str, folder: Path) -> None:
+    def _keep_record(self, stage: str, came: str, level: str = "") -> None:
         """Say what came of a stage, and keep how long it took and where."""
         seconds, page = time.monotonic() - self.begun, self.root / PAGE
         if this_worker().rank == 0:
-            level = f"-{folder.name}" * (stage == "train-prior")
             write_record(self.root, stage + level, seconds, hardware(self.config.compute))
         look = f"look at {page}" if exists(page) else "`smalti report` shows it"
-        logger.info("%s: %s; %.0f s; %s", stage, what_came_of(folder), seconds, look)
+        logger.info("%s: %s; %.0f s; %s", stage, came, seconds, look)
 
     def _alone(self, folder: Path) -> AbstractContextManager[None]:
         return only_process(folder) if this_worker().rank == 0 else nullcontext()

@@ -57,7 +57,7 @@ TINY = {
         "training": dict(TRAINING),
     },
     "sample": {"count": 7, "batch_size": 4, "shard_size": 4},
-    "evaluate": {"skip": ["classification"]},  # which trains for seconds
+    "evaluate": {"skip": ["classification"], "importance_samples": 3},  # the classifiers train for seconds
     "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},
 }
 

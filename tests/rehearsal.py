@@ -45,10 +45,12 @@ BY_DESIGN = {
     "has_len_all_ranks": "Lightning compares the loaders of all ranks",
     "_DeviceDtypeModuleMixin.to": "the model goes to the device",
     "Trainer._teardown": "and back",
+    "OwnedLosses.to": "what losses own goes there too",
     "CodebookEMA.start": "where k-means begins is drawn on the host",
     "TokenizerTraining._start_learners": "images of the start come from the host, once",
     "_CheckpointConnector.restore_training_state": "what was saved goes to the device",
     "_CheckpointConnector._restore_modules_and_callbacks": "likewise",
+    "OwnedLosses.load": "likewise",
     # at a row of metrics.csv, a checkpoint or a validation
     "_LoggerConnector.log_metrics": "metrics.csv holds numbers",
     "StopOnNonFinite.check": "nothing that is not finite may be saved",
@@ -56,7 +58,7 @@ BY_DESIGN = {
     "TokenizerTraining.on_validation_epoch_end": "figures and pictures of a validation",
     "PriorTraining.on_validation_epoch_end": "figures of a validation",
     "_EvaluationLoop._on_evaluation_end": "callbacks judge those figures",
-    "Codebook.lookup": "codes are checked before they are decoded",
+    "check_codes": "codes are checked before they are decoded",
     "_check_ranges": "codes and classes are judged before their likelihood, once per batch",
     # in stages that do not train
     "encode": "the model goes to the device",

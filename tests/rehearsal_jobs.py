@@ -8,14 +8,15 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
@@ -28,10 +29,12 @@ from pipelines.stages.train_tokenizer import TokenizerTraining
 from pipelines.storage.fingerprint import tokenizer_fingerprint
 from pipelines.training import fit as training
 from pipelines.training.sections import PriorConfig, TokenizerSection, TrainingConfig
-from prior import HierarchicalPrior, LevelConfig, LevelPrior
+from prior import HierarchicalPrior, LevelConfig, LevelPrior, NormalConfig
 from tests.priors import SIZES
 from tests.rehearsal import DEVICE, NAME, RANKS, Backend, rehearsal
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
+from tokenizer.bottlenecks import KINDS, GaussianConfig
+from tokenizer.loss import OwnedLoss
 
 SIDE, GRIDS, CODES = 16, [(2, 2), (4, 4)], [16, 32]
 TOKENIZER = TokenizerConfig(
@@ -62,10 +65,33 @@ def training_config(steps: int, **changes: int) -> TrainingConfig:
     return TrainingConfig(steps=steps, precision="32-true", **averages | sizes | changes)  # type: ignore[arg-type]
 
 
-def fit_tokenizer(folder: Path, steps: int = 4, **changes: int) -> None:
-    config = training_config(steps, **changes)
-    model = HierarchicalVQVAE(TOKENIZER, SIDE, 3)
-    module = TokenizerTraining(model, TokenizerSection(model=TOKENIZER), config, 0, folder)
+class Critic(nn.Module):
+    """A loss with a network and an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judge = nn.Conv2d(3, 1, 3)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Asked for once all is on the device, where a rehearsal has other parameters than on the host."""
+        return torch.optim.Adam(self.parameters())
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+        return {"adversarial": -self.judge(reconstruction).mean()}
+
+    def own(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        return (self.judge(reconstruction) - self.judge(images)).mean()
+
+
+def fit_tokenizer(
+    folder: Path, steps: int = 2, kind: str = "ema", losses: Sequence[OwnedLoss] = (), **changes: int
+) -> None:
+    section = TokenizerSection(bottleneck=kind, model=TOKENIZER)
+    parts = {"micro_batches": 1} if section.family.whole_batch else {}
+    config = training_config(steps, **parts | changes)
+    model = HierarchicalVQVAE(TOKENIZER, SIDE, 3, section.family)
+    module = TokenizerTraining(model, section, config, 0, folder, losses)
     data = training.StepData(Images(), Images(), 12, steps, 8, config.micro_batches, 0, image_batch)
     training.fit(module, data, config, COMPUTE, folder, "val_loss", "a tokenizer")
 
@@ -75,6 +101,10 @@ def fit_prior(network: str, folder: Path, steps: int = 2, **changes: int) -> Non
     module = PriorTraining(level(network, 1), PriorConfig(network=network, training=config), 0)
     data = training.StepData(Batches(), Batches(), 12, steps, 8, config.micro_batches, 0, as_it_is)
     training.fit(module, data, config, COMPUTE, folder, "val_nats_per_code", "a prior")
+
+
+def vae() -> HierarchicalVQVAE:
+    return HierarchicalVQVAE(TOKENIZER, SIDE, 3, GaussianConfig()).eval()
 
 
 def level(network: Any, number: int, mark: str = "") -> LevelPrior:
@@ -96,11 +126,29 @@ def fit_tokenizer_twice(folder: Path) -> None:
     fit_tokenizer(folder, 4)
 
 
-def encode_images(folder: Path) -> None:
-    model = HierarchicalVQVAE(TOKENIZER, SIDE, 3).eval()
+def fit_with_critic_twice(folder: Path) -> None:
+    """Likewise, with a loss that owns a network, and with noise."""
+    for steps in (2, 4):
+        fit_tokenizer(folder, steps, "gumbel", [Critic()])
+
+
+def encode_images(folder: Path, model: HierarchicalVQVAE) -> None:
     (folder / "codes").mkdir()
     config = encode.EncodeConfig(batch_size=4)
     encode.encode(config, 0, COMPUTE, model, folder / "images", folder / "codes")
+
+
+def sample_numbers(folder: Path) -> None:
+    model = vae()
+    size: dict[str, Any] = {"codebook_sizes": [None, None], "channels": [8, 8], "class_names": []}
+    about: dict[str, Any] = {"size": NormalConfig(), "tokenizer": tokenizer_fingerprint(model)}
+    levels = [
+        LevelPrior(LevelConfig(level=n, grids=GRIDS[: n + 1], **{k: v[: n + 1] for k, v in size.items()}, **about))
+        for n in range(2)
+    ]
+    sample.sample(
+        sample.SampleConfig(count=6, batch_size=4), 0, COMPUTE, model, HierarchicalPrior(levels).eval(), folder
+    )
 
 
 def sample_images(folder: Path) -> None:
@@ -132,8 +180,12 @@ JOBS: dict[str, Callable[[Path], None]] = {
     "tokenizer": fit_tokenizer_twice,
     "transformer": lambda folder: fit_prior("transformer", folder),
     "pixelsnail": lambda folder: fit_prior("pixelsnail", folder),
-    "encode": encode_images,
+    **{kind: partial(fit_tokenizer, kind=kind) for kind in KINDS if kind not in ("ema", "gumbel")},
+    "gumbel with a critic": fit_with_critic_twice,
+    "encode": lambda folder: encode_images(folder, HierarchicalVQVAE(TOKENIZER, SIDE, 3).eval()),
+    "encode numbers": lambda folder: encode_images(folder, vae()),
     "sample": sample_images,
+    "sample numbers": sample_numbers,
     "2 quiet steps": lambda folder: fit_tokenizer(folder, 2, **QUIET),
     "4 quiet steps": lambda folder: fit_tokenizer(folder, 4, **QUIET),
 }
@@ -144,7 +196,7 @@ def rehearse(job: Callable[[Path], object]) -> dict[str, Any]:
     error = None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if job is encode_images:
+        if job in (JOBS["encode"], JOBS["encode numbers"]):
             for number in range(6):
                 Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(folder / f"{number}.png")
             (folder / "images").mkdir()

@@ -320,8 +320,8 @@ def test_pairs_have_the_posterior_of_one_image_where_coarser_levels_are_anothers
     model, images = tokenizer(family), torch.rand(3, 1, 16, 16) * 2 - 1
     stored = model.encode(images, noise_for(model, range(3)))
     parts = summands(model, images, stored)
-    pairs = [one.of_stored[:, None] + one.of_image for one in parts]  # (N, 1, …) + (M, …)
-    found = log_posterior(model, pairs, [grid[:, None] for grid in stored])
+    found = log_posterior(model, [one.pairs(slice(3)) for one in parts], [grid[:, None] for grid in stored])
+    assert torch.allclose(found.diagonal(), log_posterior(model, [one.total for one in parts], stored), rtol=1e-9)
     for n, m in product(range(3), range(3)):
         top = model.bottlenecks[0].lookup([stored[0][n : n + 1]])
         coarse, fine = (features[m : m + 1] for features in model.features(images))

@@ -68,6 +68,42 @@ def test_codes_are_made_again_to_the_same_bytes(finished: Path, smalti: Smalti) 
     assert {path.name: path.read_bytes() for path in codes.glob("*.tar")} == before
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [["vary", "--count", "2"], ["complete", "--known", "right"], ["edit", "--from", "0", "--to", "1"], ["score"]],
+)
+def test_latents_of_each_family_can_be_explored(
+    finished: Path, asked: list[str], tmp_path: Path, smalti: Smalti
+) -> None:
+    what, *options = asked
+    options += [] if what == "score" else ["--keys", "0"]
+    code, said = smalti("explore", what, finished, kind_of(finished), *options, "--out", tmp_path)
+    if what == "vary" and kind_of(finished).endswith("gumbel"):
+        assert "q(z | x) drawn again" in said
+    assert code == 0 and {path.name for path in tmp_path.iterdir()} == {f"{what}.png", f"{what}.csv"}
+    header = (tmp_path / f"{what}.csv").read_text().splitlines()[0]
+    if what == "score":
+        assert ("bound_nats" in header) != kind_of(finished).endswith(("sparse", "identity"))
+
+
+def test_two_numbers_an_image_are_a_plane_in_the_report_and_can_be_explored(
+    tiny_run: Path, tmp_path: Path, write_config: Callable, smalti: Smalti
+) -> None:
+    model = {"strides": [16], "codebook_size": 16, "code_dim": 2}  # no codebook is there to have that size
+    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}, "prior": {"network": "auto"}}
+    config = write_config(tmp_path, changes | {"tokenizer": {**FEW, "bottleneck": "gaussian", "model": model}})
+    assert smalti("train-tokenizer", config)[0] == smalti("report", config)[0] == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The plane of two numbers" in page and "Val images on the plane, by class" in page
+    assert "The plane of two numbers" not in (tiny_run.parent / "run" / "report.html").read_text()
+    for ends in ("--keys", "--classes"):
+        assert smalti("explore", "interpolate", config, ends, "0", "1", "--out", tmp_path / "out")[0] == 0
+    code, said = smalti("explore", "vary", config, "--keep", "1", "--out", tmp_path / "out")
+    assert code == 1 and "holds no finished prior" in said
+    code, said = smalti("explore", "score", config, "--anomalous", "9", "--out", tmp_path / "out")
+    assert code == 0 and "area under the ROC curve" in said and "rate " in said
+
+
 def test_numbers_in_shards_are_float32_and_damage_is_named(
     tiny_run: Path, tmp_path: Path, write_config: Callable, smalti: Smalti
 ) -> None:
@@ -95,7 +131,9 @@ def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Pa
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=fsq", "--tokenizer.model.codebook_size=8")
     assert code == 2 and "--tokenizer.model.codebook_size would change nothing: tokenizer.bottleneck is fsq" in said
     code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.top_k=3")
-    assert code == 2 and "sample.top_k, top_p, guidance and classes are of codes, and level 0 holds numbers" in said
+    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
+    code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.reject=2")
+    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian")
     assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
     code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")

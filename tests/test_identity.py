@@ -26,7 +26,7 @@ SHAPING: dict[type, dict[str, Any]] = {
     ImagesConfig: {
         **{"size": 32, "channels": 1, "classes": False, "upscale": True, "format": "webp"},
         **{"val_fraction": 0.5, "shard_size": 7, "image_column": "picture", "label_column": "kind"},
-        **{"caption_column": "text", "keep": ["json"], "shuffle": True},
+        **{"caption_column": "text", "keep": ["json"], "shuffle": True, "leave_out": ["a"]},
     },
     EncodeConfig: {
         **{"views": ["flip"], "crop_shift": 2, "batch_size": 8, "precision": "bfloat16", "compile": True},

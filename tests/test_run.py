@@ -13,6 +13,7 @@ import pytest
 import torch
 import webdataset
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pipelines.run
@@ -300,6 +301,43 @@ def test_a_source_in_the_folder_it_would_be_packed_to_is_refused_before_anything
     assert code == 2
     assert "images.source must lie outside run/images, which pack writes to, but" in text
     assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--sample.guidance=2", "sample.guidance needs classes, and these images have none"),
+        ("--sample.reject=2", "sample.reject needs classes, and these images have none"),
+        ("--sample.classes=[cat]", "sample.classes names ['cat'] but"),
+    ],
+)
+@pytest.mark.parametrize("command", ["pack", "run"])
+def test_classes_that_the_source_lacks_are_told_of_before_anything_is_packed(
+    command: str, setting: str, message: str, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    for number in range(3):
+        Image.new("L", (16, 16)).save(tmp_path / f"{number}.png")
+    config = write_config(tmp_path / "a", {"images": {"source": f"folder:{tmp_path}"}})
+    code, text = smalti(command, config, setting)
+    assert code and message in text
+    assert [path.name for path in (tmp_path / "a" / "run").rglob("*") if path.is_file()] == ["config.yaml"]
+
+
+def test_what_only_a_later_stage_would_miss_is_told_of_first(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    tokenizer, codes = (run_of(tiny_run) / name for name in ("tokenizer", "codes"))
+    for changes, message in (
+        ({"evaluate": {"skip": ["colour"]}}, "evaluate.skip must name metrics, got colour; there are tokenizer, prior"),
+        ({"tokenizer": {"from": str(tokenizer)}, "compute": {"strategy": "fsdp"}}, "strategy fsdp needs GPUs"),
+        (
+            {"tokenizer": {"from": str(tokenizer)}, "codes": {"from": str(codes)}, "sample": {"reject": 2}},
+            "sample.reject needs the images that its classifier is trained on; name images.from too",
+        ),
+    ):
+        code, text = smalti("run", write_config(tmp_path, changes))
+        assert code and message in text
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("source", ["digitsx", "folder:", "folder", "ftp:x"])

@@ -193,6 +193,11 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, or a code
                 or a class is out of range.
         """
+        return self.decode_seen(self.seen(codes), classes)
+
+    @torch.no_grad()
+    def seen(self, codes: Sequence[Tensor | np.ndarray | None]) -> list[Tensor]:
+        """Return what the decoder sees of each bottleneck, (B, D, h, w); arguments and errors are those of `decode`."""
         given = sum(one is not None for one in codes)
         if not given or len(codes) > len(self.levels):
             raise ValueError(f"codes must have 1 to {len(self.levels)} levels, got {given}")
@@ -210,9 +215,14 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
                 if len(own) == len(part.sizes)
                 else part.blank()[None, :, None, None].expand(numbers[0], -1, *grid)
             )
+        return seen
+
+    @torch.no_grad()
+    def decode_seen(self, seen: Sequence[Tensor], classes: Classes = None) -> Tensor:
+        """Turn vectors of each bottleneck (B, D, h, w), which need not be those of codes, into images; see `seen`."""
         if self.num_classes:
             self.classes.check(classes)
-        return self._in_range(self._decoded(seen, classes))
+        return self._in_range(self._decoded(list(seen), classes))
 
     def _stored(self, number: int, given: Tensor | np.ndarray, device: torch.device) -> Tensor:
         """Return a stored grid on a device, if kind and shape are what this tokenizer reads."""

@@ -16,10 +16,24 @@ from tokenizer.hierarchy import HierarchicalVQVAE
 
 
 class Summands(NamedTuple):
-    """What a bottleneck is given, (B, C, h, w), in two parts: of the coarser levels as stored, and of the image."""
+    """What a bottleneck is given, (B, C, h, w), in two parts.
 
-    of_stored: Tensor
+    Attributes:
+        of_image: of its own features.
+        of_stored: of the coarser levels as stored; None of the coarsest.
+    """
+
     of_image: Tensor
+    of_stored: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        """Both of the same image, (B, C, h, w)."""
+        return self.of_image if self.of_stored is None else self.of_stored + self.of_image
+
+    def pairs(self, rows: slice) -> Tensor:
+        """Return the latter of each of some images beside the former of each image, (rows or 1, B, C, h, w)."""
+        return self.of_image[None] if self.of_stored is None else self.of_stored[rows, None] + self.of_image
 
 
 @torch.no_grad()
@@ -28,8 +42,8 @@ def summands(
 ) -> list[Summands]:
     """Return what each bottleneck is given of images where the coarser levels are as stored.
 
-    Projections are linear: image m beside what is stored of image n gives `of_stored[n] + of_image[m]`. So pairs need
-    no pass through the networks.
+    Projections are linear: image m beside what is stored of image n gives the posterior of both,
+    `of_stored[n] + of_image[m]`. So pairs need no pass through the networks.
 
     Args:
         model: in eval mode.
@@ -43,10 +57,10 @@ def summands(
     for level, (features, projection, (bottleneck, own)) in enumerate(levels):
         assert isinstance(projection, nn.Conv2d)
         weight, width = projection.weight, features.shape[1]  # those of the coarser levels come first
-        of_image = F.conv2d(features, weight[:, -width:], projection.bias)
-        context = None if seen is None else model.context_decoders[level - 1](seen)
-        of_stored = torch.zeros_like(of_image) if context is None else F.conv2d(context, weight[:, :-width])
-        found.append(Summands(of_stored, of_image))
+        of_image, of_stored = F.conv2d(features, weight[:, -width:], projection.bias), None
+        if seen is not None:
+            of_stored = F.conv2d(model.context_decoders[level - 1](seen), weight[:, :-width])
+        found.append(Summands(of_image, of_stored))
         seen = model.stack(seen, bottleneck.lookup(own), level)
     return found
 

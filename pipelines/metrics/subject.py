@@ -22,6 +22,7 @@ from pipelines.progress import progress_bar
 from pipelines.storage.cache import Cache
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import Autoencoded, HierarchicalVQVAE
+from tokenizer.posterior import Summands, log_posterior, summands
 
 # Images at once; nothing but rounding depends on it.
 BATCH_SIZE = 64
@@ -93,7 +94,9 @@ class Subject(NamedTuple):
         seed: of all that is drawn.
         device: where models are.
         cache: for features of real images.
-        gathered: features of whole splits, float32 (N, d), by need; filled before metrics compute.
+        gathered: what metrics share: features of whole splits, float32 (N, d), by need, filled before metrics compute;
+            and the bound's scales.
+        importance_samples: draws per image for importance-weighted bounds.
     """
 
     splits: dict[str, Split]
@@ -107,15 +110,16 @@ class Subject(NamedTuple):
     device: torch.device
     cache: Cache
     gathered: dict[str, Tensor]
+    importance_samples: int = 0
 
     def there(self) -> set[str]:
         """Return what metrics can be shown, as "SPLIT.WHAT".
 
         SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels and keys; output and reconstructions
-        where there is a tokenizer; of codes codes and classes, with a tokenizer decoded, with a prior nats, which is
-        `Seen.judged`, and rate, where those bound what an image takes. Or it is features, of images, or
-        reconstruction_features: they stand in `gathered` when metrics compute, of whole splits. "real.moments" are
-        `real_moments`.
+        where there is a tokenizer; of codes codes and classes, with a tokenizer decoded and, where it draws, posterior;
+        with a prior nats, which is `Seen.judged`, and rate, where those bound what an image takes. Or it is features,
+        of images, or reconstruction_features: they stand in `gathered` when metrics compute, of whole splits.
+        "real.moments" are `real_moments`.
         """
         found = set()
         for name, split in self.splits.items():
@@ -125,6 +129,7 @@ class Subject(NamedTuple):
             given |= {"decoded"} if split.codes and self.tokenizer else set()
             given |= {"nats"} if split.codes and self.prior else set()
             given |= {"rate"} if split.codes and self.prior and self._is_bounded else set()
+            given |= {"posterior"} if split.images and split.codes and self.draws else set()
             found |= {f"{name}.{what}" for what in given}
         return found | ({"real.moments"} if self.moments or "real.features" in found else set())
 
@@ -137,6 +142,11 @@ class Subject(NamedTuple):
         """Whether all that is stored has a rate. Numbers without noise have no density given the image."""
         tokenizer = self.tokenizer
         return tokenizer is None or bool(tokenizer.bottleneck.rate) or None not in tokenizer.codebook_sizes
+
+    @property
+    def draws(self) -> bool:
+        """Whether what stands for an image is drawn from a distribution q(z | x)."""
+        return self.tokenizer is not None and all(part.noise_channels for part in self.tokenizer.bottlenecks)
 
     @property
     def conditions(self) -> list[str]:
@@ -212,6 +222,23 @@ class Seen:
         tokenizer, prior = self._subject.tokenizer, self._subject.prior
         assert tokenizer and prior
         return tokenizer.decode(self.codes, self.classes if prior.class_names else None)
+
+    @cached_property
+    def posterior(self) -> list[Summands]:
+        """What q(z | x) is made of for each bottleneck, z being the codes: what is stored."""
+        assert self._subject.tokenizer
+        return summands(self._subject.tokenizer, self.images, self.codes)
+
+    @cached_property
+    def log_posterior(self) -> Tensor:
+        """log q(z | x) of each image, float64 (B,), z being the codes."""
+        assert self._subject.tokenizer
+        return log_posterior(self._subject.tokenizer, [part.total for part in self.posterior], self.codes).cpu()
+
+    def rate(self, condition: str) -> Tensor:
+        """Return the rate of each image in nats, float64 (B,): -log p of the codes, and log q where they are drawn."""
+        nats = torch.stack([level.nats for level in self.judged(condition)]).sum(0)
+        return nats + self.log_posterior if self._subject.draws else nats
 
     def judged(self, condition: str) -> list[Judged]:
         """Return what the prior of each level makes of the codes, under one of the subject's `conditions`."""

@@ -21,6 +21,7 @@ MEANINGS = {
         "near 100% is good; below 10% it collapsed",
     ),
     r"tokenizer\.level(\d+)_perplexity": ("level {}: perplexity", "as many codes, evenly used, would say as much"),
+    r"tokenizer\.level(\d+)_kl": ("level {}: KL, nats per image", "what it says of an image; near 0 it says nothing"),
     r"tokenizer\.level(\d+)_active": ("level {}: share of active units", "channels that tell images apart"),
     r"prior\.level(\d+)\.histogram_bits": (
         "level {}: bits per code by the histogram",

@@ -54,9 +54,10 @@ def of_levels(adds: dict[int, float], bits: Sequence[float | None]) -> Iterator[
         if decibels < LEAST_ADDED:
             whole = sum(one or 0 for one in bits)
             share = f", though it takes {(bits[level] or 0) / whole:.0%} of the bits of an image" if all(bits) else ""
+            less = "a smaller codebook" if all(bits) else "fewer channels"
             yield (
-                f"The decoder hardly looks at level {level}: without its codes reconstructions lose {decibels:.1f} dB"
-                f"{share}. A coarser stride for it, or a smaller codebook for finer levels, would leave it more to say."
+                f"The decoder hardly looks at level {level}: without it reconstructions lose {decibels:.1f} dB"
+                f"{share}. A coarser stride for it, or {less} for finer levels, would leave it more to say."
             )
 
 

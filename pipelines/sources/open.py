@@ -10,6 +10,13 @@ from pipelines.sources.source import Source
 from pipelines.storage.cache import Cache
 from pipelines.storage.paths import is_local, lies_in, matches, place
 
+# What `images.source` names beside digits: "folder:PATH" and so on.
+KINDS = {
+    "folder": "PATH",
+    "parquet": "GLOB",
+    "hf": "REPO[:SPLIT]",
+    "shards": "URLS",
+}
 # What is said of a source of which nothing is there.
 MISSING = {
     "folder": "must be a folder that exists",
@@ -64,10 +71,9 @@ def open_source(
 def check_name(source: str) -> None:
     """Raise ConfigError unless a source is called by a kind that there is."""
     kind, _, rest = source.partition(":")
-    if source != "digits" and not (kind in ("folder", "parquet", "hf", "shards") and rest):
-        raise ConfigError(
-            f"images.source must be digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS, got {source!r}"
-        )
+    if source != "digits" and not (kind in KINDS and rest):
+        *names, last = (f"{kind}:{what}" for kind, what in KINDS.items())
+        raise ConfigError(f"images.source must be digits, {', '.join(names)} or {last}, got {source!r}")
 
 
 def check_source_outside(source: str, folder: Path) -> None:

@@ -29,9 +29,8 @@ def evaluate(subject: Subject, held_out: dict[str, bool | None], skip: Sequence[
     Raises:
         StageError: one of those is no metric.
     """
-    there, names = subject.there(), [kind.name for kind in METRICS]
-    if strangers := ", ".join(sorted(set(skip) - set(names))):
-        raise StageError(f"evaluate.skip must name metrics, got {strangers}; there are {', '.join(names)}")
+    check_names(skip)
+    there = subject.there()
     metrics = [kind(subject) for kind in METRICS if set(kind.needs) <= there and kind.name not in skip]
     gathered = _gathered(subject, {need for metric in metrics for need in metric.needs})
     for split in {split.name: split for split in subject.splits.values()}.values():
@@ -50,6 +49,13 @@ def evaluate(subject: Subject, held_out: dict[str, bool | None], skip: Sequence[
             *above, last = metric.name.split(".")
             reduce(lambda place, part: place.setdefault(part, {}), above, figures).setdefault(last, {}).update(own)
     return figures
+
+
+def check_names(skip: Sequence[str]) -> None:
+    """Raise StageError where one of the metrics to leave out is none."""
+    names = [kind.name for kind in METRICS]
+    if strangers := ", ".join(sorted(set(skip) - set(names))):
+        raise StageError(f"evaluate.skip must name metrics, got {strangers}; there are {', '.join(names)}")
 
 
 def _shown(subject: Subject, metric: Metric) -> set[str]:

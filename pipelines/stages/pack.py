@@ -19,20 +19,20 @@ import numpy as np
 from pipelines.compute.devices import ComputeConfig, num_loaders, this_worker
 from pipelines.compute.memory import keep_freed_memory
 from pipelines.compute.signals import PARENT, end_with_parent
+from pipelines.data.classes import class_index
 from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import StageError
 from pipelines.progress import counted, progress_bar
-from pipelines.sources.open import check_name, check_source_outside, open_source
+from pipelines.sources.open import open_source
 from pipelines.sources.source import Raw, Source, Split, described, described_beside
 from pipelines.sources.splits import stratified_fraction
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.folders import check_settings_stay
 from pipelines.storage.manifest import write_manifest
-from pipelines.storage.paths import read_bytes, write_text
-from pipelines.storage.receipts import read_receipt, remove_shards, write_shard
+from pipelines.storage.paths import write_text
+from pipelines.storage.receipts import read_receipt, write_shard
 from pipelines.storage.shards import CARRIED
-from pipelines.storage.yaml import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class ImagesConfig:
             for a folder that was begun otherwise, which goes on as it was begun.
         shuffle: mix the images of a split over its shards, by the seed; "auto" does with class folders, which are laid
             down class by class otherwise, but for a folder that was begun otherwise.
+        leave_out: classes, by name or index, whose images the train split lacks and val keeps: what models make of such
+            images, `smalti explore score` tells.
     """
 
     from_: str = ""
@@ -79,6 +81,7 @@ class ImagesConfig:
     caption_column: str = field(default="", metadata={"introduced": ""})
     keep: list[str] | Literal["auto"] = field(default="auto", metadata={"introduced": []})
     shuffle: bool | Literal["auto"] = field(default="auto", metadata={"introduced": False})
+    leave_out: list[str | int] = field(default_factory=list, metadata={"introduced": []})
 
     def __post_init__(self) -> None:
         if self.size < 2:
@@ -95,6 +98,8 @@ class ImagesConfig:
             raise ValueError(f"images.keep must be auto or a list of {' and '.join(CARRIED)}, got {self.keep}")
         if self.shuffle not in (True, False, "auto"):
             raise ValueError(f"images.shuffle must be true, false or auto, got {self.shuffle}")
+        if self.leave_out and not self.classes:
+            raise ValueError("images.leave_out names classes and images.classes is false; leave one of them out")
 
 
 class ShardPlan(NamedTuple):
@@ -105,8 +110,21 @@ class ShardPlan(NamedTuple):
     indices: np.ndarray
 
 
-def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) -> None:
+def pack(
+    config: ImagesConfig,
+    seed: int,
+    compute: ComputeConfig,
+    folder: Path,
+    judged: Callable[[list[str]], None] | None = None,
+) -> None:
     """Write image shards, receipts and the manifest; shards whose receipt fits stay.
+
+    Args:
+        config: the section.
+        seed: of the split and the order.
+        compute: where.
+        folder: of the stage.
+        judged: called with the class names before anything is packed, to refuse what they are not enough for.
 
     Raises:
         StageError: an empty source, duplicate keys, or more bad images than max_bad allows.
@@ -119,6 +137,8 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
         config.label_column or None,
         config.caption_column or None,
     )
+    if judged:
+        judged(source.class_names)
     if this_worker().rank == 0:
         logger.info("pack: %s", described(config.source, source))
         if said := described_beside(source, kept_members(source, config)):
@@ -139,24 +159,6 @@ def pack(config: ImagesConfig, seed: int, compute: ComputeConfig, folder: Path) 
     if all_done(jobs, share, compute.cache):
         check_settings_stay(folder, "pack", {"seed": seed, "images": config})
         _finish(folder, plans, source, config)
-
-
-def settle_source(source: str, folder: Path) -> None:
-    """Make sure, before anything is touched, that a folder that is to be packed to has to do with one source alone.
-
-    Shards of an unfinished folder that were made from another source are removed: a source is known by the names of
-    its files, which another may have too, and then receipts fit.
-
-    Raises:
-        ConfigError: there is no such kind of source, or it lies in the folder.
-    """
-    check_name(source)
-    check_source_outside(source, folder)
-    kept = source
-    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever lies there is judged elsewhere
-        kept = read_yaml(read_bytes(folder / "config.yaml"))["images"]["source"]
-    if kept != source and this_worker().rank == 0:
-        remove_shards(folder)
 
 
 def kept_members(source: Source, config: ImagesConfig) -> list[str]:
@@ -195,6 +197,10 @@ def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPl
     else:
         held_out = stratified_fraction(source.splits["train"].labels, len(train), config.val_fraction, seed)
         chosen = {"train": ("train", np.setdiff1d(train, held_out)), "val": ("train", held_out)}
+    if config.leave_out:
+        out = [class_index(one, source.class_names, "images.leave_out") for one in config.leave_out]
+        name, indices = chosen["train"]
+        chosen["train"] = name, indices[~np.isin(np.asarray(source.splits[name].labels)[indices], out)]
     class_folders = config.source.startswith("folder:") and bool(source.class_names)
     shuffled = class_folders if config.shuffle == "auto" else config.shuffle
     plans = []
