@@ -13,6 +13,8 @@ from pipelines.data.codes import Codes
 from pipelines.data.images import ImageShards, to_unit_range
 from pipelines.data.noise import noise_for
 from pipelines.data.samples import Samples
+from pipelines.explore.score import score
+from pipelines.explore.vary import vary
 from pipelines.stages.encode import compiled_encoder
 from pipelines.storage.cache import Cache
 from pipelines.storage.fingerprint import tokenizer_fingerprint
@@ -114,6 +116,16 @@ def test_tokens_with_a_class_are_decoded_with_it() -> None:
     assert found is not None and found.tolist() == list(classes)
     assert torch.equal(made.images(ids, model), model.decode(given, classes))
     assert not torch.equal(made.images(ids, model), model.decode(given))
+
+
+def test_variants_and_scores_are_of_the_class_that_is_given() -> None:
+    model, pixels = conditional(), torch.randint(0, 256, (1, 1, 16, 16), dtype=torch.uint8)
+    for label in (0, 2):
+        found = vary(model, None, to_unit_range(pixels), 2, label=label)
+        assert torch.equal(model.decode(found.stored, [label] * 2), found.images)
+        scores = score(model, None, pixels, torch.ones(1), torch.tensor([label]))
+        noise = noise_for(model, [(0, level) for level in range(2)], range(1))
+        assert torch.equal(scores.images, model(to_unit_range(pixels), noise, [label]).reconstruction)
 
 
 @pytest.mark.parametrize("kind", ["ema", "gaussian"])

@@ -196,10 +196,7 @@ class Seen:
         tokenizer, seed = self._subject.tokenizer, self._subject.seed
         assert tokenizer
         streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
-        images, classes = self._split.images, None
-        if tokenizer.num_classes and images.class_names:
-            classes = torch.tensor([images.read(index).label for index in self._indices])
-        return tokenizer(self.images, noise_for(tokenizer, streams, self.rows), classes)
+        return tokenizer(self.images, noise_for(tokenizer, streams, self.rows), self.told)
 
     @property
     def reconstructions(self) -> Tensor:
@@ -217,17 +214,26 @@ class Seen:
         return self._stored[1]
 
     @cached_property
+    def told(self) -> Tensor | None:
+        """Class index of each image as the tokenizer is told, int64 (B,); None where it is not, or there are none."""
+        tokenizer, prior, images = self._subject.tokenizer, self._subject.prior, self._split.images
+        if not tokenizer or not tokenizer.num_classes:
+            return None
+        if self._split.codes:
+            return self.classes if prior and prior.class_names else None
+        return torch.tensor([images.read(index).label for index in self._indices]) if images.class_names else None
+
+    @cached_property
     def decoded(self) -> Tensor:
         """What the codes decode to, float (B, C, H, W), in [-1, 1] or somewhat beyond."""
-        tokenizer, prior = self._subject.tokenizer, self._subject.prior
-        assert tokenizer and prior
-        return tokenizer.decode(self.codes, self.classes if prior.class_names else None)
+        assert self._subject.tokenizer
+        return self._subject.tokenizer.decode(self.codes, self.told)
 
     @cached_property
     def posterior(self) -> list[Summands]:
         """What q(z | x) is made of for each bottleneck, z being the codes: what is stored."""
         assert self._subject.tokenizer
-        return summands(self._subject.tokenizer, self.images, self.codes)
+        return summands(self._subject.tokenizer, self.images, self.codes, self.told)
 
     @cached_property
     def log_posterior(self) -> Tensor:
