@@ -30,19 +30,11 @@ class BesideClass(nn.Module):
         """Return values (B, C, h, w) with CHANNELS more.
 
         Raises:
-            ValueError: classes are no integers, or not as many.
+            ValueError: classes are no integers or not as many; in eval mode, which reads them back, one does not exist.
         """
         rows = self._rows(classes, len(values))
         vectors = self.vectors(rows)[:, :, None, None].expand(-1, -1, *values.shape[2:])
         return torch.cat([values, vectors], 1)
-
-    def check(self, classes: Classes) -> None:
-        """Raise ValueError for a class that does not exist; one reading back, none while a caller is compiled."""
-        if classes is None or torch.compiler.is_compiling() or not len(classes):
-            return
-        number, highest = self.vectors.num_embeddings - 1, int(torch.as_tensor(classes).max())
-        if highest >= number:
-            raise ValueError(f"classes must lie in [-1, {number}), -1 for none, got {highest}")
 
     def _rows(self, classes: Classes, count: int) -> Tensor:
         """Return the row of the class of each image, int64 (B,)."""
@@ -53,4 +45,6 @@ class BesideClass(nn.Module):
         if given.shape != (count,) or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
             raise ValueError(f"classes must be {count} integers, one per image, got {given.dtype} {tuple(given.shape)}")
         given = given.to(device, torch.int64)
+        if not (self.training or torch.compiler.is_compiling()) and count and (highest := int(given.max())) >= none:
+            raise ValueError(f"classes must lie in [-1, {none}), -1 for none, got {highest}")
         return torch.where(given < 0, none, given)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenizer.bottlenecks import kind_of
 from tokenizer.bottlenecks.bottleneck import Bottled, Bottleneck, Settings, StoredGrid, VectorSizes
 from tokenizer.bottlenecks.ema import EMAConfig
-from tokenizer.checks import Float32Module, check_pixels, code_grids, float_tensor
+from tokenizer.checks import Float32Module, check_finite, check_pixels, code_grids, float_tensor, noise_grids
 from tokenizer.classes import CHANNELS, BesideClass, Classes
 from tokenizer.config import TokenizerConfig
 from tokenizer.files import SETTINGS_ERRORS, check_tensors, family, read_files, write_files
@@ -147,8 +147,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             The reconstruction, in eval mode clamped to [-1, 1] as `decode` does, and each level's `Bottled`.
 
         Raises:
-            ValueError: images are no floats, channels or size are not the configured ones, or classes are no integers
-                or not as many.
+            ValueError: images are no floats, channels or size are not the configured ones, noise is not of the
+                bottlenecks' shapes, or classes are no integers or not as many.
         """
         levels = self._bottled(self._checked(images), noise, classes)
         decoded = self._decoded([level.seen for level in levels], classes)
@@ -175,8 +175,6 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """
         images = self._checked(images)
         check_pixels(images)
-        if self.num_classes:
-            self.classes.check(classes)
         return [grid for level in self._bottled(images, noise, classes) for grid in level.stored]
 
     @torch.no_grad()
@@ -190,8 +188,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             classes: as of `forward`.
 
         Raises:
-            ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, or a code
-                or a class is out of range.
+            ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, a code or a
+                class is out of range, or a number is not finite.
         """
         return self.decode_seen(self.seen(codes), classes)
 
@@ -220,8 +218,6 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
     @torch.no_grad()
     def decode_seen(self, seen: Sequence[Tensor], classes: Classes = None) -> Tensor:
         """Turn vectors of each bottleneck (B, D, h, w), which need not be those of codes, into images; see `seen`."""
-        if self.num_classes:
-            self.classes.check(classes)
         return self._in_range(self._decoded(list(seen), classes))
 
     def _stored(self, number: int, given: Tensor | np.ndarray, device: torch.device) -> Tensor:
@@ -229,8 +225,10 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         level = self.levels[number]
         if level.codebook_size:
             return code_grids(f"level {number} codes", given, device, level.grid)
-        values = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-        return float_tensor(f"level {number} values", values, ("B", level.channels, *level.grid)).to(device)
+        name, values = f"level {number} values", torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+        values = float_tensor(name, values, ("B", level.channels, *level.grid)).to(device)
+        check_finite(name, values)
+        return values
 
     def _checked(self, images: Tensor) -> Tensor:
         """Return images as float32, if kind and shape are what this tokenizer reads."""
@@ -248,6 +246,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         return features[:-1]
 
     def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None, classes: Classes) -> list[Bottled]:
+        parts = zip(self.bottlenecks, self.level_grids, strict=True)
+        noise = noise_grids(noise, [(len(images), part.noise_channels, *grid) for part, grid in parts])
         features = self.features(images, classes)
         levels: list[Bottled] = []
         seen = None  # (B, sum of D, h, w) of all coarser levels on the grid of the last one
@@ -255,7 +255,7 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             known = features[level]
             if seen is not None:
                 known = torch.cat([self.context_decoders[level - 1](seen), known], 1)
-            output = bottleneck(self.projections[level](known), noise[level] if noise else None)
+            output = bottleneck(self.projections[level](known), noise[level])
             levels.append(output)
             seen = self.stack(seen, output.seen, level)
         return levels

@@ -37,6 +37,11 @@ class Rates(Metric):
 
     name = "prior"
     needs = ("val.nats", "train.nats")
+    more_is_better = ("right",)
+    less_is_better = (
+        *("nats_per_code", "bits_per_code", "nats_per_value", "calibration_error"),
+        *("rate_bits_per_image", "rate_bits_per_dim"),
+    )
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
