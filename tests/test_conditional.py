@@ -92,7 +92,7 @@ def test_the_number_of_classes_is_part_of_the_model(tmp_path: Path) -> None:
 def test_a_filled_up_batch_of_an_encoder_has_the_classes_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     model, images, classes = conditional(), torch.rand(3, 1, 16, 16), torch.tensor([2, -1, 0])
-    found = compiled_encoder(model, 5)(images, None, classes)
+    found = compiled_encoder(model.encode, 5)(images, None, classes)
     assert all(
         torch.allclose(a[:3], b, atol=1e-6) for a, b in zip(found, model.encode(images, None, classes), strict=True)
     )

@@ -105,8 +105,10 @@ class Rates(Metric):
         levels = [(name.removeprefix("level"), level) for name, level in figures.items() if name.startswith("level")]
         if "rate_bits_per_dim" not in figures:
             lines = [title("priors", figures), "  level  nats per value, of a density"]
-            found = ((name, nats) for name, level in levels for nats in level["nats_per_value"].values())  # of one each
-            return lines + [f"  {name:>5}  {nats:.4f}" for name, nats in found]
+            for name, level in levels:
+                found = (f"{nats:.4f} {GIVEN[what]}" for what, nats in level["nats_per_value"].items())
+                lines.append(f"  {name:>5}  {', '.join(found)}")
+            return lines
         lines = [
             title("priors", figures),
             f"  level  {'saved: of the bits of the histogram':<39} nats/code  bits/code     saved",

@@ -22,7 +22,6 @@ from pipelines.storage.manifest import (
     Manifest,
     SamplesManifest,
     all_receipts,
-    classes_for_prior,
     level_entries,
     read_manifest,
 )
@@ -114,8 +113,8 @@ def verify_priors(prior: HierarchicalPrior, codes: CodesManifest) -> None:
     """
     check_belong_together(prior, codes["tokenizer"])
     config = prior.levels[-1].config
-    names = classes_for_prior(codes, config.network)
-    if level_entries(config.levels) != codes["levels"] or config.class_names != names:
+    told = any(level.config.knows_classes for level in prior.levels)
+    if level_entries(config.levels) != codes["levels"] or prior.class_names != (codes["class_names"] if told else []):
         raise StageError("the priors know other levels or classes than the codes have; run `smalti train-prior` again")
 
 

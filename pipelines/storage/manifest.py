@@ -64,13 +64,15 @@ class ImagesManifest(Manifest):
 class CodesManifest(Manifest):
     """Of codes: their tokenizer's fingerprint and stored grids, and the digest of the images they are of.
 
-    `conditional`, where it is there, says that the tokenizer was given the images' classes.
+    `posterior` says whether mean and log-variance of q(z | x) stand beside each, `conditional` whether the tokenizer
+    was given the images' classes.
     """
 
     tokenizer: Sha256
     levels: Annotated[list[Annotated[Level, AfterValidator(_complete)]], Field(min_length=1, max_length=16)]
     made_from: Sha256
     views: NotRequired[list[str]]
+    posterior: NotRequired[bool]
     conditional: NotRequired[bool]
 
 
