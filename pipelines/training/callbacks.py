@@ -1,5 +1,6 @@
 """What watches a training between its steps: NaN, the progress bar, averages of weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tokenizer.bottlenecks.ema import young_decay
 class StopOnNonFinite(Callback):
     """Ends training with a sentence when the loss is NaN or infinite, before such weights reach a checkpoint.
 
-    The losses are looked at when something is logged or saved, not at every step, which would stall a GPU; those of
-    all processes, because one that has met NaN spoils the weights of the others.
+    The losses are looked at when something is logged, validated or saved, not at every step, which would stall a GPU;
+    those of all processes, because one that has met NaN spoils the weights of the others.
 
     Args:
         last: the checkpoint to go on from.
@@ -35,14 +36,21 @@ class StopOnNonFinite(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.check(trainer.global_step)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._look_at(pl_module.parameters(), pl_module.device)
+        self.check(trainer.global_step)
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._look_at(checkpoint["state_dict"].values(), pl_module.device)
+        self.check(trainer.global_step)
+
+    def _look_at(self, weights: Iterable[Tensor], device: torch.device) -> None:
         # On the device of the module also where weights were gathered on the host: NCCL sums nothing that lies there.
-        bad = torch.zeros((), dtype=torch.bool, device=pl_module.device) if self.bad is None else self.bad
-        for tensor in checkpoint["state_dict"].values():
+        bad = torch.zeros((), dtype=torch.bool, device=device) if self.bad is None else self.bad
+        for tensor in weights:
             if tensor.is_floating_point():
                 bad = bad | ~torch.isfinite(tensor).all().to(bad.device)
         self.bad = bad
-        self.check(trainer.global_step)
 
     def check(self, step: int) -> None:
         """Raise StageError if a loss since the start was not finite; to be called by all processes."""
