@@ -75,8 +75,8 @@ def score(
     decoded = output.reconstruction.clamp(-1, 1)
     nats = pixel_nats(pixels, grey_levels(decoded), scales.float().to(device)[:, None, None])
     rate, maps = None, []
-    if numbers and noise:
-        rate = torch.stack([level.losses["kl"].double() for level in output.levels]).sum(0)
+    if kl := tokenizer.bottleneck.rate:
+        rate = torch.stack([level.losses[kl].double() for level in output.levels]).sum(0)
     elif not numbers and prior:
         codes = [grid for level in output.levels for grid in level.stored]
         given = None if labels is None else labels.to(device)
