@@ -102,7 +102,7 @@ def test_latents_of_each_family_can_be_explored(
     assert code == 0 and {path.name for path in tmp_path.iterdir()} == {f"{what}.png", f"{what}.csv"}
     header = (tmp_path / f"{what}.csv").read_text().splitlines()[0]
     if what == "score":
-        assert ("bound_nats" in header) != kind_of(finished).endswith(("sparse", "identity"))
+        assert ("bound_nats" in header) != kind_of(finished).endswith(("sparse", "identity", "contractive"))
 
 
 def test_two_numbers_an_image_are_a_plane_in_the_report_and_can_be_explored(
