@@ -6,7 +6,7 @@ B batch, C channels, H W pixels, h w code grid.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,18 +48,14 @@ class EncodeConfig:
     views: list[str] = field(default_factory=lambda: ["image"])
     crop_shift: int = 4
     batch_size: int = 64
-    precision: str = "float32"
-    compile: bool | str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if not self.views or any(view not in VIEWS for view in self.views):
             raise ValueError(f"encode.views must name one or more of {', '.join(VIEWS)}, got {self.views}")
         if self.batch_size < 1 or self.crop_shift < 0:
             raise ValueError("encode.batch_size must be at least 1 and encode.crop_shift not negative")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"encode.precision must be float32 or bfloat16, got {self.precision}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"encode.compile must be true, false or auto, got {self.compile}")
 
 
 def encode(

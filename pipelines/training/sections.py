@@ -76,7 +76,7 @@ class TrainingConfig:
     log_every: int = 50
     activation_checkpointing: bool = False
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    compile: bool | str = "auto"
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "val_every", "checkpoint_every", "log_every"):
@@ -90,8 +90,6 @@ class TrainingConfig:
             raise ValueError(f"beta2 must lie in [0, 1), got {self.beta2}")
         if not 0 <= self.weight_ema < 1:
             raise ValueError(f"weight_ema must lie in [0, 1), got {self.weight_ema}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be true, false or auto, got {self.compile}")
         for name in ("warmup_steps", "weight_decay", "gradient_clip", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
