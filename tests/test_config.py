@@ -76,7 +76,7 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         (
             {},
             ["--prior.network", "lstm"],
-            "transformer, pixelsnail, normal, got lstm",
+            "transformer, pixelsnail, normal, mixture, flow, got lstm",
         ),
         ({}, ["--images.keep", "txt"], "^images.keep takes a list of texts or 'auto', got txt$"),
         ({}, ["--images.shuffle", "maybe"], "^images.shuffle takes true or false or 'auto', got maybe$"),

@@ -30,6 +30,7 @@ SHAPING: dict[type, dict[str, Any]] = {
     },
     EncodeConfig: {
         **{"views": ["flip"], "crop_shift": 2, "batch_size": 8, "precision": "bfloat16", "compile": True},
+        **{"posterior": True},
     },
     ExportConfig: {
         **{

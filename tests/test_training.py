@@ -49,12 +49,15 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("stage", ["train-tokenizer", "train-prior"])
-@pytest.mark.parametrize("killed_at", [4, 5])
+@pytest.mark.parametrize(
+    ("stage", "killed_at"),
+    [(stage, at) for stage in ("train-tokenizer", "train-prior") for at in (4, 5)] + [("train-prior of numbers", 5)],
+)
 def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     stage: str,
     killed_at: int,
     tiny_run: Path,
+    numbers_run: Path,
     tmp_path: Path,
     write_config: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -66,6 +69,9 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     changes: dict = {"images": {"from": str(run / "images")}, kind: {"training": training}}
     if kind == "prior":
         changes |= {"codes": {"from": str(run / "codes")}}
+        if stage == "train-prior of numbers":
+            changes["prior"]["network"] = "flow"
+            changes["codes"]["from"], stage = str(numbers_run.parent / "run" / "codes"), "train-prior"
     else:
         changes["tokenizer"]["ema"] = {"decay": 0.5, "revival_threshold": 0.5}
     found = []

@@ -105,7 +105,10 @@ class Rates(Metric):
         levels = [(name.removeprefix("level"), level) for name, level in figures.items() if name.startswith("level")]
         if "rate_bits_per_dim" not in figures:
             lines = [title("priors", figures), "  level  nats per value, of a density"]
-            return lines + [f"  {name:>5}  {level['nats_per_value']['without_class']:.4f}" for name, level in levels]
+            for name, level in levels:
+                found = (f"{nats:.4f} {GIVEN[what]}" for what, nats in level["nats_per_value"].items())
+                lines.append(f"  {name:>5}  {', '.join(found)}")
+            return lines
         lines = [
             title("priors", figures),
             f"  level  {'saved: of the bits of the histogram':<39} nats/code  bits/code     saved",

@@ -17,7 +17,7 @@ from pipelines.metrics.bound import OF, Bound
 from pipelines.metrics.latents import Marks, Pairs
 from pipelines.metrics.metric import Rows, title
 from pipelines.metrics.subject import Seen, Subject
-from prior.normal import Normal
+from prior.continuous import normal_nats
 from tokenizer.bottlenecks.bottleneck import StoredGrid
 
 
@@ -43,7 +43,7 @@ class Surgery(Bound):
         self.classes, self.unlearned = Rows(count, dtype=torch.int64), Rows(count)
         self.latents = Pairs(subject) if subject.draws else Marks(subject)
         self.unlearned_name = "under_normal" if None in subject.tokenizer.codebook_sizes else "under_uniform"
-        self.is_learned = not all(isinstance(level.network, Normal) for level in subject.prior.levels)
+        self.is_learned = not all(level.config.network == "normal" for level in subject.prior.levels)
 
     def update(self, seen: Seen) -> None:
         super().update(seen)
@@ -131,7 +131,7 @@ def unlearned_nats(level: StoredGrid, stored: Tensor) -> Tensor:
     """Return -log p of what is stored of a level, float64 (B,), uniform over codes, of N(0, I) over numbers."""
     if level.codebook_size:
         return torch.full(stored.shape, math.log(level.codebook_size), dtype=torch.float64).flatten(1).sum(1)
-    return Normal(stored.shape[1:]).nats(stored).flatten(1).sum(1)
+    return normal_nats(stored).flatten(1).sum(1)
 
 
 def _shown(figures: Mapping[str, Any], name: str, condition: str) -> str:

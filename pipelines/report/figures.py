@@ -57,6 +57,46 @@ MEANINGS = {
         "bound, bits per value",
         "codes and the rest",
     ),
+    r"surgery\.mutual_information_bits_per_dim\.given_class": (
+        "I(x, z), bits per value, given the class",
+        "what codes tell of images, of the bound; at most log2 of their number",
+    ),
+    r"surgery\.mutual_information_at_most_bits_per_dim\.given_class": (
+        "I(x, z), bits per value, at most, given the class",
+        "entropy of the codes, by the best prior there is",
+    ),
+    r"surgery\.marginal_kl_bits_per_dim\.given_class": (
+        "marginal KL, bits per value, given the class",
+        "what another prior could save of the bound",
+    ),
+    r"surgery\.marginal_kl_at_most_bits_per_dim\.given_class": (
+        "marginal KL, bits per value, at most, given the class",
+        "what another prior could save of the bound",
+    ),
+    r"importance\.bits_per_dim_100\.given_class": (
+        "bound of 100 draws, bits per value, given the class",
+        "nearer to log p than that of one",
+    ),
+    r"surgery\.mutual_information_bits_per_dim\.without_class": (
+        "I(x, z), bits per value",
+        "what codes tell of images, of the bound; at most log2 of their number",
+    ),
+    r"surgery\.mutual_information_at_most_bits_per_dim\.without_class": (
+        "I(x, z), bits per value, at most",
+        "entropy of the codes, by the best prior there is",
+    ),
+    r"surgery\.marginal_kl_bits_per_dim\.without_class": (
+        "marginal KL, bits per value",
+        "what another prior could save of the bound",
+    ),
+    r"surgery\.marginal_kl_at_most_bits_per_dim\.without_class": (
+        "marginal KL, bits per value, at most",
+        "what another prior could save of the bound",
+    ),
+    r"importance\.bits_per_dim_100\.without_class": (
+        "bound of 100 draws, bits per value",
+        "nearer to log p than that of one",
+    ),
     r"samples\.kid": ("samples: KID x 1000", "how far from real images in features"),
     r"samples\.frechet\.fid": ("samples: FID", "the same; trust it from 10,000 images on"),
     r"samples\.precision": ("samples: precision", "share that could be real"),

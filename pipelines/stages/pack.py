@@ -141,7 +141,10 @@ def pack(
         if said := described_beside(source, kept_members(source, config)):
             logger.info("pack: %s", said)
     plans = plan_shards(source, config, seed)
-    _check_keys(source, plans, config.source)
+    for name in ("train", "val"):
+        own = [plan for plan in plans if plan.name.startswith(name)]
+        keys = (source.splits[plan.source_split].key(int(index)) for plan in own for index in plan.indices)
+        check_unique(keys, config.source)
     jobs = shard_jobs(source, plans, config, folder)
     share = this_workers(jobs, folder, compute.cache)
     tasks = [(jobs[number], plans[number], config) for number in share.todo]
@@ -210,12 +213,6 @@ def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPl
             part = indices[start : start + config.shard_size]
             plans.append(ShardPlan(f"{split}-{number:06d}.tar", source_split, part))
     return plans
-
-
-def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:
-    for split in {plan.name.split("-")[0] for plan in plans}:
-        own = [(source.splits[plan.source_split], plan.indices) for plan in plans if plan.name.startswith(split)]
-        check_unique((images.key(int(index)) for images, indices in own for index in indices), name)
 
 
 Task = tuple[ShardJob, ShardPlan, ImagesConfig]
