@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pipelines.compared import SEED, Compared, read_run
 from pipelines.config import Config, load_config
 from pipelines.errors import CommandParser, ConfigError
+from pipelines.metrics.direction import direction
 from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
 from pipelines.storage.paths import place, write_text
@@ -47,13 +48,13 @@ class Column(NamedTuple):
 COLUMNS = (
     Column(
         "bits/image",
-        "rate of all codes under the prior, {condition}: less is better",
+        "rate of all codes under the prior, {condition}",
         "prior",
         "rate_bits_per_image",
         "{:.2f}",
     ),
-    Column("MSE", "of reconstructions, values in [-1, 1]: less is better", "tokenizer", "mse", "{:.5f}"),
-    Column("bound", "bits per image dimension at most, {condition}: less is better", "bound", "bits_per_dim"),
+    Column("MSE", "of reconstructions, values in [-1, 1]", "tokenizer", "mse", "{:.5f}"),
+    Column("bound", "bits per image dimension at most, {condition}", "bound", "bits_per_dim"),
     Column(
         "I(x,z)",
         "the bound's part that z tells of the image, of what is drawn; bits per dimension, {condition}",
@@ -62,20 +63,18 @@ COLUMNS = (
     ),
     Column(
         "KL(q||p)",
-        "the bound's part that another prior could save, of what is drawn, {condition}: less is better",
+        "the bound's part that another prior could save, of what is drawn, {condition}",
         "surgery",
         "marginal_kl_bits_per_dim",
     ),
     Column(
         "bound of 100",
-        "importance-weighted, of 100 draws per image, {condition}: less is better",
+        "importance-weighted, of 100 draws per image, {condition}",
         "importance",
         "bits_per_dim_100",
     ),
-    Column(
-        "rKID", "x 1000, of reconstructions beside their images: less is better", "reconstructions", "rkid", "{:.3f}"
-    ),
-    Column("KID", "x 1000, of samples beside real images: less is better", "samples", "kid", "{:.3f}"),
+    Column("rKID", "x 1000, of reconstructions beside their images", "reconstructions", "rkid", "{:.3f}"),
+    Column("KID", "x 1000, of samples beside real images", "samples", "kid", "{:.3f}"),
     Column("seconds", "of the commands that finished pack to sample, whatever the hardware", "", "seconds", "{:.0f}"),
     Column("parameters", "of tokenizer and priors, in millions", "", "parameters", "{:.3f}"),
 )
@@ -238,6 +237,7 @@ def _meaning(column: Column, runs: Sequence[Compared], condition: str) -> str:
     spaces = (figures_of(run.figures, column.metric).get("made", {}).get("features") for run in runs if column.metric)
     space = next((space for space in spaces if space), None)
     told = column.meaning.format(condition=CONDITIONS[condition])
+    told += f": {better}" if (better := direction(f"{column.metric}.{column.figure}")) else ""
     return f"{told}; in features of {space['features']}" if space else told
 
 

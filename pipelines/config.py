@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipelines.stages.sample import SampleConfig
 from pipelines.storage.fingerprint import hashed
 from pipelines.storage.renamed import renamed, renamed_option
 from pipelines.storage.yaml import read_yaml
-from pipelines.training.sections import PriorConfig, TokenizerSection, at_level, prior_for, stored_sizes
+from pipelines.training.sections import PriorConfig, TokenizerSection, at_level, prior_for, stored_sizes, unread_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +88,18 @@ class Config:
         Args:
             sizes: K of each level, None where it is continuous.
         """
+        networks = set()
         for level, size in enumerate(sizes):
             drawn = at_level(self.sample, level, len(sizes), "sample.", ("temperature", "top_k", "top_p", "guidance"))
-            prior_for(self.prior, level, sizes)
-            filtered = drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1
-            if size is None and (filtered or drawn.classes or drawn.reject > 1):
+            networks.add(prior_for(self.prior, level, sizes).network)
+            if size is None and (drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1):
                 raise ConfigError(
-                    f"sample.top_k, top_p, guidance, classes and reject are of codes, and level {level} holds numbers; "
-                    "leave them out"
+                    f"sample.top_k, top_p and guidance are of codes, and level {level} holds numbers; leave them out"
                 )
+        if networks == {"normal"} and (self.sample.classes or self.sample.reject > 1):
+            raise ConfigError(
+                "sample.classes and reject need a prior that knows classes, which normal does not; leave them out"
+            )
 
 
 # Files that stand on one another, at most.
@@ -261,13 +264,12 @@ def _check_used(overrides: Sequence[str], config: Config) -> None:
 
     Settings of a kind that is not the one chosen, of which a file may hold several, and lists that are none.
     """
+    networks = _networks(config)
+    told = "normal, which has no sizes and learns nothing" if networks == {"normal"} else config.prior.network
     chosen = {
         "tokenizer": ("bottleneck", config.tokenizer.bottleneck, config.tokenizer.unused),
-        "prior": ("network", config.prior.network, config.prior.unused),
+        "prior": ("network", told, unread_by(networks)),
     }
-    if _fixed_priors(config):
-        everything = [one.name for one in fields(PriorConfig) if one.name != "network"]
-        chosen["prior"] = ("network", "normal, which has no sizes and learns nothing", everything)
     for option in (argument.split("=")[0].removeprefix("--") for argument in overrides if argument.startswith("--")):
         section, _, rest = option.partition(".")
         unread = option.removeprefix("tokenizer.model.") in config.tokenizer.family.unread
@@ -280,13 +282,13 @@ def _check_used(overrides: Sequence[str], config: Config) -> None:
             raise ConfigError(f"sample.classes takes a list of names and whole numbers, got {one}")
 
 
-def _fixed_priors(config: Config) -> bool:
-    """Return whether all levels' priors are N(0, I), as far as a config can tell."""
+def _networks(config: Config) -> set[str]:
+    """Return the networks of all levels' priors; "auto" stays where a config alone cannot tell."""
     networks = config.prior.network if isinstance(config.prior.network, list) else [config.prior.network]
     if "auto" in networks and not (config.tokenizer.from_ or config.codes.from_):
         sizes = stored_sizes(config.tokenizer)
         networks = [str(prior_for(config.prior, level, sizes).network) for level in range(len(sizes))]
-    return set(networks) == {"normal"}
+    return set(networks)
 
 
 def _sections(section: type, path: str = "") -> set[str]:

@@ -4,6 +4,7 @@ On a terminal that is one bar which draws over itself; in a log file a line now 
 """
 
 import logging
+import os
 import sys
 import time
 from typing import Any, Protocol
@@ -91,6 +92,11 @@ class LoggedProgress:
         self.close()
 
 
+def _can_be_drawn_on() -> bool:
+    """Whether stderr is a terminal with a size: one that a container or a robot has opened may have no rows."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+
+
 def progress_bar(total: int, title: str, unit: str, initial: int = 0, disable: bool = False) -> Progress:
     """Return the progress of some work, on stderr; it says nothing while the work is short.
 
@@ -101,7 +107,7 @@ def progress_bar(total: int, title: str, unit: str, initial: int = 0, disable: b
         initial: units done before.
         disable: show nothing, as on all ranks but the first.
     """
-    if not disable and not sys.stderr.isatty():
+    if not disable and not _can_be_drawn_on():
         return LoggedProgress(total, title, unit, initial)
     return tqdm(
         total=total,

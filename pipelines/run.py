@@ -116,8 +116,6 @@ class Run:
         if config.tokenizer.from_:
             self.finished.tokenizer()
             return _skip("train-tokenizer", f"the tokenizer comes from {config.tokenizer.from_}")
-        if config.compute.strategy == "fsdp":
-            raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
         made_from = {"images": manifest_digest(read_manifest(self.finished.images, "images", "pack"))}
         settings = {"seed": config.seed, "tokenizer": used(config.tokenizer), "made_from": made_from}
         with self._alone(self.root / "tokenizer"):

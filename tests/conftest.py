@@ -116,6 +116,22 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..
     return config
 
 
+@pytest.fixture(scope="session")
+def numbers_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Path:
+    """A config whose codes are numbers of a VAE that has hardly learned, their q(z | x) beside them."""
+    from pipelines.cli import main
+
+    changes = {
+        "images": {"from": str(tiny_run.parent / "run" / "images")},
+        "tokenizer": {"bottleneck": "gaussian", "training": {"steps": 1, "val_every": 1}},
+        "encode": {"posterior": True},
+        "prior": {"network": "auto"},
+    }
+    config = write_config(tmp_path_factory.mktemp("numbers"), changes)
+    assert main(["train-tokenizer", str(config)]) == main(["encode", str(config)]) == 0
+    return config
+
+
 @pytest.fixture
 def copy_of(tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
     """The complete tiny run in a folder of its own, with changes to its config."""

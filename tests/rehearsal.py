@@ -59,6 +59,7 @@ BY_DESIGN = {
     "PriorTraining.on_validation_epoch_end": "figures of a validation",
     "_EvaluationLoop._on_evaluation_end": "callbacks judge those figures",
     "check_codes": "codes are checked before they are decoded",
+    "check_finite": "so are numbers",
     "_check_ranges": "codes and classes are judged before their likelihood, once per batch",
     # in stages that do not train
     "encode": "the model goes to the device",

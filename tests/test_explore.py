@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from pipelines.data.noise import noise_for
 from pipelines.explore import area_under_roc, complete, direction, edit, interpolate, likely_path, score, slerp, vary
 from prior import HierarchicalPrior, Known, prefix
 from tests.priors import draw_codes, randomize, tiny_prior
@@ -22,7 +23,6 @@ from tests.test_bottlenecks import every_family
 from tests.test_bottlenecks import tokenizer as untrained
 from tests.test_normal import normal_prior
 from tokenizer import HierarchicalVQVAE
-from tokenizer.bottlenecks import KINDS
 from tokenizer.bottlenecks.bottleneck import Settings
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.bottlenecks.gaussian import GaussianConfig
@@ -236,7 +236,7 @@ def test_the_bound_of_an_image_is_the_sum_of_its_maps(family: Settings) -> None:
     assert torch.allclose(found.pixel_nats.double().sum((1, 2)), found.distortion, rtol=1e-5)
     alone = score(model, prior, pixels[1:2], SCALES, places=range(1, 2))
     assert torch.allclose(alone.distortion, found.distortion[1:2], rtol=1e-5)
-    if type(family) in (KINDS["identity"], KINDS["sparse"]):
+    if prior is None and not family.rate:
         assert found.rate is None and found.bound is None
         return
     assert found.rate is not None and found.bound is not None
@@ -247,6 +247,16 @@ def test_the_bound_of_an_image_is_the_sum_of_its_maps(family: Settings) -> None:
     codes = model.encode(pixels.float() / 127.5 - 1)
     assert torch.allclose(found.rate, prior.nll(codes), rtol=1e-5)
     assert torch.allclose(found.images, model.decode(codes), atol=1e-5)
+
+
+def test_the_rate_of_numbers_under_the_normal_prior_is_their_divergence() -> None:
+    model, pixels = tokenizer(GaussianConfig()), torch.randint(256, (2, 1, 16, 16), dtype=torch.uint8)
+    noise = noise_for(model, [(7, 0), (7, 1)], [5, 9])
+    output = model(pixels.float() / 127.5 - 1, noise)
+    kl = torch.stack([level.losses["kl"].double() for level in output.levels]).sum(0)
+    for prior in (None, normal_prior([4, 4], model.grids)):
+        found = score(model, prior, pixels, SCALES, places=[5, 9], seed=7)
+        assert found.rate is not None and torch.equal(found.rate, kl)
 
 
 def test_without_a_prior_codes_have_no_rate() -> None:

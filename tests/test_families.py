@@ -17,12 +17,18 @@ from pipelines.metrics.information import information
 from pipelines.metrics.latents import Pairs
 from pipelines.metrics.subject import Seen
 from pipelines.metrics.surgery import Surgery
+from pipelines.report.curves import charts, read_rows
 from pipelines.run import Run
 from pipelines.stages.evaluate import evaluate
 from pipelines.storage.shards import index_shard, read_member
+from pipelines.training.sections import stored_sizes
+from prior import LevelPrior
+from prior.mixture import Mixture
 from tokenizer.posterior import log_posterior
 
 Smalti = Callable[..., tuple[int, str]]
+# Of families of numbers that have another prior than N(0, I) here.
+PRIORS = {"sparse": "mixture", "identity": "flow"}
 FEW = {"training": {"steps": 2, "val_every": 2, "checkpoint_every": 1, "weight_ema": 0.9, "log_every": 1}}
 
 
@@ -35,7 +41,7 @@ def finished(
     from pipelines.cli import main
 
     images = {"from": str(tiny_run.parent / "run" / "images")}
-    changes = {"images": images, "tokenizer": FEW, "prior": {"network": "auto", **FEW}}
+    changes = {"images": images, "tokenizer": FEW, "prior": {"network": PRIORS.get(request.param, "auto"), **FEW}}
     config = write_config(tmp_path_factory.mktemp(request.param), changes)
     assert main(["run", str(config), f"--tokenizer.bottleneck={request.param}", "--traceback"]) == 0
     return config
@@ -51,7 +57,7 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert (run / "samples" / "grid.png").stat().st_size > 100
     names = json.loads((run / "samples" / "manifest.json").read_text())["class_names"]
     levels = json.loads((run / "codes" / "manifest.json").read_text())["levels"]
-    assert bool(names) == bool(levels[0]["codebook_size"])  # N(0, I) knows no classes
+    assert bool(names) != kind_of(finished).endswith(("gaussian", "contractive"))  # N(0, I) knows no classes
     assert len(levels) == (4 if "residual" in kind_of(finished) else 2)
     code, said = smalti("run", finished, kind_of(finished))
     assert code == 0 and said.count("skipped") == 4 + len(levels)
@@ -60,6 +66,18 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert code == 0 and said.count("holds what it says") == 5
     code, said = smalti("run", finished)
     assert code == 1 and "made with other settings (tokenizer.bottleneck" in said
+
+
+def test_a_prior_of_numbers_has_its_figures_in_the_files_that_the_report_reads(finished: Path) -> None:
+    config = load_config(finished, [kind_of(finished)])
+    for level, size in enumerate(stored_sizes(config.tokenizer)):
+        folder = finished.parent / "run" / "prior" / f"level{level}"
+        figures = json.loads((folder / "metrics.json").read_text())
+        assert ("val_nats_per_value" in figures) == (size is None)
+        if PRIORS.get(config.tokenizer.bottleneck):
+            found = [row["val_nats_per_value"] for row in read_rows(folder) if "val_nats_per_value" in row]
+            assert min(found) == pytest.approx(figures["val_nats_per_value"], rel=1e-4)
+            assert "nats_per_value" in {chart.figure for chart in charts(read_rows(folder), "", "")}
 
 
 def test_validation_draws_where_training_does_and_says_what_it_would_be_without_noise(finished: Path) -> None:
@@ -148,7 +166,7 @@ def test_latents_of_each_family_can_be_explored(
     assert code == 0 and {path.name for path in tmp_path.iterdir()} == {f"{what}.png", f"{what}.csv"}
     header = (tmp_path / f"{what}.csv").read_text().splitlines()[0]
     if what == "score":
-        assert ("bound_nats" in header) != kind_of(finished).endswith(("sparse", "identity"))
+        assert ("bound_nats" in header) != kind_of(finished).endswith(("sparse", "identity", "contractive"))
 
 
 def test_two_numbers_an_image_are_a_plane_in_the_report_and_can_be_explored(
@@ -185,7 +203,10 @@ def test_numbers_in_shards_are_float32_and_damage_is_named(
     manifest = json.loads((tmp_path / "run" / "codes" / "manifest.json").read_text())
     assert manifest["levels"][0] == {"grid": [2, 2], "codebook_size": None, "channels": 8}
     code, said = smalti("train-prior", config, kind, "--prior.network=transformer")
-    assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
+    assert (
+        code == 2
+        and "prior.network must be normal, mixture or flow where level 0 holds numbers, got transformer" in said
+    )
     code, said = smalti("export", config, kind)
     assert code == 2 and "tokens are made of codes" in said
 
@@ -196,11 +217,14 @@ def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Pa
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=fsq", "--tokenizer.model.codebook_size=8")
     assert code == 2 and "--tokenizer.model.codebook_size would change nothing: tokenizer.bottleneck is fsq" in said
     code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.top_k=3")
-    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
+    assert code == 2 and "sample.top_k, top_p and guidance are of codes, and level 0 holds numbers" in said
     code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.reject=2")
-    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
+    assert code == 2 and "sample.classes and reject need a prior that knows classes, which normal does not" in said
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian")
-    assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
+    assert (
+        code == 2
+        and "prior.network must be normal, mixture or flow where level 0 holds numbers, got transformer" in said
+    )
     code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")
     assert code == 2 and "--prior.transformer.width would change nothing: prior.network is pixelsnail" in said
 
@@ -262,3 +286,45 @@ def test_old_names_of_settings_read_on(
     assert (found := load_config(config).tokenizer.ema).decay == 0.5 and found.kmeans_iterations == 3
     code, said = smalti("train-tokenizer", tiny_run, "--tokenizer.codebook.ema_decay=0.5")
     assert code == 1 and "tokenizer.ema.decay: 0.99 -> 0.5" in said
+
+
+def test_components_at_images_are_their_posteriors_and_their_mixture_the_aggregated_one(
+    numbers_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    codes = numbers_run.parent / "run" / "codes"
+    assert json.loads((codes / "manifest.json").read_text())["posterior"]
+    prior = {"network": "mixture", "mixture": {"at": "images", "components": 40}}
+    config = write_config(tmp_path, {"codes": {"from": str(codes)}, "prior": prior})
+    assert smalti("train-prior", config, "--level", "1")[0] == 0
+    level, mean, values, labels = LevelPrior.from_pretrained(tmp_path / "run/prior/level1"), [], [], []
+    for shard in sorted(codes.glob("train-*.tar")):
+        with shard.open("rb") as file:
+            for sample in index_shard(shard):
+                found = read_member(file, sample.members["level1.posterior.npy"])
+                mean.append(np.frombuffer(found, np.float32, offset=128).reshape(2, -1))
+                stored = read_member(file, sample.members["level1.npy"])
+                values.append(np.frombuffer(stored, np.float32, offset=128).reshape(8, 4, 4))
+                labels.append(int(read_member(file, sample.members["cls"])))
+    means, log_variances = np.stack(mean).transpose(1, 0, 2)
+    mixture = level.network
+    assert isinstance(mixture, Mixture) and len(mixture.means) == level.config.size.components == 40
+    rows = [int(np.abs(means - one.numpy()).sum(1).argmin()) for one in mixture.means]
+    assert len(set(rows)) == 40 and np.array_equal(mixture.means.numpy(), means[rows])
+    assert np.allclose(mixture.scales.numpy(), np.exp(0.5 * log_variances[rows]), rtol=1e-5)
+    apart = (np.stack(values).reshape(len(means), -1) - means) * np.exp(-0.5 * log_variances)
+    assert abs(apart.std() - 1) < 0.02  # what is stored is a draw of it
+    own = torch.tensor([float(labels[row] == 3) for row in rows])
+    assert torch.allclose(mixture.weights[3], own / own.sum())
+    assert torch.allclose(mixture.weights[-1], torch.tensor(1 / 40))
+    figures = json.loads((tmp_path / "run/prior/level1/metrics.json").read_text())
+    assert figures["val_nats_per_value"] > 0
+
+
+def test_q_of_images_is_stored_where_it_is_asked_for_and_can_be(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    mixture = ["--prior.network=mixture", "--prior.mixture.at=images"]
+    code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian", *mixture, f"--run_dir={tmp_path}")
+    assert code == 2 and "prior.mixture.at images needs q(z | x) beside the codes; set encode.posterior to true" in said
+    code, said = smalti("run", tiny_run, "--encode.posterior=true", f"--run_dir={tmp_path}")
+    assert code == 2 and "encode.posterior is of levels that hold draws of numbers" in said

@@ -18,7 +18,7 @@ from pipelines.stages.export import ExportConfig, plan_export
 from pipelines.stages.pack import ImagesConfig, plan_shards, shard_jobs
 from pipelines.stages.sample import SampleConfig, drawn_with
 from pipelines.storage.fingerprint import digest
-from pipelines.storage.folders import plain
+from pipelines.storage.folders import plain_data
 from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from pipelines.training.sections import PriorConfig, TokenizerSection
 
@@ -30,6 +30,7 @@ SHAPING: dict[type, dict[str, Any]] = {
     },
     EncodeConfig: {
         **{"views": ["flip"], "crop_shift": 2, "batch_size": 8, "precision": "bfloat16", "compile": True},
+        **{"posterior": True},
     },
     ExportConfig: {
         **{
@@ -139,4 +140,4 @@ def test_every_setting_of_training_is_kept_and_compared(section: type) -> None:
         for step in path:
             part = getattr(part, step)
         object.__setattr__(part, name, "another")
-        assert plain(config) != plain(section()), (*path, name)
+        assert plain_data(config) != plain_data(section()), (*path, name)

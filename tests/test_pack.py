@@ -170,7 +170,6 @@ def test_classes_of_one_image_each_still_make_a_val_split() -> None:
         ({"shard_size": 0}, "images.shard_size must be at least 1"),
         ({"keep": ["png"]}, r"images.keep must be auto or a list of txt and json, got \['png'\]"),
         ({"keep": "txt"}, "images.keep must be auto or a list"),
-        ({"shuffle": "maybe"}, "images.shuffle must be true, false or auto, got maybe"),
         ({"leave_out": ["cat"], "classes": False}, "images.leave_out names classes and images.classes is false"),
     ],
 )

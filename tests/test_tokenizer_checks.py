@@ -10,6 +10,8 @@ import torch
 
 from tests.test_hierarchy import tiny
 from tokenizer import Codebook, HierarchicalVQVAE
+from tokenizer.bottlenecks import GaussianConfig, SparseConfig
+from tokenizer.bottlenecks.bottleneck import Settings
 
 INTEGERS = ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"]
 
@@ -87,6 +89,37 @@ def test_codes_of_any_integer_type_decode_alike(model: HierarchicalVQVAE, dtype:
 def test_codes_that_cannot_be_are_refused(model: HierarchicalVQVAE, codes: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.decode(codes)
+
+
+@pytest.mark.parametrize("family", [GaussianConfig(), SparseConfig()])
+def test_numbers_that_cannot_be_are_refused(family: Settings) -> None:
+    model = HierarchicalVQVAE(tiny([8, 4]).config, 16, 3, family).eval()
+    values = model.encode(torch.rand(2, 3, 16, 16))
+    assert torch.equal(model.decode([one.numpy() for one in values]), model.decode(values))
+    for bad, message in (
+        ([values[0] * float("nan"), values[1]], "level 0 values must be finite"),
+        ([values[0], values[1] / 0], "level 1 values must be finite"),
+        ([values[0].long()], r"level 0 values must be a tensor of floats, got torch\.int64"),
+        ([values[1]], r"level 0 values must be \(B, 4, 2, 2\), got \(2, 4, 4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.decode(bad)
+
+
+def test_noise_of_another_number_or_shape_is_refused() -> None:
+    model = HierarchicalVQVAE(tiny([8, 4]).config, 16, 3, GaussianConfig()).eval()
+    noise = [torch.randn(2, 4, 2, 2), torch.randn(2, 4, 4, 4)]
+    model.encode(torch.zeros(2, 3, 16, 16), noise)
+    for bad, message in (
+        (noise[:1], "noise must be one for each of 2 levels, got 1"),
+        ([], "noise must be one for each of 2 levels, got 0"),
+        ([noise[0][:1], noise[1]], r"noise of level 0 must be \(2, 4, 2, 2\), got \(1, 4, 2, 2\)"),
+        ([noise[0], noise[0]], r"noise of level 1 must be \(2, 4, 4, 4\), got \(2, 4, 2, 2\)"),
+        ([one.numpy() for one in noise], "noise of level 0 must be a tensor of floats, got ndarray"),
+    ):
+        for entry in (model, model.encode):
+            with pytest.raises(ValueError, match=message):
+                entry(torch.zeros(2, 3, 16, 16), bad)
 
 
 def test_a_codebook_judges_what_it_is_given() -> None:

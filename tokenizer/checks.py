@@ -96,6 +96,31 @@ def check_codes(codes: Tensor, codebook_size: int) -> None:
         )
 
 
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError for numbers that are NaN or infinite; one reading back."""
+    if bool((~torch.isfinite(values)).any()):
+        raise ValueError(f"{name} must be finite, and some are NaN or infinite")
+
+
+def noise_grids(noise: Sequence[Tensor | None] | None, shapes: Sequence[tuple[int, ...]]) -> list[Tensor | None]:
+    """Return noise as float32, one for each level or None.
+
+    Args:
+        noise: what was given; None for none.
+        shapes: that of each level.
+
+    Raises:
+        ValueError: there is not one for each level, or it is no tensor of floats of its shape.
+    """
+    noise = [None] * len(shapes) if noise is None else noise
+    if len(noise) != len(shapes):
+        raise ValueError(f"noise must be one for each of {len(shapes)} levels, got {len(noise)}")
+    return [
+        None if one is None else float_tensor(f"noise of level {level}", one, shape)
+        for level, (one, shape) in enumerate(zip(noise, shapes, strict=True))
+    ]
+
+
 def check_vectors(vectors: Tensor, codebook: Tensor) -> None:
     """Raise ValueError unless vectors (N, D) and a codebook (K, D) of at least one code are float32."""
     kinds = [(tensor.dtype, tensor.ndim) for tensor in (vectors, codebook)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tokenizer.bottlenecks import KINDS, kind_of
 from tokenizer.bottlenecks.bottleneck import Bottled, Bottleneck, Settings, StoredGrid, VectorSizes
 from tokenizer.bottlenecks.ema import EMAConfig
-from tokenizer.checks import Float32Module, check_pixels, code_grids, float_tensor
+from tokenizer.checks import Float32Module, check_finite, check_pixels, code_grids, float_tensor, noise_grids
 from tokenizer.config import TokenizerConfig
 from tokenizer.hub import CARD, check_replaceable, model_folder
 from tokenizer.networks import decoder, encoder
@@ -134,7 +134,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             The reconstruction, in eval mode clamped to [-1, 1] as `decode` does, and each level's `Bottled`.
 
         Raises:
-            ValueError: images are no floats, or channels or size are not the configured ones.
+            ValueError: images are no floats, channels or size are not the configured ones, or noise is not of the
+                bottlenecks' shapes.
         """
         levels = self._bottled(self._checked(images), noise)
         decoded = self._decoded([level.seen for level in levels])
@@ -169,8 +170,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
                 code vector of a codebook, which shows what the others hold. Grids of one bottleneck go together.
 
         Raises:
-            ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, or a code
-                is out of range.
+            ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, a code is
+                out of range, or a number is not finite.
         """
         return self.decode_seen(self.seen(codes))
 
@@ -206,8 +207,10 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         level = self.levels[number]
         if level.codebook_size:
             return code_grids(f"level {number} codes", given, device, level.grid)
-        values = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-        return float_tensor(f"level {number} values", values, ("B", level.channels, *level.grid)).to(device)
+        name, values = f"level {number} values", torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+        values = float_tensor(name, values, ("B", level.channels, *level.grid)).to(device)
+        check_finite(name, values)
+        return values
 
     def _checked(self, images: Tensor) -> Tensor:
         """Return images as float32, if kind and shape are what this tokenizer reads."""
@@ -221,6 +224,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         return features[:-1]
 
     def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None) -> list[Bottled]:
+        parts = zip(self.bottlenecks, self.level_grids, strict=True)
+        noise = noise_grids(noise, [(len(images), part.noise_channels, *grid) for part, grid in parts])
         features = self.features(images)
         levels: list[Bottled] = []
         seen = None  # (B, sum of D, h, w) of all coarser levels on the grid of the last one
@@ -228,7 +233,7 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             known = features[level]
             if seen is not None:
                 known = torch.cat([self.context_decoders[level - 1](seen), known], 1)
-            output = bottleneck(self.projections[level](known), noise[level] if noise else None)
+            output = bottleneck(self.projections[level](known), noise[level])
             levels.append(output)
             seen = self.stack(seen, output.seen, level)
         return levels

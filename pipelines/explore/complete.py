@@ -54,7 +54,7 @@ def complete(
     and `ess` says how many count.
 
     Args:
-        prior: of codes; or N(0, I) over numbers, which are independent, so that any are completed exactly.
+        prior: of codes; or N(0, I) or mixtures over numbers, which know the distribution of the rest given any of them.
         known: of each level, coarse to fine, cells of one image, values (1, h, w) and mask (1, h, w); see `Known`.
         label: class that the prior is given; None for none.
         count: n, at most P; of one particle several where few count.
@@ -63,7 +63,7 @@ def complete(
 
     Raises:
         ValueError: there are fewer particles than completions, what is known is not of one image, or a prior over
-            numbers knows how they depend on one another.
+            numbers does not know how they depend on one another.
 
     Source: Gordon et al. 1993 (resampling in between); Doucet and Johansen 2011, section 3.5; systematic resampling:
     Kitagawa 1996, appendix.
@@ -74,12 +74,15 @@ def complete(
     levels, device = prior.levels[-1].config.levels, prior.levels[0].device
     given = checked_known(known, levels, device, 1)
     classes = None if label is None else [label] * particles
-    if networks == {"normal"}:
+    if networks <= {"normal", "mixture"}:
         everywhere = [one and Known(*(part.expand(count, *part.shape[1:]) for part in one)) for one in given]
-        stored = prior.sample(None, seed, indices=range(count), known=everywhere)
+        told = classes[:count] if classes and prior.class_names else None
+        stored = prior.sample(told, seed, indices=range(count), known=everywhere)
         return Completions(stored, particles, particles, float("nan"))
     if None in prior.levels[-1].config.codebook_sizes:
-        raise ValueError(f"numbers are completed under the prior normal alone, and this is {', '.join(networks)}")
+        raise ValueError(
+            f"numbers are completed under normal and mixture alone, and this is {', '.join(sorted(networks))}"
+        )
     sizes = [level.num_uniforms for level in prior.levels]
     streams = np.stack([uniforms(seed, index, sum(sizes)) for index in range(particles + 1)])
     parts = torch.from_numpy(streams).to(device).split(sizes, 1)  # the last row is that of resampling

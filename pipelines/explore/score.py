@@ -13,7 +13,7 @@ from pipelines.data.images import to_unit_range
 from pipelines.data.noise import noise_for
 from pipelines.metrics.bound import grey_levels, pixel_nats
 from prior import HierarchicalPrior
-from tokenizer import HierarchicalVQVAE
+from tokenizer import Autoencoded, HierarchicalVQVAE
 
 
 class Scores(NamedTuple):
@@ -22,8 +22,9 @@ class Scores(NamedTuple):
     Attributes:
         mse: mean squared error of its values in [-1, 1], float64 (B,).
         distortion: -log p(x | what is stored) of its 8-bit values, in nats, float64 (B,).
-        rate: nats of what is stored, float64 (B,): -log p(codes) under the prior, or KL(q(z | x) || N(0, I)); None of
-            numbers that nothing is drawn around, which no image has a probability with.
+        rate: nats of what is stored, float64 (B,): -log p(codes) under the prior; of numbers KL(q(z | x) || N(0, I)),
+            or under another prior log q(z | x) - log p(z) of one draw, whose mean is the KL. None of numbers that are
+            not drawn, which have no density given the image.
         pixel_nats: the distortion where it is, float32 (B, H, W), summed over channels.
         code_nats: the rate of codes where it is, float64 (B, h, w) per level; none of numbers.
         images: what they were reconstructed as, (B, C, H, W) in [-1, 1].
@@ -56,7 +57,7 @@ def score(
 
     Args:
         tokenizer: in eval mode.
-        prior: of its codes; without one there is no rate of them. That of numbers is the one of N(0, I).
+        prior: of its levels; without one codes have no rate, and numbers that of N(0, I).
         pixels: uint8 (B, C, H, W).
         scales: of the likelihood of pixels, float64 (C,), in grey levels: `fitted_scales` of training images.
         labels: class that the prior is given of each, int64 (B,); None for none.
@@ -70,13 +71,12 @@ def score(
     images = to_unit_range(pixels)
     streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
     numbers = None in tokenizer.codebook_sizes
-    noise = noise_for(tokenizer, streams, places or range(len(images))) if numbers else None
-    output = tokenizer(images, noise)
+    output = tokenizer(images, noise_for(tokenizer, streams, places or range(len(images))) if numbers else None)
     decoded = output.reconstruction.clamp(-1, 1)
     nats = pixel_nats(pixels, grey_levels(decoded), scales.float().to(device)[:, None, None])
     rate, maps = None, []
-    if numbers and noise:
-        rate = torch.stack([level.losses["kl"].double() for level in output.levels]).sum(0)
+    if numbers and tokenizer.bottleneck.rate:
+        rate = _rate_of_numbers(tokenizer, prior, output, labels)
     elif not numbers and prior:
         codes = [grid for level in output.levels for grid in level.stored]
         given = None if labels is None else labels.to(device)
@@ -85,6 +85,19 @@ def score(
     mse = (decoded - images).double().square().flatten(1).mean(1)
     distortion = nats.flatten(1).sum(1, dtype=torch.float64)
     return Scores(mse, distortion, rate, nats.sum(1), maps, decoded)
+
+
+def _rate_of_numbers(
+    tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior | None, output: Autoencoded, labels: Tensor | None
+) -> Tensor:
+    if prior is None or {level.config.network for level in prior.levels} == {"normal"}:
+        return torch.stack([level.losses[tokenizer.bottleneck.rate].double() for level in output.levels]).sum(0)
+    posteriors = [
+        part.log_posterior(level.posterior, level.stored)
+        for part, level in zip(tokenizer.bottlenecks, output.levels, strict=True)
+        if level.posterior is not None
+    ]
+    return torch.stack(posteriors).sum(0) + prior.nll([level.stored[0] for level in output.levels], labels)
 
 
 def area_under_roc(scores: Tensor, anomalous: Tensor) -> float:

@@ -202,7 +202,7 @@ def scores(run: Opened, asked: Namespace) -> Shown:
     """Every image of a split scored, and maps of those that are named, or of the highest."""
     images = run.split(asked.split)
     anomalous = None if asked.anomalous is None else run.label_of(asked.anomalous)
-    prior = run.prior if run.holds_codes else None
+    prior = run.prior if run.holds_codes or run.finished.has_priors() else None
     by_class = prior is not None and not run.knows_no_class
     scales = fitted_scales(run.tokenizer, run.split("train"), run.seed)
 

@@ -31,6 +31,7 @@ class ImportanceBounds(Metric):
     """
 
     name = "importance"
+    less_is_better = ("bits_per_dim_1", "bits_per_dim_10", "bits_per_dim_100")
     needs = ("val.images", "val.posterior", "val.rate", "train.images")
 
     def __init__(self, subject: Subject) -> None:

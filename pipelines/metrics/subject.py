@@ -152,10 +152,8 @@ class Subject(NamedTuple):
     def conditions(self) -> list[str]:
         """What codes are predicted from: "given_class"; "without_class" where there are none, or training hid some."""
         assert self.prior
-        if any(level.config.codebook_sizes[-1] is None for level in self.prior.levels):
-            return ["without_class"]
-        names = self.prior.class_names
-        without = not names or all(getattr(level.config, "unconditional", True) for level in self.prior.levels)
+        names, knowing = self.prior.class_names, [one.config for one in self.prior.levels if one.config.class_names]
+        without = all(getattr(config, "unconditional", True) for config in knowing)
         return ["given_class"] * bool(names) + ["without_class"] * without
 
 

@@ -17,7 +17,7 @@ from pipelines.metrics.bound import OF, Bound
 from pipelines.metrics.latents import Marks, Pairs
 from pipelines.metrics.metric import Rows, title
 from pipelines.metrics.subject import Seen, Subject
-from prior.normal import Normal
+from prior.continuous import normal_nats
 from tokenizer.bottlenecks.bottleneck import StoredGrid
 
 
@@ -35,6 +35,7 @@ class Surgery(Bound):
     """
 
     name = "surgery"
+    less_is_better = (*Bound.less_is_better, "marginal_kl_bits_per_dim", "marginal_kl_at_most_bits_per_dim")
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -43,7 +44,7 @@ class Surgery(Bound):
         self.classes, self.unlearned = Rows(count, dtype=torch.int64), Rows(count)
         self.latents = Pairs(subject) if subject.draws else Marks(subject)
         self.unlearned_name = "under_normal" if None in subject.tokenizer.codebook_sizes else "under_uniform"
-        self.is_learned = not all(isinstance(level.network, Normal) for level in subject.prior.levels)
+        self.is_learned = not all(level.config.network == "normal" for level in subject.prior.levels)
 
     def update(self, seen: Seen) -> None:
         super().update(seen)
@@ -55,12 +56,9 @@ class Surgery(Bound):
         self.latents.update(seen)
 
     def compute(self) -> dict[str, Any]:
-        bound, unit = super().compute(), math.log(2) * self.subject.dims
-        classes, unlearned, found = (
-            self.classes.all(),
-            float(self.unlearned.all().mean()) / unit,
-            self.latents.compute(),
-        )
+        bound, classes, found = super().compute(), self.classes.all(), self.latents.compute()
+        unit = math.log(2) * self.subject.dims
+        unlearned = float(self.unlearned.all().mean()) / unit
         distortion, rates = bound["distortion_bits_per_dim"], bound["rate_bits_per_dim"]
         told: dict[str, dict[str, float]] = {}
         own: dict[str, dict[str, float]] = {}
@@ -70,10 +68,9 @@ class Surgery(Bound):
             nats = self.latents.told(found, groups) | {"log_images": groups.bincount()[groups].double().log()}
             parts = {f"{name}_bits_per_dim": float(each.mean()) / unit for name, each in nats.items()}
             if not self.subject.draws:
-                # What does without the class bounds what is given it too; not the other way round.
-                parts |= {
-                    "mutual_information_at_most_bits_per_dim": min(rate, rates.get("without_class", rate), unlearned)
-                }
+                # What is enough without the class is enough given it; not the other way round.
+                best = min(rate, rates.get("without_class", rate), unlearned)
+                parts["mutual_information_at_most_bits_per_dim"] = best
             told[condition] = parts
             own[condition], other[condition] = (of_prior(one, distortion, parts) for one in (rate, unlearned))
         seen = {"images": bound["images"], "paired_images": self.latents.paired}
@@ -131,7 +128,7 @@ def unlearned_nats(level: StoredGrid, stored: Tensor) -> Tensor:
     """Return -log p of what is stored of a level, float64 (B,), uniform over codes, of N(0, I) over numbers."""
     if level.codebook_size:
         return torch.full(stored.shape, math.log(level.codebook_size), dtype=torch.float64).flatten(1).sum(1)
-    return Normal(stored.shape[1:]).nats(stored).flatten(1).sum(1)
+    return normal_nats(stored).flatten(1).sum(1)
 
 
 def _shown(figures: Mapping[str, Any], name: str, condition: str) -> str:

@@ -13,7 +13,7 @@ import yaml
 from pipelines.finished import Finished, what_came_of
 from pipelines.report.figures import Figure, LevelFigures, read_figures
 from pipelines.storage.fingerprint import manifest_digest, prior_fingerprint, tokenizer_fingerprint
-from pipelines.storage.folders import is_complete, plain
+from pipelines.storage.folders import is_complete, plain_data
 from pipelines.storage.manifest import Manifest, read_manifest, receipts_of
 from pipelines.storage.paths import exists, read_bytes
 from pipelines.storage.record import read_record
@@ -162,7 +162,7 @@ def _record(stage: str, folder: Path) -> dict[str, Any]:
 
 def settings_of(finished: Finished) -> str:
     """Return the run's settings as YAML."""
-    return yaml.safe_dump(plain(finished.config), sort_keys=False)
+    return yaml.safe_dump(plain_data(finished.config), sort_keys=False)
 
 
 def _total(manifest: Manifest, split: str) -> int:

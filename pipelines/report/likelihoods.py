@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.report.pictures import Picture, heat, picture
 from pipelines.report.reading import Codes
-from prior import LevelPrior, NormalConfig
+from prior import LevelPrior
 
 # Multiplications that a level's prior is asked for on a split, at most; images that it sees at least; logits at once.
 MOST_WORK, LEAST_SEEN, MOST_LOGITS = 5e11, 4, 2**25
@@ -114,7 +114,7 @@ def maps(level: LevelPrior, val: Costs, train: Costs | None, pixels: np.ndarray 
         alt = f"nats by position, level {number}, {name} split: {mean.min():.2f} to {mean.max():.2f}"
         return Split(float(mean.mean()), picture(heat(mean, low, high), alt, 96), len(costs_.rows))
 
-    density = isinstance(level.config.size, NormalConfig)
+    density = level.config.codebook_sizes[-1] is None
     unit = "nats per cell, of a density" if density else "nats per code"
 
     def cost(nats: float) -> str:

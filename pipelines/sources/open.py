@@ -44,11 +44,15 @@ def open_source(
         caption_column: likewise, never looked for; what lies beside the image as "txt".
 
     Raises:
-        ConfigError: no such kind of source.
+        ConfigError: no such kind of source, or one without columns.
         StageError: nothing there.
     """
     check_name(source)
     kind, _, rest = source.partition(":")
+    columns = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
+    asked = next((name for name, column in columns.items() if column), None)
+    if asked and kind not in ("parquet", "hf"):
+        raise ConfigError(f"images.{asked} is of parquet: and hf: sources, but images.source is {source}; leave it out")
     if source == "digits":
         found = open_digits()
     elif kind == "folder":

@@ -1,11 +1,13 @@
 """What watches a training between its steps: NaN, the progress bar, averages of weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,8 +19,8 @@ from tokenizer.bottlenecks.ema import young_decay
 class StopOnNonFinite(Callback):
     """Ends training with a sentence when the loss is NaN or infinite, before such weights reach a checkpoint.
 
-    The losses are looked at when something is logged or saved, not at every step, which would stall a GPU; those of
-    all processes, because one that has met NaN spoils the weights of the others.
+    The losses are looked at when something is logged, validated or saved, not at every step, which would stall a GPU;
+    those of all processes, because one that has met NaN spoils the weights of the others.
 
     Args:
         last: the checkpoint to go on from.
@@ -34,14 +36,21 @@ class StopOnNonFinite(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.check(trainer.global_step)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._look_at(pl_module.parameters(), pl_module.device)
+        self.check(trainer.global_step)
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._look_at(checkpoint["state_dict"].values(), pl_module.device)
+        self.check(trainer.global_step)
+
+    def _look_at(self, weights: Iterable[Tensor], device: torch.device) -> None:
         # On the device of the module also where weights were gathered on the host: NCCL sums nothing that lies there.
-        bad = torch.zeros((), dtype=torch.bool, device=pl_module.device) if self.bad is None else self.bad
-        for tensor in checkpoint["state_dict"].values():
+        bad = torch.zeros((), dtype=torch.bool, device=device) if self.bad is None else self.bad
+        for tensor in weights:
             if tensor.is_floating_point():
                 bad = bad | ~torch.isfinite(tensor).all().to(bad.device)
         self.bad = bad
-        self.check(trainer.global_step)
 
     def check(self, step: int) -> None:
         """Raise StageError if a loss since the start was not finite; to be called by all processes."""
@@ -57,6 +66,28 @@ class StopOnNonFinite(Callback):
                 f"the loss became NaN or infinite by step {step}; {kept}; begin again with --redo and a lower "
                 "learning_rate or a gradient_clip"
             )
+
+
+class ClipGradients(Callback):
+    """Scales gradients down to a norm, over all parameters together, before each optimizer step of either stage.
+
+    Lightning's own way refuses fused optimizers under bfloat16, which has no gradient scaler that they could unscale.
+
+    Args:
+        largest_norm: that is left.
+    """
+
+    def __init__(self, largest_norm: float) -> None:
+        self.largest_norm = largest_norm
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, FSDPStrategy):  # the norm of all shards together
+            assert strategy.model is not None
+            strategy.model.clip_grad_norm_(self.largest_norm)  # type: ignore[operator]
+        else:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.largest_norm)
 
 
 class Progress(Callback):

@@ -113,7 +113,7 @@ class Gaussian(Numbers):
             losses={"kl": kl.sum(1)},
             observed=observed,
             averaged={"kl": kl},
-            posterior=features,
+            posterior=torch.cat([mean, log_variance], 1),
         )
 
     def log_posterior(self, posterior: Tensor, stored: Sequence[Tensor]) -> Tensor:
