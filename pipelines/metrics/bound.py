@@ -7,7 +7,7 @@ B batch, C channels, H W pixels.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Bound(Metric):
 
     name = "bound"
     needs = ("val.images", "val.decoded", "val.nats", "val.rate", "train.images")
-    less_is_better = ("bits_per_dim", "distortion_bits_per_dim", "rate_bits_per_dim")
+    less_is_better: ClassVar[tuple[str, ...]] = ("bits_per_dim", "distortion_bits_per_dim", "rate_bits_per_dim")
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)

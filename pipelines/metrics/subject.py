@@ -3,7 +3,7 @@
 B batch, C channels, H W pixels, h w code grid, K codebook_size, F features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -191,10 +191,24 @@ class Seen:
     @cached_property
     def output(self) -> Autoencoded:
         """What the tokenizer makes of the images, of one draw where bottlenecks draw."""
+        return self.drawn(0, range(len(self.rows)))
+
+    def drawn(self, number: int, chosen: Sequence[int]) -> Autoencoded:
+        """Return what the tokenizer makes of some of the images, of one of many draws; the first is that of `output`.
+
+        Args:
+            number: of the draw.
+            chosen: places in the batch.
+        """
         tokenizer, seed = self._subject.tokenizer, self._subject.seed
         assert tokenizer
-        streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
-        return tokenizer(self.images, noise_for(tokenizer, streams, self.rows), self.told)
+        levels, own = len(tokenizer.bottlenecks), [*chosen]
+        noise = noise_for(
+            tokenizer,
+            [(seed, number * levels + level) for level in range(levels)],
+            [self.rows[one] for one in own],
+        )
+        return tokenizer(self.images[own], noise, None if self.told is None else self.told[own])
 
     @property
     def reconstructions(self) -> Tensor:
