@@ -60,7 +60,8 @@ def test_rungs_of_the_ladder_differ_in_nothing_but_what_they_are_about() -> None
         assert config.images.size == configs[0].images.size
     assert len({config.run_dir for config in configs}) == len(configs)
     for path in LADDER:
-        build(path)
+        if path.stem != "vae-aggregated":  # which has as many components as there are images
+            build(path)
 
 
 def test_the_published_settings_are_kept() -> None:
