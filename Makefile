@@ -9,7 +9,7 @@ READERS := litdata==0.2.76 mosaicml-streaming==0.13.0 brotli catalogue cramjam p
 # Likewise: torchvision is there to be imported, and computes nothing.
 FIDELITY := torch-fidelity==0.4.0 torchvision==0.28.0
 
-.PHONY: demo test lint tests gpu bench hard readers parity clean
+.PHONY: demo test lint tests gpu bench hard ladder readers parity clean
 
 demo: $(SETUP)
 	.venv/bin/smalti run configs/digits.yaml
@@ -39,6 +39,10 @@ bench: $(SETUP)
 hard: $(SETUP)
 	$(RUN) tests/hard/kills.py
 	$(RUN) tests/hard/fuzz.py
+
+# Every latent model on the digits, half an hour on two cores; goes on where it was stopped. Writes docs/ladder.md.
+ladder: $(SETUP)
+	$(RUN) -m benchmarks.ladder
 
 # Exported tokens through the libraries that do not go with ours, in an environment that finds the rest in .venv.
 readers: $(SETUP)

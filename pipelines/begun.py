@@ -11,7 +11,7 @@ from pipelines.errors import UserError
 from pipelines.sources.open import check_name, check_source_outside, open_source
 from pipelines.stages.pack import ImagesConfig, plan_shards, shard_jobs
 from pipelines.storage.cache import Cache
-from pipelines.storage.folders import differences, is_complete, plain
+from pipelines.storage.folders import differences, is_complete, plain_data
 from pipelines.storage.manifest import read_manifest, receipts_of
 from pipelines.storage.paths import is_local, place, read_bytes
 from pipelines.storage.receipts import remove_shards
@@ -33,7 +33,7 @@ def as_begun(config: ImagesConfig, seed: int, folder: Path) -> ImagesConfig:
     }
     with suppress(ValueError):  # a value that nobody wrote; `open_stage` finds that it differs
         before = replace(config, **begun)
-        if is_complete(folder) or (kept and not differences(kept, plain({"seed": seed, "images": before}))):
+        if is_complete(folder) or (kept and not differences(kept, plain_data({"seed": seed, "images": before}))):
             return before
     return config
 

@@ -38,6 +38,8 @@ stages:
   compare          the scoreboard of runs that have been evaluated: `smalti compare A.yaml B.yaml … [--out FILE.csv]`
   decode           tokens that a model elsewhere drew become images: `smalti decode TOKENS --layout layout.json
                    --out DIR`, without a config
+  explore          what can be done with latents, as a picture and a table: `smalti explore WHAT CONFIG.yaml --out DIR`,
+                   WHAT being interpolate, vary, complete, edit or score
 
 options:
   --section.key value   override a setting of CONFIG.yaml
@@ -112,8 +114,14 @@ def _command(arguments: list[str]) -> int:
         set_up_console()
         compare(rest)
         return 0
+    if stage == "explore":  # has options of its own beside a config
+        from pipelines.explore.command import command as explore
+
+        set_up_console()
+        explore(rest)
+        return 0
     if stage not in STAGES:
-        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}, decode, compare")
+        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}, decode, compare, explore")
     if any(argument in ("-h", "--help") for argument in rest):
         from pipelines.config import make_parser
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pipelines.compared import SEED, Compared, read_run
 from pipelines.config import Config, load_config
 from pipelines.errors import CommandParser, ConfigError
+from pipelines.metrics.direction import direction
 from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
 from pipelines.storage.paths import place, write_text
@@ -47,17 +48,33 @@ class Column(NamedTuple):
 COLUMNS = (
     Column(
         "bits/image",
-        "rate of all codes under the prior, {condition}: less is better",
+        "rate of all codes under the prior, {condition}",
         "prior",
         "rate_bits_per_image",
         "{:.2f}",
     ),
-    Column("MSE", "of reconstructions, values in [-1, 1]: less is better", "tokenizer", "mse", "{:.5f}"),
-    Column("bound", "bits per image dimension at most, {condition}: less is better", "bound", "bits_per_dim"),
+    Column("MSE", "of reconstructions, values in [-1, 1]", "tokenizer", "mse", "{:.5f}"),
+    Column("bound", "bits per image dimension at most, {condition}", "bound", "bits_per_dim"),
     Column(
-        "rKID", "x 1000, of reconstructions beside their images: less is better", "reconstructions", "rkid", "{:.3f}"
+        "I(x,z)",
+        "the bound's part that z tells of the image, of what is drawn; bits per dimension, {condition}",
+        "surgery",
+        "mutual_information_bits_per_dim",
     ),
-    Column("KID", "x 1000, of samples beside real images: less is better", "samples", "kid", "{:.3f}"),
+    Column(
+        "KL(q||p)",
+        "the bound's part that another prior could save, of what is drawn, {condition}",
+        "surgery",
+        "marginal_kl_bits_per_dim",
+    ),
+    Column(
+        "bound of 100",
+        "importance-weighted, of 100 draws per image, {condition}",
+        "importance",
+        "bits_per_dim_100",
+    ),
+    Column("rKID", "x 1000, of reconstructions beside their images", "reconstructions", "rkid", "{:.3f}"),
+    Column("KID", "x 1000, of samples beside real images", "samples", "kid", "{:.3f}"),
     Column("seconds", "of the commands that finished pack to sample, whatever the hardware", "", "seconds", "{:.0f}"),
     Column("parameters", "of tokenizer and priors, in millions", "", "parameters", "{:.3f}"),
 )
@@ -86,6 +103,21 @@ class Row(NamedTuple):
     settings: dict[str, str]
     scores: dict[str, Score | None]
 
+    @property
+    def told_seeds(self) -> str:
+        """Its seeds as text."""
+        return ",".join(map(str, self.seeds))
+
+    def shown(self, title: str) -> str:
+        """Return the score of a column as text, "-" for none."""
+        score = self.scores[title]
+        if score is None:
+            return "-"
+        column = next(column for column in COLUMNS if column.title == title)
+        scale = SCALES.get(column.figure, 1)
+        shown = column.shown.format(score.mean * scale)
+        return shown if score.deviation is None else f"{shown} +- {column.shown.format(score.deviation * scale)}"
+
 
 class Scoreboard(NamedTuple):
     """Rows, what the columns mean, and why figures are missing, sentences."""
@@ -93,6 +125,18 @@ class Scoreboard(NamedTuple):
     rows: list[Row]
     meanings: dict[str, str]
     notes: list[str]
+
+    @property
+    def titles(self) -> list[str]:
+        """Columns that have a score."""
+        return [title for title in self.meanings if any(row.scores[title] for row in self.rows)]
+
+    @property
+    def told(self) -> list[str]:
+        """What these columns mean, and the notes, sentences."""
+        several = any(len(row.runs) > 1 for row in self.rows)
+        told = [f"{title}: {self.meanings[title]}" for title in self.titles]
+        return [*told, *["+-: standard deviation over seeds"] * several, *self.notes]
 
 
 def compare(configs: Sequence[Config]) -> Scoreboard:
@@ -125,12 +169,13 @@ def scoreboard(runs: Sequence[Compared]) -> Scoreboard:
         columns[column.title], found = _scores(column, rows, condition)
         notes += found
     settings = [row[0].settings for row in rows]
-    differ = [name for name in settings[0] if len({one.get(name) for one in settings}) > 1 and name != SEED]
+    named = dict.fromkeys(name for one in settings for name in one if name != SEED)
+    differ = [name for name in named if len({one.get(name) for one in settings}) > 1]
     made = [
         Row(
             [run.config.run_dir for run in row],
             [run.seed for run in row],
-            {name: own[name] for name in differ},
+            {name: own.get(name, "–") for name in differ},
             {title: scores[number] for title, scores in columns.items()},
         )
         for number, (row, own) in enumerate(zip(rows, settings, strict=True))
@@ -192,6 +237,7 @@ def _meaning(column: Column, runs: Sequence[Compared], condition: str) -> str:
     spaces = (figures_of(run.figures, column.metric).get("made", {}).get("features") for run in runs if column.metric)
     space = next((space for space in spaces if space), None)
     told = column.meaning.format(condition=CONDITIONS[condition])
+    told += f": {better}" if (better := direction(f"{column.metric}.{column.figure}")) else ""
     return f"{told}; in features of {space['features']}" if space else told
 
 
@@ -205,18 +251,14 @@ def _mean(values: Sequence[float]) -> Score:
 def as_text(board: Scoreboard) -> str:
     """Return the scoreboard for a terminal; it is as wide as it must be."""
     settings = list(board.rows[0].settings)
-    titles = [title for title in board.meanings if any(row.scores[title] for row in board.rows)]
+    titles = board.titles
     lines = [["run", "seeds", *_short(settings), *titles]]
     for row in board.rows:
         name = " ".join(row.runs)
-        seeds = ",".join(map(str, row.seeds))
-        lines.append([name, seeds, *row.settings.values(), *(_shown(title, row.scores[title]) for title in titles)])
+        lines.append([name, row.told_seeds, *row.settings.values(), *(row.shown(title) for title in titles)])
     widths = [max(len(line[number]) for line in lines) for number in range(len(lines[0]))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    several = any(len(row.runs) > 1 for row in board.rows)
-    told = [f"{title}: {board.meanings[title]}" for title in titles]
-    told += ["+-: standard deviation over seeds"] * several
-    return "\n".join([*table, "", *told, *board.notes])
+    return "\n".join([*table, "", *board.told])
 
 
 def as_csv(board: Scoreboard) -> str:
@@ -231,15 +273,6 @@ def as_csv(board: Scoreboard) -> str:
         cells = [cell for score in scores for cell in ((score.mean, score.deviation) if score else ("", ""))]
         writer.writerow([" ".join(row.runs), " ".join(map(str, row.seeds)), *row.settings.values(), *cells])
     return out.getvalue()
-
-
-def _shown(title: str, score: Score | None) -> str:
-    if score is None:
-        return "-"
-    column = next(column for column in COLUMNS if column.title == title)
-    scale = SCALES.get(column.figure, 1)
-    shown = column.shown.format(score.mean * scale)
-    return shown if score.deviation is None else f"{shown} +- {column.shown.format(score.deviation * scale)}"
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipelines.stages.sample import SampleConfig
 from pipelines.storage.fingerprint import hashed
 from pipelines.storage.renamed import renamed, renamed_option
 from pipelines.storage.yaml import read_yaml
-from pipelines.training.sections import PriorConfig, TokenizerSection, at_level, prior_for, stored_sizes
+from pipelines.training.sections import PriorConfig, TokenizerSection, at_level, prior_for, stored_sizes, unread_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +88,22 @@ class Config:
         Args:
             sizes: K of each level, None where it is continuous.
         """
+        networks = set()
         for level, size in enumerate(sizes):
             drawn = at_level(self.sample, level, len(sizes), "sample.", ("temperature", "top_k", "top_p", "guidance"))
-            prior_for(self.prior, level, sizes)
-            filtered = drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1
-            if size is None and (filtered or drawn.classes or drawn.reject > 1):
+            networks.add(prior_for(self.prior, level, sizes).network)
+            if size is None and (drawn.top_k or drawn.top_p != 1 or drawn.guidance != 1):
                 raise ConfigError(
-                    f"sample.top_k, top_p, guidance, classes and reject are of codes, and level {level} holds numbers; "
-                    "leave them out"
+                    f"sample.top_k, top_p and guidance are of codes, and level {level} holds numbers; leave them out"
                 )
+        if networks == {"normal"} and (self.sample.classes or self.sample.reject > 1):
+            raise ConfigError(
+                "sample.classes and reject need a prior that knows classes, which normal does not; leave them out"
+            )
+
+
+# Files that stand on one another, at most.
+MAX_BASES = 8
 
 
 def make_parser(stage: str = "STAGE") -> ArgumentParser:
@@ -109,6 +116,8 @@ def make_parser(stage: str = "STAGE") -> ArgumentParser:
 def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration.
 
+    A file's `base` names another file, from its own folder: what is said there holds where the file says nothing else.
+
     Args:
         path: the YAML file, plain data; or the name of one that smalti ships ("digits"); or what such a file holds.
         overrides: `--section.key value` of the command line.
@@ -116,18 +125,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     Raises:
         ConfigError: no such file, an unknown key, a wrong type, or a value that cannot work; names the key.
     """
-    try:
-        settings = path if isinstance(path, dict) else read_yaml(_find(Path(path)).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"cannot use the config {path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
-    try:
-        settings = renamed(_rename(settings, "from", "from_"))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    settings = _named(path) if isinstance(path, dict) else _read(Path(path))
     overrides = [renamed_option(argument) for argument in overrides]
     _check_sections(settings, Config)
     _check_options(overrides)
@@ -137,6 +135,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
         _check_sections(arguments.as_dict(), Config)
         config = Config(**vars(parser.instantiate(arguments)))
+        _check_named(settings, config)
         _check_used(overrides, config)
         return config
     except ConfigError:
@@ -144,6 +143,44 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         message = " ".join(re.sub(r"\b(images|tokenizer|codes)\.from_(?!\w)", r"\1.from", str(error)).split())
         raise ConfigError(_readable(message.replace("Parser key", "setting"))) from error
+
+
+def _read(path: Path, above: int = 0) -> dict[str, Any]:
+    """Return the settings of a file, laid over those of its base."""
+    if above > MAX_BASES:
+        raise ConfigError(f"{path} stands on more than {MAX_BASES} files; does a base name a file that stands on it?")
+    try:
+        settings = read_yaml(_find(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"cannot use the config {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value`, got {type(settings).__name__}")
+    base = settings.pop("base", None)
+    if base is None:
+        return _named(settings)
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"base of {path} must name a file, got {base!r}")
+    return _laid_over(_read(path.parent / base, above + 1), _named(settings))
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings under the names that they have now and here."""
+    try:
+        return renamed(_rename(settings, "from", "from_"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _laid_over(below: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings beside those below that they do not name, section by section."""
+    both = {
+        name: _laid_over(below[name], value)
+        for name, value in settings.items()
+        if isinstance(value, dict) and isinstance(below.get(name), dict)
+    }
+    return below | settings | both
 
 
 # What jsonargparse calls the kinds of values, and what people do.
@@ -207,18 +244,32 @@ def _check_options(overrides: Sequence[str]) -> None:
             raise ConfigError(f"--{option} is a section; override its settings one by one, as --{option}.name value")
 
 
+def _check_named(settings: dict, config: Config) -> None:
+    """Refuse settings of a kind that neither the file nor the command line names, and that is not the default.
+
+    A file that names its kind may hold those of others too, for whoever names another on the command line.
+    """
+    for section, name, own in (("tokenizer", "bottleneck", config.tokenizer), ("prior", "network", config.prior)):
+        given, others = settings.get(section, {}), set(own.unused) & set(type(own)().unused)
+        for kind in given if name not in given else ():
+            if kind in others:
+                raise ConfigError(
+                    f"{section}.{kind} would change nothing: {section}.{name} is {getattr(own, name)}; "
+                    f"add `{name}: {kind}` or leave it out"
+                )
+
+
 def _check_used(overrides: Sequence[str], config: Config) -> None:
     """Refuse, on the command line, what would not be used as it is meant.
 
     Settings of a kind that is not the one chosen, of which a file may hold several, and lists that are none.
     """
+    networks = _networks(config)
+    told = "normal, which has no sizes and learns nothing" if networks == {"normal"} else config.prior.network
     chosen = {
         "tokenizer": ("bottleneck", config.tokenizer.bottleneck, config.tokenizer.unused),
-        "prior": ("network", config.prior.network, config.prior.unused),
+        "prior": ("network", told, unread_by(networks)),
     }
-    if _fixed_priors(config):
-        everything = [one.name for one in fields(PriorConfig) if one.name != "network"]
-        chosen["prior"] = ("network", "normal, which has no sizes and learns nothing", everything)
     for option in (argument.split("=")[0].removeprefix("--") for argument in overrides if argument.startswith("--")):
         section, _, rest = option.partition(".")
         unread = option.removeprefix("tokenizer.model.") in config.tokenizer.family.unread
@@ -231,13 +282,13 @@ def _check_used(overrides: Sequence[str], config: Config) -> None:
             raise ConfigError(f"sample.classes takes a list of names and whole numbers, got {one}")
 
 
-def _fixed_priors(config: Config) -> bool:
-    """Return whether all levels' priors are N(0, I), as far as a config can tell."""
+def _networks(config: Config) -> set[str]:
+    """Return the networks of all levels' priors; "auto" stays where a config alone cannot tell."""
     networks = config.prior.network if isinstance(config.prior.network, list) else [config.prior.network]
     if "auto" in networks and not (config.tokenizer.from_ or config.codes.from_):
         sizes = stored_sizes(config.tokenizer)
         networks = [str(prior_for(config.prior, level, sizes).network) for level in range(len(sizes))]
-    return set(networks) == {"normal"}
+    return set(networks)
 
 
 def _sections(section: type, path: str = "") -> set[str]:

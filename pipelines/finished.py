@@ -124,9 +124,14 @@ class Finished:
             raise StageError(f"sample.reject needs a run's training images, and {self.root} has none; set it to 1")
         return classifier_of(self.root / "classifier", self.images, self.config.seed, self.config.compute)
 
-    def marks(self, samples: SamplesManifest, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> dict[str, str]:
-        """Return what samples of these models name them by; and the run's classifier, if samples were chosen by one."""
-        marks = model_fingerprints(tokenizer, prior)
+    def marks(self, samples: SamplesManifest, models: dict[str, str]) -> dict[str, str]:
+        """Return what samples of models name them by: with the run's classifier, if samples were chosen by one.
+
+        Args:
+            samples: the manifest.
+            models: fingerprints, "tokenizer", "prior0", "prior1", …
+        """
+        marks = dict(models)
         if "classifier" in samples["fingerprints"] and exists(self.root / "classifier" / "model.safetensors"):
             marks["classifier"] = load_classifier(self.root / "classifier").fingerprint
         return marks
@@ -134,7 +139,7 @@ class Finished:
     def samples_fit(self, folder: Path, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> bool:
         """Whether a set of samples is whole and was drawn by these models."""
         manifest = read_manifest(folder, "samples", "sample")
-        fits = manifest["fingerprints"] == self.marks(manifest, tokenizer, prior)
+        fits = manifest["fingerprints"] == self.marks(manifest, model_fingerprints(tokenizer, prior))
         return fits and shards_hold(manifest, folder, self.config.compute.cache)
 
     def tokenizer_held_out(self, strict: bool = True) -> bool | None:

@@ -11,7 +11,7 @@ from pipelines.metrics.features import load_features
 from pipelines.stages.evaluate import check_names
 from pipelines.stages.sample import SampleConfig, class_indices
 from pipelines.storage.manifest import CodesManifest, ImagesManifest
-from pipelines.training.sections import TrainingConfig, at_level, prior_for, stored_sizes
+from pipelines.training.sections import PriorConfig, TrainingConfig, at_level, prior_for, stored_sizes
 from tokenizer import HierarchicalVQVAE
 
 
@@ -54,10 +54,20 @@ def judge(
                 f"tokenizer.training.micro_batches must be 1 with bottleneck {config.tokenizer.bottleneck}, whose loss "
                 f"is of the whole batch and no sum of parts, got {training[0].micro_batches}; use more processes"
             )
+        if config.tokenizer.family.probes and training[0].compile is True:
+            raise ConfigError(
+                f"tokenizer.training.compile must be false or auto with bottleneck {config.tokenizer.bottleneck}: "
+                "gradients of gradients go through no compiled model"
+            )
         if config.compute.strategy == "fsdp":
             raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
+    family = tokenizer.bottleneck if tokenizer else config.tokenizer.family
+    if "encode" in stages and not codes and config.encode.posterior and not family.rate:
+        raise ConfigError("encode.posterior is of levels that hold draws of numbers, as gaussian's; set it to false")
     if "train-prior" in stages:
-        training += [prior_for(config.prior, level, sizes).training for level in range(len(sizes))]
+        priors = [prior_for(config.prior, level, sizes) for level in range(len(sizes))]
+        _check_mixtures(priors, codes.get("posterior", False) if codes else config.encode.posterior)
+        training += [prior.training for prior in priors]
     for section in training:
         _check_training(section, config.compute)
 
@@ -106,6 +116,12 @@ def _check_evaluate(config: Config, known: ImagesManifest | CodesManifest | None
     if asked.reference and not Path(asked.reference).is_file():
         raise ConfigError(f"evaluate.reference must name a file that exists, there is no {asked.reference}")
     load_features(asked.features, size, channels)
+
+
+def _check_mixtures(priors: Collection[PriorConfig], stored: bool) -> None:
+    """Refuse components at images whose q(z | x) is not going to be stored."""
+    if not stored and any(prior.network == "mixture" and prior.mixture.at == "images" for prior in priors):
+        raise ConfigError("prior.mixture.at images needs q(z | x) beside the codes; set encode.posterior to true")
 
 
 def _check_training(config: TrainingConfig, compute: ComputeConfig) -> None:

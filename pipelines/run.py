@@ -35,7 +35,7 @@ from pipelines.stages.verify import (
     verify_samples,
     verify_tokens,
 )
-from pipelines.storage.fingerprint import manifest_digest, tokenizer_fingerprint
+from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import exists, make_folder, write_json
@@ -116,8 +116,6 @@ class Run:
         if config.tokenizer.from_:
             self.finished.tokenizer()
             return _skip("train-tokenizer", f"the tokenizer comes from {config.tokenizer.from_}")
-        if config.compute.strategy == "fsdp":
-            raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
         made_from = {"images": manifest_digest(read_manifest(self.finished.images, "images", "pack"))}
         settings = {"seed": config.seed, "tokenizer": used(config.tokenizer), "made_from": made_from}
         with self._alone(self.root / "tokenizer"):
@@ -220,12 +218,14 @@ class Run:
         """
         from pipelines.stages.evaluate import evaluate, table  # its metrics take seconds to import
 
+        self.begun = time.monotonic()
         make_folder(self.root)
         with workers_of(self.config.compute), adding_up(self.config.compute):
             figures = evaluate(*self.finished.subject(), self.config.evaluate.skip)
         if this_worker().rank == 0:
             print(table(figures))
             write_json(self.root / "metrics.json", figures)
+            self._keep_record("evaluate", f"figures in {self.root / 'metrics.json'}")
         return True
 
     def verify(self) -> bool:
@@ -254,7 +254,8 @@ class Run:
             told(self.root / "prior", counted(len(prior.levels), "level"))
         samples = self.root / self.config.sample.folder
         if tokenizer and prior and is_complete(samples):
-            marks = self.finished.marks(read_manifest(samples, "samples", "sample"), tokenizer, prior)
+            models = model_fingerprints(tokenizer, prior)
+            marks = self.finished.marks(read_manifest(samples, "samples", "sample"), models)
             told(samples, size_of(verify_samples(samples, tokenizer, marks, cache)))
         tokens = self.root / self.config.export.folder
         if codes and is_complete(tokens):
@@ -311,7 +312,8 @@ class Run:
             return True
         if is_complete(folder):
             self.redo.settled(folder)
-            self._keep_record(stage, folder)
+            level = f"-{folder.name}" * (stage == "train-prior")
+            self._keep_record(stage, what_came_of(folder), level)
         elif this_worker().world_size > 1 or self.config.compute.num_nodes > 1:
             logger.info("%s: this process is done, the others are not yet", stage)
         else:
@@ -320,14 +322,13 @@ class Run:
             )
         return True
 
-    def _keep_record(self, stage: str, folder: Path) -> None:
+    def _keep_record(self, stage: str, came: str, level: str = "") -> None:
         """Say what came of a stage, and keep how long it took and where."""
         seconds, page = time.monotonic() - self.begun, self.root / PAGE
         if this_worker().rank == 0:
-            level = f"-{folder.name}" * (stage == "train-prior")
             write_record(self.root, stage + level, seconds, hardware(self.config.compute))
         look = f"look at {page}" if exists(page) else "`smalti report` shows it"
-        logger.info("%s: %s; %.0f s; %s", stage, what_came_of(folder), seconds, look)
+        logger.info("%s: %s; %.0f s; %s", stage, came, seconds, look)
 
     def _alone(self, folder: Path) -> AbstractContextManager[None]:
         return only_process(folder) if this_worker().rank == 0 else nullcontext()

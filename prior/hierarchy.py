@@ -54,7 +54,7 @@ class HierarchicalPrior(Float32Module):
         super().__init__()
         if not levels:
             raise ValueError("levels must be one prior or more, got none")
-        last = levels[-1].config
+        last, names = levels[-1].config, class_names(levels)
         for number, level in enumerate(levels):
             config = level.config
             if config.num_levels not in (0, len(levels)):
@@ -69,14 +69,15 @@ class HierarchicalPrior(Float32Module):
                     f"all levels must come from one tokenizer, but level {number} learned codes of {config.tokenizer} "
                     f"and level {last.level} codes of {last.tokenizer}; train them again on one set of codes"
                 )
-            if (config.levels, config.class_names) != (last.levels[: number + 1], last.class_names):
+            other_classes = config.knows_classes and config.class_names != names
+            if other_classes or config.levels != last.levels[: number + 1]:
                 raise ValueError(f"levels {number} and {last.level} disagree on grids, codebook sizes or classes")
         self.levels = nn.ModuleList(levels)  # type: ignore[assignment]  # a ModuleList of priors
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, empty when there are none."""
-        return self.levels[0].config.class_names
+        return class_names(self.levels)
 
     def nll(self, codes: Sequence[Codes], classes: Numbers | None = None) -> Tensor:
         """Return the exact negative log-likelihood in nats, float64 (B,), summed over levels and positions.
@@ -254,6 +255,11 @@ class HierarchicalPrior(Float32Module):
                 f"but holds {', '.join(strays)}; move that away, or bring what is missing"
             )
         return cls([LevelPrior.from_pretrained(Path(folder) / name) for name in names]).eval()
+
+
+def class_names(levels: Sequence[LevelPrior]) -> list[str]:
+    """Return the names of the classes that levels know, of the finest that knows any; empty when there are none."""
+    return next((level.config.class_names for level in reversed(levels) if level.config.knows_classes), [])
 
 
 def _nothing(grid: tuple[int, int], codebook_size: int | None, channels: int) -> Tensor:

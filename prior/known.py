@@ -19,6 +19,9 @@ class Known(NamedTuple):
     and not on those after it. So a prefix is continued by the exact conditional distribution; a hole is filled by what
     its upper and left neighbours make likely, and may not fit those below it.
 
+    Over numbers N(0, I) and mixtures draw the rest from the exact conditional distribution, wherever it lies; a flow
+    cannot, and draws it as if nothing were known.
+
     Attributes:
         values: codes (B, h, w) or numbers (B, d, h, w), as priors take them; looked at where the mask is true.
         mask: bool (B, h, w).

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from prior.checks import Codes, Float32Module, Numbers, check_replaceable, checked, whole_number
 from prior.conditioning import Conditioning
+from prior.continuous import Continuous, ContinuousConfig
 from prior.decoder import UNKNOWN, Decoder, Decoders, working_dtype
+from prior.flow import FlowConfig
 from prior.known import Known
-from prior.normal import Normal, NormalConfig
+from prior.mixture import MixtureConfig
+from prior.normal import NormalConfig
 from prior.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from prior.pixelsnail_decoder import PixelSNAILDecoder
 from prior.sampling import LevelSampling
@@ -34,7 +37,13 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Codes in one grid; more is damage or malice.
 MAX_POSITIONS = 2**22
 # What config.json calls the network that a size is of.
-NETWORKS = {"transformer": TransformerConfig, "pixelsnail": PixelSNAILConfig, "normal": NormalConfig}
+NETWORKS = {
+    "transformer": TransformerConfig,
+    "pixelsnail": PixelSNAILConfig,
+    "normal": NormalConfig,
+    "mixture": MixtureConfig,
+    "flow": FlowConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +55,8 @@ class LevelConfig:
         grids: (h, w) of this and all coarser levels, coarse to fine.
         codebook_sizes: K of the same levels; None where they are continuous.
         class_names: empty when the data has no classes.
-        network: "transformer", "pixelsnail" or "normal", as the size says; in files since format 1.
-        size: that of a Transformer or of a PixelSNAIL, no lists; NormalConfig for a continuous level.
+        network: its name in `NETWORKS`, as the size says; in files since format 1.
+        size: that of a Transformer or of a PixelSNAIL; of a `Continuous` network for a continuous level. No lists.
         tokenizer: fingerprint of the tokenizer whose codes it learned; empty when made by hand.
         unconditional: whether it learned samples without their class too, so that the class may be left out, and
             guidance has something to move away from.
@@ -60,7 +69,7 @@ class LevelConfig:
     codebook_sizes: list[int | None]
     class_names: list[str]
     network: str = field(init=False)
-    size: TransformerConfig | PixelSNAILConfig | NormalConfig
+    size: TransformerConfig | PixelSNAILConfig | ContinuousConfig
     tokenizer: str = ""
     unconditional: bool = field(default=True, metadata={"introduced": True})
     num_levels: int = field(default=0, metadata={"introduced": 0})
@@ -81,7 +90,7 @@ class LevelConfig:
         for (h, w), size, channels in self.levels:
             if not (h >= 1 and w >= 1 and h * w * channels <= MAX_POSITIONS and 2 <= (size or 2) <= MAX_CODES):
                 raise ValueError(f"a level of {h}x{w} codes of {size} cannot be")
-        if (self.codebook_sizes[-1] is None) != (network == "normal"):
+        if (self.codebook_sizes[-1] is None) != isinstance(self.size, ContinuousConfig):
             kind = "continuous" if self.codebook_sizes[-1] is None else "of codes"
             raise ValueError(f"level {self.level} is {kind}, which {network} is no prior for")
 
@@ -90,6 +99,11 @@ class LevelConfig:
         """(h, w), K and channels of this and all coarser levels."""
         channels = self.channels or [1] * len(self.grids)
         return list(zip([(h, w) for h, w in self.grids], self.codebook_sizes, channels, strict=True))
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether its network can be told a class: N(0, I) cannot, and holds no names of them."""
+        return not isinstance(self.size, NormalConfig)
 
     def check_unconditional(self) -> None:
         """Raise ValueError where there are classes and none may be left out."""
@@ -103,7 +117,7 @@ class LevelConfig:
 class LevelPrior(Float32Module):
     """One level's model, behind one interface: how likely what is stored is, and how it is drawn.
 
-    A Transformer or a PixelSNAIL over codes, conditioned on class and coarser levels; N(0, I) over numbers, on nothing.
+    A Transformer or a PixelSNAIL over codes, conditioned on class and coarser levels; a `Continuous` one over numbers.
 
     Args:
         config: sizes and what it is conditioned on.
@@ -113,16 +127,17 @@ class LevelPrior(Float32Module):
     def __init__(self, config: LevelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        size, (grid, codebook_size, channels) = config.size, config.levels[-1]
-        self.num_uniforms = grid[0] * grid[1] * channels  # of each sample
-        self.network: CodeTransformer | PixelSNAIL | Normal
-        if isinstance(size, NormalConfig) or codebook_size is None:
-            self.network = Normal((channels, *grid))
+        size, (grid, codebook_size, _) = config.size, config.levels[-1]
+        self.network: CodeTransformer | PixelSNAIL | Continuous
+        if isinstance(size, ContinuousConfig):
+            self.network = size.build(config.levels, len(config.class_names), dropout)
+            self.num_uniforms = self.network.num_uniforms  # of each sample
             return
-        coarser = [(h, w, k) for (h, w), k, _ in config.levels[:-1] if k]
+        assert codebook_size
+        self.num_uniforms = grid[0] * grid[1]
         assert isinstance(size.width, int) and isinstance(size.conditioning_blocks, int)
         self.conditioning = Conditioning(
-            size.width, grid, coarser, len(config.class_names), size.conditioning_blocks, dropout
+            size.width, grid, config.levels[:-1], len(config.class_names), size.conditioning_blocks, dropout
         )
         if isinstance(size, TransformerConfig):
             self.network = CodeTransformer(codebook_size, grid, size, dropout)
@@ -130,7 +145,9 @@ class LevelPrior(Float32Module):
             self.network = PixelSNAIL(codebook_size, size, dropout)
 
     def forward(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
-        """Return what `logits` does, of int64 tensors that are what they should be: training's way, without checks."""
+        """Return what `logits` does, of a continuous level nats (B, d, h, w): training's way, without checks."""
+        if isinstance(self.network, Continuous):
+            return self.network.nats(codes, coarser, classes)
         return self.network(codes, self.conditioning(coarser, classes, len(codes)))
 
     def logits(self, codes: Codes, coarser: Sequence[Codes], classes: Numbers | None) -> Tensor:
@@ -165,10 +182,11 @@ class LevelPrior(Float32Module):
 
     def nats_unchecked(self, codes: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
         """Return the nats of each code given those before it, float64 (B, h, w); of each number (B, d, h, w)."""
-        if isinstance(self.network, Normal):
-            return self.network.nats(codes)
-        logits = self.forward(codes, coarser, classes).float()
-        return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(codes.shape).double()
+        found = self.forward(codes, coarser, classes)
+        if isinstance(self.network, Continuous):
+            return found
+        logits = found.float().flatten(0, 2)
+        return F.cross_entropy(logits, codes.flatten(), reduction="none").view(codes.shape).double()
 
     def draw(
         self,
@@ -189,9 +207,9 @@ class LevelPrior(Float32Module):
             decoders: see `decoder`.
             known: values that stand as they are; see `Known` for what is conditioned on them.
         """
-        if isinstance(self.network, Normal):
+        if isinstance(self.network, Continuous):
             settings.check_continuous()
-            drawn = self.network.draw(uniforms, settings.temperature)
+            drawn = self.network.draw(uniforms, coarser, classes, settings.temperature, known)
             return drawn if known is None else torch.where(known.mask[:, None], known.values, drawn)
         if known is not None and bool(known.mask.all()):
             return known.values
@@ -216,7 +234,7 @@ class LevelPrior(Float32Module):
         """
         if not whole_number("batch_size", batch_size, 2**31):
             raise ValueError("batch_size must be at least 1, got 0")
-        assert not isinstance(self.network, Normal)
+        assert not isinstance(self.network, Continuous)
         condition = self.conditioning(*self._checked(coarser, classes, self.config.level, batch_size), batch_size)
         if kept is None:
             return decoder_of(self.network, condition)

@@ -8,18 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-# Uniforms come in steps of 2^-53; what is nearer to 0 would be minus infinity.
-LEAST_UNIFORM = 2.0**-54
+from prior.continuous import Continuous, ContinuousConfig, normal_nats, normal_quantile
+from prior.known import Known
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormalConfig:
+class NormalConfig(ContinuousConfig):
     """There is nothing to choose."""
 
+    def build(
+        self, levels: Sequence[tuple[tuple[int, int], int | None, int]], num_classes: int, dropout: float
+    ) -> "Normal":
+        """See `ContinuousConfig`."""
+        grid, _, channels = levels[-1]
+        return Normal((channels, *grid))
 
-class Normal(nn.Module):
+
+class Normal(Continuous):
     """Independent standard normal numbers, of one level.
 
     Args:
@@ -30,19 +37,20 @@ class Normal(nn.Module):
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.num_uniforms = tuple(shape), math.prod(shape)
         self.register_buffer("zero", torch.zeros(()), persistent=False)  # is where the module is
 
-    def nats(self, values: Tensor) -> Tensor:
-        """Return -log of the density in nats, float64, of each of the values (B, d, h, w)."""
-        return 0.5 * (values.double().square() + math.log(2 * math.pi))
+    def nats(self, values: Tensor, coarser: list[Tensor], classes: Tensor | None) -> Tensor:
+        """See `Continuous`."""
+        return normal_nats(values)
 
-    def draw(self, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return values float32 (B, d, h, w), by the normal quantile.
-
-        Args:
-            uniforms: float64 (B, d*h*w) in [0, 1).
-            temperature: variance; as a temperature of logits flattens a distribution, it widens this one.
-        """
-        values = torch.special.ndtri(uniforms.clamp(min=LEAST_UNIFORM)) * math.sqrt(temperature)
-        return values.float().view(-1, *self.shape)
+    def draw(
+        self,
+        uniforms: Tensor,
+        coarser: list[Tensor],
+        classes: Tensor | None,
+        temperature: float = 1.0,
+        known: Known | None = None,
+    ) -> Tensor:
+        """See `Continuous`: what is known says nothing of the rest."""
+        return (normal_quantile(uniforms) * math.sqrt(temperature)).float().view(-1, *self.shape)

@@ -5,6 +5,8 @@ from typing import Any
 
 # Beyond these a size is damage or malice, not a network.
 MAX_WIDTH, MAX_LAYERS, MAX_CODES = 2**16, 200, 2**31
+# Sizes that count layers.
+LAYERS = ("depth", "blocks", "residual_blocks", "conditioning_blocks", "couplings")
 
 
 def check_sizes(config: Any, at_least: dict[str, int]) -> None:
@@ -21,7 +23,7 @@ def check_sizes(config: Any, at_least: dict[str, int]) -> None:
         values = getattr(config, name)
         lowest = at_least.get(name, 1)
         for value in values if isinstance(values, list) else [values]:
-            most = MAX_LAYERS if name in ("depth", "blocks", "residual_blocks", "conditioning_blocks") else MAX_WIDTH
+            most = MAX_LAYERS if name in LAYERS else MAX_WIDTH
             if not isinstance(value, int) or (not isinstance(value, bool) and value < lowest):
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
             if value > most:

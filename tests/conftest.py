@@ -57,7 +57,7 @@ TINY = {
         "training": dict(TRAINING),
     },
     "sample": {"count": 7, "batch_size": 4, "shard_size": 4},
-    "evaluate": {"skip": ["classification"]},  # which trains for seconds
+    "evaluate": {"skip": ["classification"], "importance_samples": 3},  # the classifiers train for seconds
     "compute": {"accelerator": "cpu", "threads": 1, "num_workers": 0},
 }
 
@@ -113,6 +113,22 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..
 
     config = write_config(tmp_path_factory.mktemp("tiny"))
     assert main(["run", str(config), "--traceback"]) == 0
+    return config
+
+
+@pytest.fixture(scope="session")
+def numbers_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Path:
+    """A config whose codes are numbers of a VAE that has hardly learned, their q(z | x) beside them."""
+    from pipelines.cli import main
+
+    changes = {
+        "images": {"from": str(tiny_run.parent / "run" / "images")},
+        "tokenizer": {"bottleneck": "gaussian", "training": {"steps": 1, "val_every": 1}},
+        "encode": {"posterior": True},
+        "prior": {"network": "auto"},
+    }
+    config = write_config(tmp_path_factory.mktemp("numbers"), changes)
+    assert main(["train-tokenizer", str(config)]) == main(["encode", str(config)]) == 0
     return config
 
 

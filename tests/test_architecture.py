@@ -16,6 +16,7 @@ SOURCES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob
 FLOORS = (
     {"cli"},
     {"run"},
+    {"explore"},
     {"report"},
     {"finished", "judge", "redo", "begun", "generator", "card", "compare", "compared"},
     {"config"},

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import export, gpu
+from benchmarks import export, gpu, temperatures
+from pipelines.errors import StageError
 from pipelines.tokens.dataset import TokenDataset
 from prior import PixelSNAILConfig, TransformerConfig
 
@@ -52,6 +53,24 @@ def test_bytes_are_counted_where_they_are_read_and_written() -> None:
 def test_without_a_gpu_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.run() == 0
     assert "make gpu is skipped, for there is no GPU that torch can use: torch 2." in capsys.readouterr().out
+
+
+def test_samples_of_several_temperatures_stand_in_one_table_if_they_were_made_alike() -> None:
+    def figures(temperature: float, count: int = 50) -> dict:
+        drawn = {"count": count, "settings": {"temperature": temperature}}
+        made = {"splits": {"samples": drawn}, "features": {"features": "pixels"}}
+        own = {"images": count, "real_images": 90, "kid": temperature / 100, "kid_error": 0.001, "precision": 0.5}
+        return {"samples": own | {"made": made, "frechet": {"fid": 7.0, "made": made}}}
+
+    found = temperatures.table({"a": figures(0.8), "b": figures(1.0)}).splitlines()
+    assert found[0] == "| 50 samples beside 90 real images, in pixels | temperature 0.8 | temperature 1.0 |"
+    assert found[2:] == [
+        "| KID x 1000 | 8.000 ± 1.000 | 10.000 ± 1.000 |",
+        "| FID | 7 | 7 |",
+        "| precision | 0.5 | 0.5 |",
+    ]
+    with pytest.raises(StageError, match=r"samples of a and of b were not made alike .*count: 50 -> 60"):
+        temperatures.table({"a": figures(0.8), "b": figures(1.0, 60)})
 
 
 def test_made_up_codes_are_what_stages_read(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Laws of every family of bottlenecks, and of each by itself."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from pipelines.data.noise import normals
 from pipelines.storage.fingerprint import tokenizer_fingerprint
 from tokenizer import HierarchicalVQVAE, TokenizerConfig
-from tokenizer.bottlenecks import KINDS
+from tokenizer.bottlenecks import KINDS, kind_of
 from tokenizer.bottlenecks.bottleneck import Settings, VectorSizes
 from tokenizer.bottlenecks.codebook import Codebook
 from tokenizer.bottlenecks.fsq import FSQ, FSQConfig
@@ -19,6 +20,7 @@ from tokenizer.bottlenecks.gaussian import Gaussian, GaussianConfig
 from tokenizer.bottlenecks.gradient import GradientConfig, KMeansStart
 from tokenizer.bottlenecks.identity import IdentityConfig
 from tokenizer.bottlenecks.sparse import SparseConfig
+from tokenizer.posterior import log_posterior, summands
 
 SIZES = VectorSizes(codebook_size=16, code_dim=4, normalize=False)
 FAMILIES = [kind() for kind in KINDS.values()]
@@ -67,7 +69,8 @@ def test_losses_have_weights_and_one_value_for_each_image(family: Settings) -> N
     features = torch.randn(3, bottleneck.features, 2, 2)
     together = bottleneck(features).losses
     averaged = {name: values.mean(0) for name, values in bottleneck(features).averaged.items()}
-    assert set(together) | set(family.batch_losses(averaged)) == set(family.weights(2, 256))
+    of_jacobian = {"contraction"} if family.probes else set()
+    assert set(together) | set(family.batch_losses(averaged)) | of_jacobian == set(family.weights(2, 256))
     alone = [bottleneck(features[number : number + 1]).losses for number in range(3)]
     for name, values in together.items():
         assert torch.allclose(values, torch.cat([losses[name] for losses in alone]), rtol=1e-5)
@@ -86,6 +89,34 @@ def test_figures_of_parts_are_those_of_the_whole_and_filling_does_not_count(fami
     assert all(torch.allclose(one, other) for one, other in zip(whole.sums, parts.sums, strict=True))
     for one, other in zip(whole.compute(), parts.compute(), strict=True):
         assert one == pytest.approx(other)
+
+
+@every_family
+def test_a_family_warns_where_little_of_a_level_is_in_use_and_only_there(family: Settings) -> None:
+    bottleneck = family.build(SIZES)
+    figures = bottleneck.figures()
+    figures.update(bottleneck(torch.randn(2, bottleneck.features, 2, 2)), torch.ones(2))
+    names = figures.compute()[0]
+    assert not family.warnings(dict.fromkeys(names, 1.0))
+    if set(names) & {"usage", "active"}:
+        (warning,) = family.warnings(dict.fromkeys(names, 0.02))
+        assert "2.0% of its" in warning and "collapsed" in warning
+
+
+def test_a_family_with_losses_of_a_batch_is_of_whole_batches() -> None:
+    class Mean(Settings):
+        def batch_losses(self, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {"mean": averaged["units"].mean()}
+
+    assert Mean().whole_batch and not Settings().whole_batch
+
+
+@every_family
+def test_what_a_family_calls_its_rate_is_a_loss_of_its_numbers(family: Settings) -> None:
+    bottleneck = family.build(SIZES)
+    assert not family.rate or family.rate in bottleneck(torch.randn(1, bottleneck.features, 2, 2)).losses
+    assert not family.rate or bottleneck.sizes == (None,)
+    assert bool(family.rate) == (bottleneck.noise_channels > 0 and bottleneck.sizes == (None,))
 
 
 @every_family
@@ -156,6 +187,29 @@ def test_the_kl_divergence_is_that_of_torch() -> None:
     q = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
     assert torch.allclose(Gaussian(4)(features).losses["kl"], expected, rtol=1e-5)
+
+
+def test_beta_rises_in_a_line_and_stays() -> None:
+    assert [GaussianConfig(beta_warmup=4).shares(step)["kl"] for step in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert GaussianConfig().shares(0)["kl"] == 1
+
+
+def test_free_bits_are_charged_whether_taken_or_not_and_only_beyond_them_kl_divergence_is_drawn_down() -> None:
+    family = GaussianConfig(beta=1.0, free_bits=1.0)
+    assert family.whole_batch and family.weights(1, 10) == {"kl": 0.0, "charged": 0.1}
+    assert not GaussianConfig().whole_batch and GaussianConfig().batch_losses({"kl": torch.ones(2)}) == {}
+    features = torch.zeros(4, 4, 1, 1)  # of two numbers the second takes more than a bit
+    features[:, 1], features[:, 0] = 3.0, torch.linspace(0, 1.5, 4)[:, None, None]
+    features.requires_grad_()
+    output = family.build(VectorSizes(codebook_size=2, code_dim=2, normalize=False))(features)
+    kl = output.averaged["kl"]
+    assert torch.allclose(kl.sum(1), output.losses["kl"]) and float(kl[3, 0]) > math.log(2) > float(kl[:, 0].mean())
+    charged = family.batch_losses({"kl": kl.mean(0)})["charged"]
+    assert float(charged) == pytest.approx(math.log(2) + 4.5)
+    (gradient,) = torch.autograd.grad(charged, features)
+    assert (gradient[:, [0, 2]] == 0).all() and (gradient[:, 1] > 0).all()
+    with pytest.raises(ValueError, match="free_bits must not be negative, got -1"):
+        GaussianConfig(free_bits=-1)
 
 
 def test_a_gaussian_is_drawn_from_with_its_mean_and_variance() -> None:
@@ -236,3 +290,43 @@ def test_noise_belongs_to_a_place_and_a_step_whoever_draws_it() -> None:
     assert not torch.equal(together, normals(3, 8, range(6), (2, 3)))
     assert not torch.equal(together, normals(4, 7, range(6), (2, 3)))
     assert len({tuple(one.flatten().tolist()) for one in together}) == 6
+
+
+DRAWING = [family for family in FAMILIES if family.build(SIZES).noise_channels]
+
+
+@pytest.mark.parametrize("family", DRAWING, ids=[kind_of(family) for family in DRAWING])
+def test_the_posterior_of_what_is_stored_is_that_of_torch_and_adds_up_over_levels(family: Settings) -> None:
+    model, images = tokenizer(family), torch.rand(3, 1, 16, 16) * 2 - 1
+    levels = model(images, noise_for(model, range(3))).levels
+    stored = [grid for level in levels for grid in level.stored]
+    expected = torch.zeros(3, dtype=torch.float64)
+    for level in levels:
+        assert level.posterior is not None
+        posterior = level.posterior.double()
+        if isinstance(family, GaussianConfig):
+            mean, log_variance = posterior.chunk(2, 1)
+            q = torch.distributions.Normal(mean, (0.5 * log_variance).exp()).log_prob(level.stored[0].double())
+        else:
+            q = torch.distributions.Categorical(logits=posterior.movedim(1, -1)).log_prob(level.stored[0])
+        expected += q.flatten(1).sum(1)
+    found = log_posterior(model, [level.posterior for level in levels if level.posterior is not None], stored)
+    assert torch.allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", DRAWING, ids=[kind_of(family) for family in DRAWING])
+def test_pairs_have_the_posterior_of_one_image_where_coarser_levels_are_anothers(family: Settings) -> None:
+    """Held against a model that is handed the coarser level of the other image."""
+    model, images = tokenizer(family), torch.rand(3, 1, 16, 16) * 2 - 1
+    stored = model.encode(images, noise_for(model, range(3)))
+    parts = summands(model, images, stored)
+    found = log_posterior(model, [one.pairs(slice(3)) for one in parts], [grid[:, None] for grid in stored])
+    assert torch.allclose(found.diagonal(), log_posterior(model, [one.total for one in parts], stored), rtol=1e-9)
+    for n, m in product(range(3), range(3)):
+        top = model.bottlenecks[0].lookup([stored[0][n : n + 1]])
+        coarse, fine = (features[m : m + 1] for features in model.features(images))
+        known = torch.cat([model.context_decoders[0](top), fine], 1)
+        given = [model.projections[0](coarse), model.projections[1](known)]
+        alone = log_posterior(model, given, [grid[n : n + 1] for grid in stored])
+        assert torch.allclose(found[n, m], alone[0], rtol=1e-4)
+    assert not torch.allclose(found, found.T)

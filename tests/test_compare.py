@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from pipelines.compare import Scoreboard, as_csv, as_text, scoreboard
-from pipelines.compared import Compared
+from pipelines.compared import Compared, as_compared
 from pipelines.config import load_config
+from pipelines.finished import Finished
 
 Smalti = Callable[..., tuple[int, str]]
 
@@ -94,14 +95,16 @@ def test_a_run_is_compared_by_what_its_folder_holds(
     copy_of: Callable[..., Path], tiny_run: Path, tmp_path: Path, smalti: Smalti
 ) -> None:
     other = copy_of({})
-    drawn = other.parent / "run" / "samples" / "config.yaml"  # as an override on the command line leaves it
-    drawn.write_text(drawn.read_text().replace("temperature: 1.0", "temperature: 0.5"))
+    encoded = other.parent / "run" / "codes" / "config.yaml"  # as an override on the command line leaves it
+    encoded.write_text(encoded.read_text().replace("precision: float32", "precision: bfloat16"))
     for path in (other.parent / "run").glob(".made-*.yaml"):
         path.unlink()
     (other.parent / "run" / ".made-pack.yaml").write_text("seconds: 2.5\n")
-    (other.parent / "run" / ".made-encode.yaml").write_text("seconds: 4\n")
+    (other.parent / "run" / ".made-train-prior-level1.yaml").write_text("seconds: 4\n")
+    for stage in ("export", "evaluate"):  # no part of what is compared
+        (other.parent / "run" / f".made-{stage}.yaml").write_text("seconds: 100\n")
     code, text = smalti("compare", tiny_run, other, "--out", tmp_path / "board.csv")
-    assert code == 0 and "temperature" in text.splitlines()[0]
+    assert code == 0 and "precision" in text.splitlines()[0]
     first, second = csv.DictReader((tmp_path / "board.csv").read_text().splitlines())
     mse = json.loads((tiny_run.parent / "run" / "metrics.json").read_text())["tokenizer"]["mse"]
     assert float(first["MSE"]) == float(second["MSE"]) == mse
@@ -125,3 +128,37 @@ def test_the_table_is_not_written_over_a_config(tiny_run: Path, smalti: Smalti) 
     code, text = smalti("compare", tiny_run, "--out", tiny_run)
     assert code == 2 and "is one of the configs" in text
     assert tiny_run.read_bytes() == before
+
+
+def test_settings_of_samples_are_those_of_the_set_that_the_config_names(
+    copy_of: Callable[..., Path], tiny_run: Path, smalti: Smalti
+) -> None:
+    other = copy_of({"sample": {"temperature": 0.5, "folder": "colder"}})
+    assert smalti("sample", other)[0] == 0
+    path = other.parent / "run" / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "samples": {}}))  # not measured yet
+    code, text = smalti("compare", tiny_run, other)
+    assert code == 0 and "temperature" in text.splitlines()[0] and " 0.5 " in text
+
+
+def test_settings_that_one_run_has_alone_are_told_whichever_stands_first() -> None:
+    flat, deep = (
+        Compared(
+            load_config({"run_dir": name}),
+            figures(),
+            {"seconds": None, "parameters": None},
+            {"prior.level0.dropout": "0.1", **more},
+        )
+        for name, more in (("flat", {}), ("deep", {"prior.level1.dropout": "0.2"}))
+    )
+    for runs in ((flat, deep), (deep, flat)):
+        told = {row.runs[0]: row.settings for row in scoreboard(runs).rows}
+        assert told == {"flat": {"prior.level1.dropout": "–"}, "deep": {"prior.level1.dropout": "0.2"}}
+
+
+def test_samples_are_told_by_the_settings_that_they_were_measured_with() -> None:
+    measured = figures()
+    measured["samples"]["made"]["splits"]["samples"]["settings"] = {"temperature": 0.8, "threads": 1}
+    finished = Finished(load_config({"run_dir": "nowhere"}))
+    assert as_compared(finished, measured, []).settings["sample.temperature"] == "0.8"
+    assert as_compared(finished, figures(), []).settings["sample.temperature"] == "1.0"

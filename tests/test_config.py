@@ -28,6 +28,23 @@ def test_only_the_whole_name_picks_a_shipped_config(tmp_path: Path, monkeypatch:
             load_config(name)
 
 
+def test_a_file_holds_where_the_one_that_stands_on_it_says_nothing_else(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    below = write_config(tmp_path / "below", {"tokenizer": {"codebook": {"ema_decay": 0.5}}})
+    path = tmp_path / "above.yaml"
+    path.write_text(f"base: below/{below.name}\ntokenizer:\n  model: {{codebook_size: 9}}\n  from: a\n")
+    config, alone = load_config(path, ["--seed", "3"]), load_config(below)
+    assert (config.seed, config.tokenizer.from_, config.tokenizer.model.codebook_sizes) == (3, "a", [9, 9])
+    assert (config.tokenizer.ema.decay, config.tokenizer.model.width) == (0.5, alone.tokenizer.model.width)
+    assert config.images == alone.images
+    wrong = {"above.yaml": "stands on more than 8 files", "gone.yaml": "gone.yaml", "[1]": "base of"}
+    for base, message in wrong.items():
+        path.write_text(f"base: {base}\n")
+        with pytest.raises(ConfigError, match=message):
+            load_config(path)
+
+
 def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     path = write_config(tmp_path, {"images": {"from": "a"}})
     config = load_config(path, ["--tokenizer.from", "b", "--codes.from=c"])
@@ -59,7 +76,7 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         (
             {},
             ["--prior.network", "lstm"],
-            "transformer, pixelsnail, normal, got lstm",
+            "transformer, pixelsnail, normal, mixture, flow, got lstm",
         ),
         ({}, ["--images.keep", "txt"], "^images.keep takes a list of texts or 'auto', got txt$"),
         ({}, ["--images.shuffle", "maybe"], "^images.shuffle takes true or false or 'auto', got maybe$"),
@@ -72,7 +89,11 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         ({}, ["--tokenizer.training.steps", "0"], "steps must be at least 1"),
         ({}, ["--tokenizer.training.steps", "7"], r"steps must be a multiple of val_every \(3\), got 7"),
         ({}, ["--encode.views=[upside-down]"], "encode.views must name one or more of image, flip"),
-        ({}, ["--compute.logger", "paper"], "compute.logger must be csv, wandb or tensorboard"),
+        ({}, ["--compute.logger", "paper"], "^compute.logger takes 'csv', 'wandb', 'tensorboard', got paper$"),
+        ({}, ["--encode.compile=maybe"], "^encode.compile takes true or false or 'auto', got maybe$"),
+        ({}, ["--encode.precision=half"], "^encode.precision takes 'float32', 'bfloat16', got half$"),
+        ({}, ["--prior.training.compile=maybe"], "^prior.training.compile takes true or false or 'auto', got maybe$"),
+        ({}, ["--images.shuffle=maybe"], "^images.shuffle takes true or false or 'auto', got maybe$"),
         ({}, ["--sample.folder", "../elsewhere"], "sample.folder must name a folder of its own inside"),
         ({"tokenizer": {"class_path": "os.system"}}, [], "class_path is not allowed"),
         ({"prior": {"training": {"init_args": {}}}}, [], "init_args is not allowed"),

@@ -37,7 +37,7 @@ def run_with(folder: Path, made: TokenLayout) -> tuple[Path, Records]:
     tokens = folder / "tokens"
     tokens.mkdir()
     records = shard(made, CODES, COUNT, ["a", "", "ab"] if made.text else None)
-    write_bin(tokens, "train-000000", records, "smalti")
+    write_bin(tokens, "train-000000", records)
     made.save(tokens, {})
     return tokens, records
 
@@ -97,10 +97,16 @@ def test_captions_are_passed_over(tmp_path: Path, smalti: Smalti) -> None:
         outs.append(tmp_path / f"out{file.suffix}")
         assert smalti("decode", file, "--layout", tokens, "--out", outs[-1])[0] == 0
     assert all((outs[0] / f"{n:08d}.png").read_bytes() == (outs[1] / f"{n:08d}.png").read_bytes() for n in range(COUNT))
-    (tokens / "train-000000.ds.index").unlink()
+    index = (tokens / "train-000000.idx").read_bytes()
+    for damaged in (index[:-1], b"x" * 40, b""):
+        (tokens / "train-000000.idx").write_bytes(damaged)
+        code, said = smalti("decode", tokens / "train-000000.bin", "--layout", tokens, "--out", tmp_path / "none")
+        assert code == 1
+        assert "an .idx of" in said and "train-000000.bin cannot be decoded" in said
+    (tokens / "train-000000.idx").unlink()
     code, said = smalti("decode", tokens / "train-000000.bin", "--layout", tokens, "--out", tmp_path / "none")
     assert code == 1
-    assert "train-000000.ds.index" in said
+    assert "train-000000.idx" in said
 
 
 def test_records_that_cannot_be_are_named_and_nothing_is_written(tokens: Path, tmp_path: Path, smalti: Smalti) -> None:

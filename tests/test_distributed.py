@@ -34,8 +34,13 @@ KINDS: dict[str, dict] = {
     "fsq": {"fsq": {"levels": [3, 3]}},
     "residual": {"residual": {"depth": 2, "ema": {"kmeans_iterations": 0, "gradient": "rotation"}}},
     "gumbel": {"gumbel": {"anneal_steps": 4}},
-    "gaussian": {"gaussian": {"beta": 1.0}},
+    "gaussian": {
+        "gaussian": {"beta": 1.0, "beta_warmup": 4, "free_bits": 0.05},
+        "loss": "gaussian",
+        "augment": {"corrupt": "noise"},
+    },
     "sparse": {"sparse": {"weight": 1.0}},
+    "contractive": {"contractive": {"weight": 1.0}},
 }
 Trained = Callable[[int, int], dict[str, Path]]
 
@@ -95,12 +100,17 @@ def test_two_processes_take_the_steps_of_one_with_every_kind(kind: str, trained:
     figures = [name for name in wanted if name.startswith("val_")]
     assert [float(found[name]) for name in figures] == pytest.approx([float(wanted[name]) for name in figures], 1e-4)
     assert (kind == "sparse") == ("val_level0_divergence" in figures)
+    assert (kind == "gaussian") == ({"val_mse_corrupted", "val_level0_charged", "val_loss_scale"} <= set(figures))
 
 
-def test_validation_figures_do_not_depend_on_the_number_of_processes(
-    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path]
+def test_validation_figures_and_steps_of_a_flow_do_not_depend_on_the_number_of_processes(
+    tiny_run: Path, numbers_run: Path, tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
-    """179 images in batches of 8 leave a tail; nothing moves, so that weights and codebooks are alike."""
+    """179 images in batches of 8 leave a tail; nothing moves, so that weights and codebooks are alike.
+
+    But for those of a flow, in the same processes.
+    """
+    taught = {"network": "flow", "dropout": 0.0, "class_dropout": 0.0, "training": {"batch_size": 8, "weight_ema": 0.9}}
     still = {"steps": 1, "val_every": 1, "learning_rate": 1e-12, "weight_ema": 0.0}
     ema = {"decay": 0.99999999, "revival_threshold": 0.0, "kmeans_iterations": 0}
     run, found = tiny_run.parent / "run", []
@@ -114,13 +124,21 @@ def test_validation_figures_do_not_depend_on_the_number_of_processes(
         }
         config = write_config(tmp_path / str(devices), merged(COMPARABLE, changes))
         (config.parent / "run").mkdir()
-        recorded("train-prior", [config], devices, "--level", "0")
+        of_numbers = {"codes": {"from": str(numbers_run.parent / "run" / "codes")}, "prior": taught}
+        flow = write_config(tmp_path / f"flow{devices}", merged(changes, of_numbers))
+        recorded("train-prior", [config, flow], devices, "--level", "0")
         recorded("train-tokenizer", [config], devices)
         folder = config.parent / "run"
         figures = [rows(folder / name / "metrics.csv")[-1] for name in ("tokenizer", "prior/level0")]
         found.append({name: float(value) for row in figures for name, value in row.items() if name.startswith("val_")})
     assert least_margin(tmp_path / "1", "validation") > 1e-4
     assert len(found[0]) > 8
+    one, two = (tmp_path / f"flow{devices}" / "run" / "prior" / "level0" for devices in (1, 2))
+    weights_of_two, figures = load_file(two / "model.safetensors"), rows(one / "metrics.csv")[-1]
+    for name, tensor in load_file(one / "model.safetensors").items():
+        assert torch.allclose(tensor, weights_of_two[name], atol=1e-5), name
+    value = float(rows(two / "metrics.csv")[-1]["val_nats_per_value"])
+    assert value == pytest.approx(float(figures["val_nats_per_value"]), rel=1e-4)
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 

@@ -87,5 +87,5 @@ def test_each_view_carries_what_lies_beside_its_image(
 
 
 def test_an_impossible_setting_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"encode\.compile must be true, false or auto, got maybe"):
-        EncodeConfig(compile="maybe")
+    with pytest.raises(ValueError, match=r"encode\.views must name one or more of image, flip"):
+        EncodeConfig(views=["upside-down"])

@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         codes = Codes(folder / "codes", split, folder / "unpacked", Cache(folder / "cache", 2**20))
         laid = made.lay(*codes.batch(list(range(len(codes)))))
         keys = [str(number) for number in range(len(codes))]
-        files = write_bin(folder / "tokens", split, Records(*laid, keys, keys, [0] * len(keys)), "smalti")
+        files = write_bin(folder / "tokens", split, Records(*laid, keys, keys, [0] * len(keys)))
         sums = {name: hashlib.sha256((folder / "tokens" / name).read_bytes()).hexdigest() for name in files}
         shards[split] = [{"shard": split, "records": len(keys), "tokens": len(laid.ids), "sha256": sums}]
     made.save(folder / "tokens", shards)

@@ -240,6 +240,27 @@ def test_somebody_elses_file_is_in_the_way_and_stays(name: str, codes: Path) -> 
     assert files_of(codes.parent / "tokens") == {name: b"mine"}
 
 
+def test_a_link_of_somebody_elses_stays(codes: Path) -> None:
+    path = codes.parent / "tokens" / "datatrove" / "train" / "train-000000.ds"
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(StageError, match=r"train-000000\.ds must be free for a shard, but smalti did not write"):
+        exported(codes, "tokens", format=["bin"])
+    assert files_of(codes.parent / "tokens") == {"datatrove/train/train-000000.ds": b"mine"}
+
+
+def test_readers_of_a_folder_see_one_split(codes: Path) -> None:
+    from datatrove.utils.dataset import DatatroveFolderDataset
+
+    folder = exported(codes, "tokens", format=["bin"])
+    folder = folder.rename(folder.with_name("moved"))
+    for split in ("train", "val"):
+        data = TokenDataset(folder, split)
+        length = data.layout.describe()["sequence_length"]["datatrove"]
+        found = DatatroveFolderDataset(str(folder / "datatrove" / split), length)
+        assert [found[n]["input_ids"].tolist() for n in range(len(found))] == [record.tolist() for record in data]
+
+
 def test_another_setting_is_refused_and_redo_removes_what_was_written_and_nothing_else(
     config: Path, smalti: Smalti
 ) -> None:
@@ -263,7 +284,7 @@ def test_files_that_are_not_wanted_any_more_go_with_the_shard(codes: Path) -> No
     folder = exported(codes, "tokens", format=["bin", "mds"])
     (folder / "layout.json").unlink()
     assert files_of(exported(codes, "tokens", format=["parquet"])) == files_of(exported(codes, "b", format=["parquet"]))
-    assert not list(folder.glob("*.ds"))
+    assert not list(folder.rglob("*.ds"))
 
 
 def test_tokens_of_other_codes_are_made_anew(codes: Path) -> None:

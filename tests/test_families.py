@@ -6,23 +6,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.config import load_config
 from pipelines.errors import ConfigError
+from pipelines.report.curves import charts, read_rows
 from pipelines.storage.shards import index_shard, read_member
+from pipelines.training.sections import stored_sizes
+from prior import LevelPrior
+from prior.mixture import Mixture
 
 Smalti = Callable[..., tuple[int, str]]
+# Of families of numbers that have another prior than N(0, I) here.
+PRIORS = {"sparse": "mixture", "identity": "flow"}
 FEW = {"training": {"steps": 2, "val_every": 2, "checkpoint_every": 1, "weight_ema": 0.9, "log_every": 1}}
 
 
-@pytest.fixture(scope="module", params=["gradient", "residual", "gumbel", "fsq", "gaussian", "sparse", "identity"])
+@pytest.fixture(
+    scope="module", params=["gradient", "residual", "gumbel", "fsq", "gaussian", "sparse", "contractive", "identity"]
+)
 def finished(
     request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, write_config: Callable
 ) -> Path:
     from pipelines.cli import main
 
     images = {"from": str(tiny_run.parent / "run" / "images")}
-    changes = {"images": images, "tokenizer": FEW, "prior": {"network": "auto", **FEW}}
+    changes = {"images": images, "tokenizer": FEW, "prior": {"network": PRIORS.get(request.param, "auto"), **FEW}}
     config = write_config(tmp_path_factory.mktemp(request.param), changes)
     assert main(["run", str(config), f"--tokenizer.bottleneck={request.param}", "--traceback"]) == 0
     return config
@@ -38,7 +47,7 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert (run / "samples" / "grid.png").stat().st_size > 100
     names = json.loads((run / "samples" / "manifest.json").read_text())["class_names"]
     levels = json.loads((run / "codes" / "manifest.json").read_text())["levels"]
-    assert bool(names) == bool(levels[0]["codebook_size"])  # N(0, I) knows no classes
+    assert bool(names) != kind_of(finished).endswith(("gaussian", "contractive"))  # N(0, I) knows no classes
     assert len(levels) == (4 if "residual" in kind_of(finished) else 2)
     code, said = smalti("run", finished, kind_of(finished))
     assert code == 0 and said.count("skipped") == 4 + len(levels)
@@ -47,6 +56,18 @@ def test_one_setting_leads_from_images_to_samples_and_nothing_is_done_twice(fini
     assert code == 0 and said.count("holds what it says") == 5
     code, said = smalti("run", finished)
     assert code == 1 and "made with other settings (tokenizer.bottleneck" in said
+
+
+def test_a_prior_of_numbers_has_its_figures_in_the_files_that_the_report_reads(finished: Path) -> None:
+    config = load_config(finished, [kind_of(finished)])
+    for level, size in enumerate(stored_sizes(config.tokenizer)):
+        folder = finished.parent / "run" / "prior" / f"level{level}"
+        figures = json.loads((folder / "metrics.json").read_text())
+        assert ("val_nats_per_value" in figures) == (size is None)
+        if PRIORS.get(config.tokenizer.bottleneck):
+            found = [row["val_nats_per_value"] for row in read_rows(folder) if "val_nats_per_value" in row]
+            assert min(found) == pytest.approx(figures["val_nats_per_value"], rel=1e-4)
+            assert "nats_per_value" in {chart.figure for chart in charts(read_rows(folder), "", "")}
 
 
 def test_validation_draws_where_training_does_and_says_what_it_would_be_without_noise(finished: Path) -> None:
@@ -66,6 +87,42 @@ def test_codes_are_made_again_to_the_same_bytes(finished: Path, smalti: Smalti) 
     assert {path.name: path.read_bytes() for path in codes.glob("*.tar")} == before
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [["vary", "--count", "2"], ["complete", "--known", "right"], ["edit", "--from", "0", "--to", "1"], ["score"]],
+)
+def test_latents_of_each_family_can_be_explored(
+    finished: Path, asked: list[str], tmp_path: Path, smalti: Smalti
+) -> None:
+    what, *options = asked
+    options += [] if what == "score" else ["--keys", "0"]
+    code, said = smalti("explore", what, finished, kind_of(finished), *options, "--out", tmp_path)
+    if what == "vary" and kind_of(finished).endswith("gumbel"):
+        assert "q(z | x) drawn again" in said
+    assert code == 0 and {path.name for path in tmp_path.iterdir()} == {f"{what}.png", f"{what}.csv"}
+    header = (tmp_path / f"{what}.csv").read_text().splitlines()[0]
+    if what == "score":
+        assert ("bound_nats" in header) != kind_of(finished).endswith(("sparse", "identity", "contractive"))
+
+
+def test_two_numbers_an_image_are_a_plane_in_the_report_and_can_be_explored(
+    tiny_run: Path, tmp_path: Path, write_config: Callable, smalti: Smalti
+) -> None:
+    model = {"strides": [16], "codebook_size": 16, "code_dim": 2}  # no codebook is there to have that size
+    changes = {"images": {"from": str(tiny_run.parent / "run" / "images")}, "prior": {"network": "auto"}}
+    config = write_config(tmp_path, changes | {"tokenizer": {**FEW, "bottleneck": "gaussian", "model": model}})
+    assert smalti("train-tokenizer", config)[0] == smalti("report", config)[0] == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The plane of two numbers" in page and "Val images on the plane, by class" in page
+    assert "The plane of two numbers" not in (tiny_run.parent / "run" / "report.html").read_text()
+    for ends in ("--keys", "--classes"):
+        assert smalti("explore", "interpolate", config, ends, "0", "1", "--out", tmp_path / "out")[0] == 0
+    code, said = smalti("explore", "vary", config, "--keep", "1", "--out", tmp_path / "out")
+    assert code == 1 and "holds no finished prior" in said
+    code, said = smalti("explore", "score", config, "--anomalous", "9", "--out", tmp_path / "out")
+    assert code == 0 and "area under the ROC curve" in said and "rate " in said
+
+
 def test_numbers_in_shards_are_float32_and_damage_is_named(
     tiny_run: Path, tmp_path: Path, write_config: Callable, smalti: Smalti
 ) -> None:
@@ -82,7 +139,10 @@ def test_numbers_in_shards_are_float32_and_damage_is_named(
     manifest = json.loads((tmp_path / "run" / "codes" / "manifest.json").read_text())
     assert manifest["levels"][0] == {"grid": [2, 2], "codebook_size": None, "channels": 8}
     code, said = smalti("train-prior", config, kind, "--prior.network=transformer")
-    assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
+    assert (
+        code == 2
+        and "prior.network must be normal, mixture or flow where level 0 holds numbers, got transformer" in said
+    )
     code, said = smalti("export", config, kind)
     assert code == 2 and "tokens are made of codes" in said
 
@@ -93,11 +153,14 @@ def test_settings_of_another_family_are_refused_on_the_command_line(tiny_run: Pa
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=fsq", "--tokenizer.model.codebook_size=8")
     assert code == 2 and "--tokenizer.model.codebook_size would change nothing: tokenizer.bottleneck is fsq" in said
     code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.top_k=3")
-    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
+    assert code == 2 and "sample.top_k, top_p and guidance are of codes, and level 0 holds numbers" in said
     code, said = smalti("run", tiny_run, "--prior.network=auto", "--tokenizer.bottleneck=gaussian", "--sample.reject=2")
-    assert code == 2 and "sample.top_k, top_p, guidance, classes and reject are of codes, and level 0" in said
+    assert code == 2 and "sample.classes and reject need a prior that knows classes, which normal does not" in said
     code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian")
-    assert code == 2 and "prior.network must be normal where level 0 holds numbers, got transformer" in said
+    assert (
+        code == 2
+        and "prior.network must be normal, mixture or flow where level 0 holds numbers, got transformer" in said
+    )
     code, said = smalti("run", tiny_run, "--prior.network=pixelsnail", "--prior.transformer.width=8")
     assert code == 2 and "--prior.transformer.width would change nothing: prior.network is pixelsnail" in said
 
@@ -121,6 +184,27 @@ def test_settings_that_a_fixed_prior_does_not_read_are_refused_on_the_command_li
         load_config(write_config(tmp_path, file), [f"--prior.{setting}"])
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "kind", "default", "settings"),
+    [
+        ("tokenizer", "bottleneck", "fsq", "ema", {"levels": [5, 5]}),
+        ("prior", "network", "pixelsnail", "auto", {"width": 8}),
+    ],
+)
+def test_a_file_that_holds_settings_of_a_kind_names_one(
+    section: str, name: str, kind: str, default: str, settings: dict, tmp_path: Path
+) -> None:
+    file = {"run_dir": str(tmp_path), section: {kind: settings}}
+    with pytest.raises(
+        ConfigError, match=rf"{section}.{kind} would change nothing: {section}.{name} is {default}; add"
+    ):
+        load_config(file)
+    load_config(file, [f"--{section}.{name}={kind}"])
+    load_config(file | {section: {kind: settings, name: default}})
+    default = {"auto": "transformer"}.get(default, default)
+    load_config({"run_dir": str(tmp_path), section: {default: {}}}, [f"--{section}.{name}={kind}"])
+
+
 def test_a_loss_of_the_whole_batch_refuses_parts_of_it_before_anything_is_done(
     tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
 ) -> None:
@@ -138,3 +222,45 @@ def test_old_names_of_settings_read_on(
     assert (found := load_config(config).tokenizer.ema).decay == 0.5 and found.kmeans_iterations == 3
     code, said = smalti("train-tokenizer", tiny_run, "--tokenizer.codebook.ema_decay=0.5")
     assert code == 1 and "tokenizer.ema.decay: 0.99 -> 0.5" in said
+
+
+def test_components_at_images_are_their_posteriors_and_their_mixture_the_aggregated_one(
+    numbers_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    codes = numbers_run.parent / "run" / "codes"
+    assert json.loads((codes / "manifest.json").read_text())["posterior"]
+    prior = {"network": "mixture", "mixture": {"at": "images", "components": 40}}
+    config = write_config(tmp_path, {"codes": {"from": str(codes)}, "prior": prior})
+    assert smalti("train-prior", config, "--level", "1")[0] == 0
+    level, mean, values, labels = LevelPrior.from_pretrained(tmp_path / "run/prior/level1"), [], [], []
+    for shard in sorted(codes.glob("train-*.tar")):
+        with shard.open("rb") as file:
+            for sample in index_shard(shard):
+                found = read_member(file, sample.members["level1.posterior.npy"])
+                mean.append(np.frombuffer(found, np.float32, offset=128).reshape(2, -1))
+                stored = read_member(file, sample.members["level1.npy"])
+                values.append(np.frombuffer(stored, np.float32, offset=128).reshape(8, 4, 4))
+                labels.append(int(read_member(file, sample.members["cls"])))
+    means, log_variances = np.stack(mean).transpose(1, 0, 2)
+    mixture = level.network
+    assert isinstance(mixture, Mixture) and len(mixture.means) == level.config.size.components == 40
+    rows = [int(np.abs(means - one.numpy()).sum(1).argmin()) for one in mixture.means]
+    assert len(set(rows)) == 40 and np.array_equal(mixture.means.numpy(), means[rows])
+    assert np.allclose(mixture.scales.numpy(), np.exp(0.5 * log_variances[rows]), rtol=1e-5)
+    apart = (np.stack(values).reshape(len(means), -1) - means) * np.exp(-0.5 * log_variances)
+    assert abs(apart.std() - 1) < 0.02  # what is stored is a draw of it
+    own = torch.tensor([float(labels[row] == 3) for row in rows])
+    assert torch.allclose(mixture.weights[3], own / own.sum())
+    assert torch.allclose(mixture.weights[-1], torch.tensor(1 / 40))
+    figures = json.loads((tmp_path / "run/prior/level1/metrics.json").read_text())
+    assert figures["val_nats_per_value"] > 0
+
+
+def test_q_of_images_is_stored_where_it_is_asked_for_and_can_be(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    mixture = ["--prior.network=mixture", "--prior.mixture.at=images"]
+    code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian", *mixture, f"--run_dir={tmp_path}")
+    assert code == 2 and "prior.mixture.at images needs q(z | x) beside the codes; set encode.posterior to true" in said
+    code, said = smalti("run", tiny_run, "--encode.posterior=true", f"--run_dir={tmp_path}")
+    assert code == 2 and "encode.posterior is of levels that hold draws of numbers" in said

@@ -19,7 +19,7 @@ from pipelines.stages.export import ExportConfig, plan_export
 from pipelines.stages.pack import ImagesConfig, plan_shards, shard_jobs
 from pipelines.stages.sample import SampleConfig, drawn_with
 from pipelines.storage.fingerprint import digest
-from pipelines.storage.folders import plain
+from pipelines.storage.folders import plain_data
 from pipelines.tokens.vocabulary import TextConfig, VocabConfig
 from pipelines.training.sections import NETWORKS, PriorConfig, TokenizerSection, used
 from tokenizer.bottlenecks import KINDS
@@ -28,10 +28,11 @@ SHAPING: dict[type, dict[str, Any]] = {
     ImagesConfig: {
         **{"size": 32, "channels": 1, "classes": False, "upscale": True, "format": "webp"},
         **{"val_fraction": 0.5, "shard_size": 7, "image_column": "picture", "label_column": "kind"},
-        **{"caption_column": "text", "keep": ["json"], "shuffle": True},
+        **{"caption_column": "text", "keep": ["json"], "shuffle": True, "leave_out": ["a"]},
     },
     EncodeConfig: {
         **{"views": ["flip"], "crop_shift": 2, "batch_size": 8, "precision": "bfloat16", "compile": True},
+        **{"posterior": True},
     },
     ExportConfig: {
         **{
@@ -93,7 +94,10 @@ OTHER_SECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "run_dir": ((), "where"),
     "seed": ((), "counts in every stage by itself"),
     "codes": (("from_",), "priors are made from a manifest of codes, whose digest counts"),
-    "evaluate": (("features", "reference", "train_images", "skip"), "made anew each time, and `made` tells of what"),
+    "evaluate": (
+        ("features", "reference", "train_images", "importance_samples", "skip"),
+        "made anew each time; metrics.json tells of what",
+    ),
     "compute": (
         (
             *("accelerator", "devices", "num_nodes", "num_workers", "threads", "timeout_s", "strategy"),
@@ -161,7 +165,7 @@ def test_every_setting_of_training_is_kept_and_compared_where_it_is_used(kind: s
             continue
         object.__setattr__(part, name, "another")
         unused = path and path[0] in config.unused
-        assert (plain(used(config)) == plain(used(chosen()))) == bool(unused), (*path, name)
+        assert (plain_data(used(config)) == plain_data(used(chosen()))) == bool(unused), (*path, name)
 
 
 def test_every_section_is_part_of_a_result_or_says_why_not() -> None:

@@ -116,6 +116,8 @@ def test_records_of_another_length_and_ids_that_are_none_are_refused() -> None:
         made.decode(ids[:, :-1])
     with pytest.raises(StageError, match="ids must be integers, got float32"):
         made.decode(ids.float())
+    with pytest.raises(StageError, match="records, codes and classes must be arrays, got lists of several lengths"):
+        made.decode([ids[0].tolist(), ids[1, 1:].tolist()])
     with pytest.raises(StageError, match=r"record 0 has token -1 at position 0, where <bos> \(0\) must stand"):
         made.decode(torch.full_like(ids, -1))
 
@@ -253,7 +255,7 @@ def test_uint16_is_used_up_to_its_last_id() -> None:
 
 
 def test_classes_need_classes() -> None:
-    with pytest.raises(ConfigError, match="template names <class> but the codes have no classes"):
+    with pytest.raises(ConfigError, match="codes have no classes; set it to '<bos> <boi> <codes> <eoi> <eos>'"):
         layout(SMALL | {"class_names": []})
     made = layout(SMALL | {"class_names": []}, template="<codes>")
     assert made.encode(draw(SMALL, 2)[0]).shape == (2, 20)
@@ -276,6 +278,25 @@ def test_classes_need_classes() -> None:
 def test_codes_and_classes_that_are_none_are_refused(change, message: str) -> None:
     with pytest.raises(StageError, match=message):
         layout().encode(*change(*draw(SMALL, 3)))
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_transformers_generates_records_and_nothing_else(text: bool, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    made = with_text(tmp_path, max_tokens=40) if text else layout()
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 40, "vocab_size": made.vocabulary.rows}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    drawn = model.generate(
+        torch.tensor([made.allowed([])] * 3),
+        do_sample=True,
+        max_length=made.length or 40,
+        eos_token_id=made.describe()["specials"]["<eos>"],
+        pad_token_id=made.pad or 0,
+        prefix_allowed_tokens_fn=lambda batch, ids: made.allowed(ids),
+    )
+    assert [grid.shape for grid in made.decode(drawn)] == [(3, 2, 2), (3, 4, 4)]
 
 
 def with_text(folder: Path, template: str = CAPTION, **settings: object) -> TokenLayout:

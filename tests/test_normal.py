@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,16 +11,16 @@ from prior import HierarchicalPrior, LevelConfig, LevelPrior, NormalConfig
 GRIDS = [(1, 2), (2, 4)]
 
 
-def normal_prior() -> HierarchicalPrior:
+def normal_prior(channels: Sequence[int] = (3, 2), grids: Sequence[tuple[int, int]] = GRIDS) -> HierarchicalPrior:
     levels = []
     for number in range(2):
         config = LevelConfig(
             level=number,
-            grids=GRIDS[: number + 1],
+            grids=list(grids[: number + 1]),
             codebook_sizes=[None] * (number + 1),
             class_names=[],
             size=NormalConfig(),
-            channels=[3, 2][: number + 1],
+            channels=list(channels[: number + 1]),
             num_levels=2,
         )
         levels.append(LevelPrior(config))

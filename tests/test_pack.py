@@ -17,6 +17,7 @@ from pipelines.errors import ConfigError, StageError
 from pipelines.run import Run
 from pipelines.sources.splits import stratified_fraction
 from pipelines.stages.pack import ImagesConfig, pack
+from pipelines.storage.cache import Cache
 from pipelines.storage.shards import index_shard, read_member
 
 COMPUTE = ComputeConfig(num_workers=0)
@@ -134,6 +135,27 @@ def test_too_few_images_for_a_split_are_an_error(tmp_path: Path) -> None:
         pack(config_of(tmp_path / "one"), 0, COMPUTE, tmp_path)
 
 
+@pytest.mark.parametrize("wanted", ["dog", 1])
+def test_a_class_that_is_left_out_is_in_val_alone_and_takes_nothing_else_along(
+    wanted: str | int, picture_folder: Path, tmp_path: Path, cache: Cache
+) -> None:
+    for name, changes in (("all", {}), ("some", {"leave_out": [wanted]})):
+        (tmp_path / name).mkdir()
+        pack(config_of(picture_folder, **changes), 0, COMPUTE, tmp_path / name)
+
+    def labels(name: str, split: str) -> dict[str, int]:
+        shards = ImageShards(tmp_path / name, split, cache)
+        return {shards.key(index): shards.read(index).label for index in range(len(shards))}
+
+    assert labels("some", "val") == labels("all", "val")
+    kept = {key: label for key, label in labels("all", "train").items() if label != 1}
+    assert labels("some", "train") == kept and 0 < len(kept) < len(labels("all", "train"))
+    with pytest.raises(StageError, match=r"images\.leave_out names 'bird', which is none of the 2 classes: cat, dog"):
+        pack(config_of(picture_folder, leave_out=["bird"]), 0, COMPUTE, tmp_path / "none")
+    with pytest.raises(StageError, match="too few for a train split"):
+        pack(config_of(picture_folder, leave_out=[0, 1]), 0, COMPUTE, tmp_path / "none")
+
+
 def test_classes_of_one_image_each_still_make_a_val_split() -> None:
     assert len(stratified_fraction(np.arange(20), 20, 0.1, 0)) == 2
 
@@ -148,7 +170,7 @@ def test_classes_of_one_image_each_still_make_a_val_split() -> None:
         ({"shard_size": 0}, "images.shard_size must be at least 1"),
         ({"keep": ["png"]}, r"images.keep must be auto or a list of txt and json, got \['png'\]"),
         ({"keep": "txt"}, "images.keep must be auto or a list"),
-        ({"shuffle": "maybe"}, "images.shuffle must be true, false or auto, got maybe"),
+        ({"leave_out": ["cat"], "classes": False}, "images.leave_out names classes and images.classes is false"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict, message: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.compute.launching import workers_of
+from pipelines.compute.signals import SIGNALS, Interrupted, leave, signals_handled_by
 from tests.jobs import Job
 
 SMALTI = "pipelines.cli"
@@ -127,6 +128,24 @@ def test_a_training_that_is_asked_to_leave_does_and_the_same_command_goes_on(
         path.write_text(path.read_text().replace("steps: 1000000", f"steps: {steps}"))
     assert smalti("train-tokenizer", config)[0] == 0
     assert step_of(config) == steps
+
+
+def test_who_leaves_hears_no_further_signals_and_who_stays_hears_as_before() -> None:
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    try:
+        with signals_handled_by(leave):
+            pass
+        assert [signal.getsignal(signum) for signum in SIGNALS] == before
+        heard: list[int] = []
+        with signals_handled_by(lambda signum, _: heard.append(signum)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == [signal.SIGUSR1]
+        with pytest.raises(Interrupted), signals_handled_by(leave):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert all(signal.getsignal(signum) is signal.SIG_IGN for signum in SIGNALS)
+    finally:
+        for signum, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(signum, handler)
 
 
 def test_all_processes_of_a_job_leave_after_the_same_step(endless: Callable[..., Path], start: Start) -> None:

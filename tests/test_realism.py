@@ -14,6 +14,7 @@ from pipelines.metrics import METRICS, classification, classifier
 from pipelines.metrics.classifier import accuracy, train_classifier
 from pipelines.metrics.distances import frechet_distance, kernel_distance, moments, support
 from pipelines.metrics.features import load_features
+from pipelines.metrics.realism import SampleFID
 from pipelines.metrics.subject import Split, Subject
 from pipelines.stages.evaluate import evaluate, table
 
@@ -101,3 +102,11 @@ def test_few_samples_are_not_judged(tiny_run: Path) -> None:
 def test_a_metric_left_out_must_be_one(tiny_run: Path, smalti: Callable[..., tuple[int, str]]) -> None:
     code, text = smalti("evaluate", tiny_run, "--evaluate.skip=[samples, fidd]")
     assert code == 1 and "evaluate.skip must name metrics, got fidd; there are tokenizer, prior" in text
+
+
+@pytest.mark.parametrize(
+    ("samples", "real", "warned"), [(20_000, 1_618, True), (9_999, 50_000, True), (10_000, 0, False)]
+)
+def test_fid_is_warned_of_where_either_set_is_small(samples: int, real: int, warned: bool) -> None:
+    figures = {"images": samples, "fid": 1.0, "made": {"splits": {"real": {"count": real}}}}
+    assert ("mostly bias below 10,000 images: read KID" in SampleFID.table(figures)[0]) == warned

@@ -16,6 +16,7 @@ from pipelines.tokens.records import (
     Padding,
     Records,
     write_bin,
+    write_datatrove,
     write_litdata,
     write_litdata_index,
     write_mds,
@@ -45,17 +46,21 @@ def captioned(folder: Path, **settings: object) -> tuple[TokenLayout, Records]:
 @pytest.mark.parametrize(("codes", "dtype", "number"), [(SMALL, "<u2", 8), (LARGE, "<u4", 4)])
 def test_bin_shards_hold_tokens_and_nothing_else(codes: dict, dtype: str, number: int, tmp_path: Path) -> None:
     made = shard(layout(codes), codes, 3)
-    names = write_bin(tmp_path, "train-000000", made, "smalti")
-    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink())
+    names = write_bin(tmp_path, "train-000000", made)
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
     tokens = np.fromfile(tmp_path / "train-000000.bin", dtype).reshape(3, 25)
     assert tokens.tolist() == ids_of(made)
     index = (tmp_path / "train-000000.idx").read_bytes()
     assert index[:34] == b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, number, 3, 4)
     size = tokens.itemsize
     assert index[34:] == struct.pack("<3i3q4q", 25, 25, 25, 0, 25 * size, 50 * size, 0, 1, 2, 3)
-    assert (tmp_path / "train-000000.ds.index").read_bytes() == struct.pack("<3Q", 25, 50, 75)
-    assert (tmp_path / "train-000000.ds.metadata").read_text() == f"smalti|{size}\n75\n75 tokens"
-    assert (tmp_path / "train-000000.ds").read_bytes() == (tmp_path / "train-000000.bin").read_bytes()
+    (tmp_path / "datatrove").mkdir()
+    link = tmp_path / "datatrove" / "train-000000.ds"
+    write_datatrove(link, made, "smalti", tmp_path / "train-000000.bin")
+    assert link.with_suffix(".ds.index").read_bytes() == struct.pack("<3Q", 25, 50, 75)
+    assert link.with_suffix(".ds.metadata").read_text() == f"smalti|{size}\n75\n75 tokens"
+    assert link.readlink() == Path("../train-000000.bin")
+    assert link.read_bytes() == (tmp_path / "train-000000.bin").read_bytes()
     assert (tmp_path / "train-000000.keys").read_text().splitlines() == list(made.keys)
 
 
@@ -64,7 +69,7 @@ def test_bytes_repeat_whoever_writes_them(tmp_path: Path) -> None:
     for name in ("a", "b"):
         folder = tmp_path / name
         folder.mkdir()
-        write_bin(folder, "x", made, "smalti")
+        write_bin(folder, "x", made)
         write_parquet(folder / "x.parquet", made)
         write_litdata(folder / "x.lit", made)
         write_mds(folder / "x.mds", made)
@@ -104,7 +109,7 @@ def test_a_shard_may_be_empty(tmp_path: Path) -> None:
     """Pack leaves one where no image of it can be used."""
     nothing = np.zeros(0, np.int64)
     made = Records(np.zeros(0, np.uint16), nothing, nothing, [], [], [])
-    write_bin(tmp_path, "x", made, "smalti")
+    write_bin(tmp_path, "x", made)
     write_parquet(tmp_path / "x.parquet", made)
     write_webdataset(tmp_path / "x.tar", made)
     assert index_shard(tmp_path / "x.tar") == []
@@ -216,7 +221,7 @@ def test_litdata_and_mds_lay_records_behind_absolute_offsets(codes: dict, tmp_pa
 def test_single_is_what_nanogpt_reads(tmp_path: Path) -> None:
     config = layout()
     for name, seed in (("train-000000", 0), ("train-000001", 1), ("val-000000", 2)):
-        write_bin(tmp_path, name, shard(config, SMALL, 4, seed=seed), "smalti")
+        write_bin(tmp_path, name, shard(config, SMALL, 4, seed=seed))
     shards = {"train": ["train-000000", "train-000001"], "val": ["val-000000"]}
     names = config.vocabulary.names()
     files = write_single(tmp_path, shards, names, config.vocabulary.rows)
@@ -244,20 +249,17 @@ def test_datatrove_reads_a_record_at_a_time(codes: dict, tmp_path: Path) -> None
 
     config = layout(codes)
     made = [shard(config, codes, 5), shard(config, codes, 3, seed=1)]
+    (tmp_path / "train").mkdir()
     for number, one in enumerate(made):
-        write_bin(tmp_path, f"train-{number:06d}", one, "smalti")
+        write_bin(tmp_path, f"train-{number:06d}", one)
+        name = f"train-{number:06d}"
+        write_datatrove(tmp_path / "train" / f"{name}.ds", one, "smalti", tmp_path / f"{name}.bin")
     length = config.describe()["sequence_length"]["datatrove"]
-    for pattern, positions in ((".ds", True), ("*.bin", False)):
-        found = DatatroveFolderDataset(
-            str(tmp_path),
-            length,
-            filename_pattern=pattern,
-            token_size=config.dtype.itemsize,
-            return_positions=positions,
-        )
-        assert len(found) == 8
-        wanted = [ids for one in made for ids in ids_of(one)]
-        assert [found[n]["input_ids"].tolist() for n in range(8)] == wanted
+    wanted = [ids for one in made for ids in ids_of(one)]
+    for positions in (True, False):
+        size = config.dtype.itemsize
+        found = DatatroveFolderDataset(str(tmp_path / "train"), length, token_size=size, return_positions=positions)
+        assert [found[n]["input_ids"].tolist() for n in range(len(found))] == wanted
     assert found[1].keys() == {"input_ids"}
 
 
@@ -299,7 +301,7 @@ def test_megatron_starts_every_sample_at_a_record(codes: dict, tmp_path: Path) -
 
     config = layout(codes)
     made = shard(config, codes, 60)
-    write_bin(tmp_path, "train-000000", made, "smalti")
+    write_bin(tmp_path, "train-000000", made)
     indexed = IndexedDataset(str(tmp_path / "train-000000"))
     assert [indexed[number].tolist() for number in range(60)] == ids_of(made)
     assert indexed.document_indices.tolist() == list(range(61))
@@ -323,6 +325,6 @@ def test_megatron_reads_records_of_any_length(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     made = captioned(tmp_path)[1]
-    write_bin(tmp_path, "x", made, "smalti")
+    write_bin(tmp_path, "x", made)
     indexed = IndexedDataset(str(tmp_path / "x"))
     assert [indexed[number].tolist() for number in range(5)] == ids_of(made)

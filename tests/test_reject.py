@@ -15,9 +15,11 @@ from pipelines.errors import StageError
 from pipelines.finished import Finished
 from pipelines.metrics.classifier import Classifier, judged
 from pipelines.metrics.stored_classifier import classifier_of, labelled_images, load_classifier
+from pipelines.report.gather import Gathered
 from pipelines.stages.sample import SampleConfig, drawn_batches
 from pipelines.stages.verify import verify_samples
 from pipelines.storage.cache import Cache
+from pipelines.storage.fingerprint import model_fingerprints
 from tests.test_sample import draw, models
 
 Smalti = Callable[..., tuple[int, str]]
@@ -101,11 +103,12 @@ def test_a_run_trains_its_classifier_once_and_samples_name_it(
     assert smalti("sample", config)[0] == 0 and files(run / "chosen") == before
     assert "skipped" in smalti("sample", config)[1]
     finished, cache = Finished(load_config(config)), load_config(config).compute.cache
-    tokenizer, prior = finished.tokenizer(), finished.prior()
-    verify_samples(run / "chosen", tokenizer, finished.marks(manifest, tokenizer, prior), cache)
+    tokenizer, marks = finished.tokenizer(), model_fingerprints(finished.tokenizer(), finished.prior())
+    assert Gathered("", load_config(config)).samples_fit
+    verify_samples(run / "chosen", tokenizer, finished.marks(manifest, marks), cache)
     shutil.rmtree(run / "classifier")
     with pytest.raises(StageError, match=r"was drawn by other models than the run's \(classifier\)"):
-        verify_samples(run / "chosen", tokenizer, finished.marks(manifest, tokenizer, prior), cache)
+        verify_samples(run / "chosen", tokenizer, finished.marks(manifest, marks), cache)
 
 
 @pytest.mark.usefixtures("few_steps")

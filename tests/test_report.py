@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,26 @@ import pytest
 import torch
 
 from pipelines.cli import page_after_run
-from pipelines.config import load_config
+from pipelines.compare import COLUMNS
+from pipelines.metrics.quality import TokenizerQuality
 from pipelines.report import reading
 from pipelines.report.codebooks import Codebook, alone, mosaic, patches
 from pipelines.report.curves import charts, read_rows
-from pipelines.report.likelihoods import Maps, Split, position_nats
+from pipelines.report.figures import MEANINGS
+from pipelines.report.likelihoods import Costs, Maps, Split, maps, position_nats
 from pipelines.report.pictures import VIRIDIS, heat, picture
-from pipelines.report.reading import most_read, read_codes, read_images
+from pipelines.report.plane import COLOURS, PLOT, SHAPES, SIDE, is_plane, plane, quantiles
+from pipelines.report.reading import Images, most_read, read_codes, read_images
 from pipelines.report.sampled import apart
-from pipelines.report.side_by_side import differing, flat_settings, overlaid
+from pipelines.report.side_by_side import overlaid
 from pipelines.report.tokenized import ranked
-from pipelines.report.warned import of_classes, of_codebooks, of_curves, of_levels, of_priors
+from pipelines.report.warned import of_bottlenecks, of_classes, of_curves, of_levels, of_priors
 from pipelines.storage.cache import Cache
-from prior import LevelConfig, LevelPrior, NormalConfig
-from tokenizer import HierarchicalVQVAE, TokenizerConfig
+from prior import LevelConfig, LevelPrior, NormalConfig, TransformerConfig
+from tokenizer import EMAConfig, HierarchicalVQVAE, TokenizerConfig
+from tokenizer.bottlenecks import KINDS
+from tokenizer.bottlenecks.fsq import FSQConfig
+from tokenizer.bottlenecks.gaussian import GaussianConfig
 
 Smalti = Callable[..., tuple[int, str]]
 CHROMIUM = "/usr/bin/chromium"
@@ -118,6 +125,7 @@ def test_the_page_says_what_was_read_and_what_came_of_it(tiny_run: Path) -> None
     assert f"{figures['tokenizer']['psnr']:.4g}" in text
     for words in ("1,618 train, 179 val", "at most 200 images", "smalti run", "Made with python", "cores of"):
         assert words in text
+    assert "evaluate done figures of bound, codes, copies" in text
     assert (run / "report.html").stat().st_size < 1e6
 
 
@@ -215,6 +223,43 @@ def test_the_nearest_training_image_is_found_and_a_copy_is_no_distance_away() ->
     np.testing.assert_allclose(distances, np.min(each, 1), rtol=1e-5)
 
 
+def flat(kind: str, **changes: Any) -> HierarchicalVQVAE:
+    config = {"strides": [16], "code_dim": 2, "width": 8, "residual_width": 4} | changes
+    return HierarchicalVQVAE(TokenizerConfig(**config), 16, 1, KINDS[kind]()).eval()
+
+
+def test_the_plane_is_that_of_runs_whose_images_are_two_numbers() -> None:
+    assert is_plane(flat("gaussian")) and is_plane(flat("identity"))
+    assert not any(map(is_plane, (flat("ema"), flat("gaussian", code_dim=3), flat("gaussian", strides=[16, 8]))))
+
+
+def test_points_of_the_plane_are_evenly_spaced_in_probability() -> None:
+    shares = torch.distributions.Normal(0.0, 1.0).cdf(quantiles())
+    even = (torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE
+    assert torch.allclose(shares[..., 0], even.expand(SIDE, SIDE))
+    assert torch.allclose(shares[..., 1], even.flip(0)[:, None].expand(SIDE, SIDE))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "identity"])
+def test_images_lie_on_the_plane_where_their_numbers_are(kind: str) -> None:
+    numbers = torch.tensor([[0.0, 0.0], [1.0, -2.0], [-4.0, 4.0]])
+    images = Images(["a", "b", "c"], np.zeros((3, 1, 16, 16), np.uint8), np.array([0, 1, 1]), 3)
+    found = plane(flat(kind), images, numbers[:, :, None, None], ["zero", "one"])
+    assert [group.name for group in found.groups] == ["zero", "one"] and found.normal == (kind == "gaussian")
+    paths = [mark for group in found.groups for mark in group.path.split("M")[1:]]
+    marks = np.array([[float(number) for number in mark.split("m")[0].split(",")] for mark in paths])
+    marks[:, 1] = PLOT - marks[:, 1]  # upwards is less on a screen
+    places = found.low + marks / PLOT * (found.high - found.low)
+    np.testing.assert_allclose(places, numbers, atol=0.01)
+    assert found.low <= -4 and found.high >= 4
+
+
+def test_no_two_classes_look_alike_on_the_plane() -> None:
+    marks = [(COLOURS[n % len(COLOURS)], SHAPES[n % len(SHAPES)]) for n in range(20)]
+    assert len(set(marks)) == 20
+    assert all(one[0] != other[0] and one[1] != other[1] for one, other in pairwise(marks))
+
+
 def test_heat_goes_from_dark_to_bright() -> None:
     colours = heat(np.array([[0.0, 1.0, 2.0, 9.0]]), 0, 2)
     assert colours[:, 0, 0].tolist() == VIRIDIS[0].tolist()
@@ -242,16 +287,34 @@ def book(size: int, used: int, places: int) -> Codebook:
 
 
 def test_collapsed_levels_and_dead_codes_are_told_apart() -> None:
-    (collapsed,) = of_codebooks([book(512, 12, 9000)])
-    assert "Level 0 has collapsed: 12 of its 512 codes" in collapsed
-    (dead,) = of_codebooks([book(512, 442, 30000)])
-    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead
-    assert not [*of_codebooks([book(512, 442, 3000), book(512, 510, 30000)])]  # too few places to tell; nearly all
+    (collapsed,) = of_bottlenecks(EMAConfig(), {"tokenizer.level0_usage": 0.5}, [book(512, 12, 9000)])
+    assert collapsed.startswith("Level 0 uses 2.3% of its codes: it has collapsed")
+    (dead,) = of_bottlenecks(FSQConfig(), {}, [book(512, 442, 30000)])
+    assert "70 of its 512 codes occur nowhere in 30,000 places" in dead and "revival" not in dead
+    few, nearly_all = book(512, 442, 3000), book(512, 510, 30000)
+    assert not [*of_bottlenecks(EMAConfig(), {}, [few, nearly_all])]
+
+
+def test_units_that_say_nothing_are_warned_of_by_their_bottleneck() -> None:
+    figures = {"tokenizer.psnr": 20.0, "tokenizer.level0_active": 0.5, "tokenizer.level1_active": 0.02}
+    (collapsed,) = of_bottlenecks(GaussianConfig(), figures, [])
+    assert collapsed.startswith("Level 1 tells images apart by 2.0% of its units: the posterior has collapsed")
 
 
 def test_a_level_that_the_decoder_hardly_looks_at_is_named() -> None:
     (one,) = of_levels({0: 0.1, 1: 3.0}, [36.0, 36.0, 72.0])
-    assert "looks at level 0: without its codes reconstructions lose 0.1 dB, though it takes 25% of the bits" in one
+    assert "looks at level 0: without it reconstructions lose 0.1 dB, though it takes 25% of the bits" in one
+    (other,) = of_levels({0: 0.1}, [None, None])
+    assert "lose 0.1 dB. A coarser stride for it, or fewer channels for finer levels" in other
+
+
+def test_a_density_is_told_in_nats_and_codes_in_bits() -> None:
+    nats = Costs(torch.full((1, 2, 2), 3.0), [0])
+    sizes = {"level": 0, "grids": [(2, 2)], "class_names": []}
+    small = TransformerConfig(width=8, depth=1, heads=1)
+    codes = LevelPrior(LevelConfig(**sizes, codebook_sizes=[16], size=small))
+    numbers = LevelPrior(LevelConfig(**sizes, codebook_sizes=[None], size=NormalConfig(), channels=[5]))
+    assert [maps(level, nats, None, None).images[0][2] for level in (codes, numbers)] == ["17 bits", "12 nats"]
 
 
 @pytest.mark.parametrize(("train", "warned"), [(2.0, True), (2.6, False)])
@@ -271,18 +334,6 @@ def test_validation_that_turned_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,val_nats_per_code\n9,3\n19,2\n29,2.5\n")
     (one,) = of_curves(charts(read_rows(tmp_path), "prior, level 1", "level1"))
     assert one.startswith("prior, level 1: validation was best at step 20, 2, and is 2.5 at 30.")
-
-
-def test_settings_that_differ_are_those_of_the_run_not_of_its_place(tiny_run: Path) -> None:
-    configs = [load_config(tiny_run), load_config(tiny_run, ["--prior.dropout=[0.1,0.2]", "--run_dir=elsewhere"])]
-    rows = differing([flat_settings(vars_of(config)) for config in configs])
-    assert rows == [("prior.dropout", "0.1", "[0.1, 0.2]")]
-
-
-def vars_of(config: Any) -> Any:
-    from pipelines.storage.folders import plain
-
-    return plain(config)
 
 
 def test_curves_of_several_runs_are_laid_over_one_another(tmp_path: Path) -> None:
@@ -329,10 +380,19 @@ def test_a_run_of_images_alone_and_one_without_images_are_shown(
 
 
 def test_several_runs_stand_side_by_side(tiny_run: Path, copy_of: Callable[..., Path], smalti: Smalti) -> None:
-    other = copy_of({"sample": {"temperature": 0.9}})
+    other = copy_of({"seed": 1})
+    path = other.parent / "run" / "metrics.json"
+    figures = json.loads(path.read_text())
+    figures["samples"]["made"]["splits"]["samples"]["settings"]["temperature"] = 0.9
+    path.write_text(json.dumps(figures))
     code, _ = smalti("report", other, tiny_run)
     text = page_of(other.parent / "run")
-    assert code == 0 and "Side by side" in text and "sample.temperature" in text
+    board = re.search(r"<caption>Scoreboard</caption>.*?</table>", text, re.DOTALL)
+    assert code == 0 and board
+    rows = [re.sub(r"(<[^>]+>)+", " ", row).split() for row in board[0].split("</tr>")]
+    kid = f"{1000 * figures['samples']['kid']:.3f}"
+    assert ["seeds", "0", "0"] in rows and ["sample.temperature", "0.9", "1.0"] in rows and ["KID", kid, kid] in rows
+    assert "KID: x 1000, of samples beside real images: less is better; in features of pixels" in text
     assert text.count("as run (1) gives it back") == text.count("as run (2) gives it back") == 8
 
 
@@ -372,8 +432,9 @@ def test_a_report_that_fails_takes_nothing_from_the_run(
 def test_stages_say_where_the_page_is(copy_of: Callable[..., Path], smalti: Smalti) -> None:
     config = copy_of()
     run = config.parent / "run"
-    _, said = smalti("sample", config, "--redo", "sample")
-    assert said.strip().endswith(f"look at {run / 'report.html'}")
+    for stage in (["sample", config, "--redo", "sample"], ["evaluate", config]):
+        _, said = smalti(*stage)
+        assert said.strip().endswith(f"look at {run / 'report.html'}")
 
 
 def names_in(figures: dict[str, Any]) -> Iterator[str]:
@@ -385,14 +446,46 @@ def names_in(figures: dict[str, Any]) -> Iterator[str]:
             yield from names_in(value)
 
 
-def test_every_figure_stands_in_the_docs(tiny_run: Path) -> None:
-    run, text = tiny_run.parent / "run", (Path(__file__).parent.parent / "docs" / "figures.md").read_text()
-    quoted = set(re.findall(r"`([^`]+)`", text))
+@pytest.fixture(scope="module")
+def documented() -> set[str]:
+    """Names that have a row in docs/figures.md, whole and by their parts."""
+    text = (Path(__file__).parent.parent / "docs" / "figures.md").read_text()
+    cells = [
+        found[1] for found in re.finditer(r"^(?:\| |#+ )([^|\n]+)", text, re.MULTILINE)
+    ]  # first ones, and headings
+    quoted = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     known = quoted | {part for name in quoted for part in name.split(".")}
-    known |= {f"{name}{one[1:]}" for name in known for one in quoted if one[0] == "…"}
+    return known | {f"{name}{one[1:]}" for name in known for one in quoted if one[0] == "…"}
+
+
+def bare(name: str) -> str:
+    """A figure's name without the split and the number of the level."""
+    return re.sub(r"^(train_|val_)?(level\d+)?", lambda found: "levelN" * bool(found[2]), name)
+
+
+def test_every_figure_stands_in_the_docs(tiny_run: Path, documented: set[str]) -> None:
+    run = tiny_run.parent / "run"
     written = set(names_in(json.loads((run / "metrics.json").read_text())))
     for folder in ("tokenizer", "prior/level0", "prior/level1"):
         written |= set(names_in(json.loads((run / folder / "metrics.json").read_text())))
         written |= {name for row in read_rows(run / folder) for name in row} - {"step"}
-    named = {re.sub(r"^(train_|val_)?(level\d+)?", lambda found: "levelN" * bool(found[2]), name) for name in written}
-    assert len(named) > 40 and {name for name in named if name not in known} == set()
+    named = {bare(name) for name in written}
+    assert len(named) > 40 and named - documented == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_bottlenecks_tell_of_themselves_stands_in_the_docs(kind: str, documented: set[str]) -> None:
+    family, config = KINDS[kind](), TokenizerConfig(codebook_size=16, code_dim=4, width=8, residual_width=4)
+    model, images = HierarchicalVQVAE(config, 16, 1, family).eval(), torch.zeros(2, 1, 16, 16)
+    quality = TokenizerQuality(model)
+    with torch.no_grad():
+        quality.add(images, model(images), torch.ones(2))
+    named = {bare(name) for name in quality.figures()} | {f"levelN_{name}" for name in family.weights(4, 256)}
+    assert len(named) > 3 and named - documented == set()
+
+
+def test_what_the_page_and_the_scoreboard_show_stands_in_the_docs(documented: set[str]) -> None:
+    keys = [re.sub(r"\(\?:.*", "", key).replace(r"(\d+)", "N").replace("\\", "") for key in MEANINGS]
+    named = [key.replace(".given_class", "").replace(".without_class", "").split(".") for key in keys]
+    assert {name for parts in named for name in parts[-1:] if name not in documented} == set()
+    assert {column.figure for column in COLUMNS} - documented == set()

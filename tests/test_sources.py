@@ -439,3 +439,9 @@ def test_a_column_holds_the_captions(kind: str, tmp_path: Path, monkeypatch: pyt
         open_source(name, CACHE, caption_column="url")
     with pytest.raises(StageError, match="caption_column nope is not among the columns"):
         open_source(name, CACHE, caption_column="nope")
+
+
+@pytest.mark.parametrize("column", ["image_column", "label_column", "caption_column"])
+def test_columns_of_a_source_that_has_none_are_refused(column: str) -> None:
+    with pytest.raises(ConfigError, match=rf"images\.{column} is of parquet: and hf: sources, but"):
+        open_source("digits", CACHE, **{column: "x"})

@@ -23,7 +23,7 @@ def exported(folder: Path, config: TokenLayout, shards: list[Records]) -> Path:
     listed = []
     for number, made in enumerate(shards):
         name = f"train-{number:06d}"
-        files = write_bin(folder, name, made, "smalti")
+        files = write_bin(folder, name, made)
         sums = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
         listed.append({"shard": name, "records": len(made.lengths), "tokens": len(made.ids), "sha256": sums})
     config.save(folder, {"train": listed})

@@ -16,7 +16,8 @@ from pipelines.data import images as data
 from pipelines.errors import StageError
 from pipelines.run import Run
 from pipelines.stages.train_tokenizer import TokenizerTraining
-from pipelines.training.fit import clip_gradients, learning_rate_factor, make_optimizer, seed_step
+from pipelines.training.callbacks import ClipGradients
+from pipelines.training.fit import learning_rate_factor, make_optimizer, seed_step
 from pipelines.training.sections import TrainingConfig
 from tests.conftest import merged
 from tests.steps import COMPARABLE, Recorded, least_margin
@@ -48,12 +49,15 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("stage", ["train-tokenizer", "train-prior"])
-@pytest.mark.parametrize("killed_at", [4, 5])
+@pytest.mark.parametrize(
+    ("stage", "killed_at"),
+    [(stage, at) for stage in ("train-tokenizer", "train-prior") for at in (4, 5)] + [("train-prior of numbers", 5)],
+)
 def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     stage: str,
     killed_at: int,
     tiny_run: Path,
+    numbers_run: Path,
     tmp_path: Path,
     write_config: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -65,6 +69,9 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
     changes: dict = {"images": {"from": str(run / "images")}, kind: {"training": training}}
     if kind == "prior":
         changes |= {"codes": {"from": str(run / "codes")}}
+        if stage == "train-prior of numbers":
+            changes["prior"]["network"] = "flow"
+            changes["codes"]["from"], stage = str(numbers_run.parent / "run" / "codes"), "train-prior"
     else:
         changes["tokenizer"]["ema"] = {"decay": 0.5, "revival_threshold": 0.5}
     found = []
@@ -127,8 +134,11 @@ def test_half_precision_trains_with_clipped_gradients(
 ) -> None:
     """What a machine with bfloat16 does by itself."""
     norms: list[float] = []
+    clip = ClipGradients.on_before_optimizer_step
     monkeypatch.setattr(
-        "pipelines.training.fit.clip_gradients", lambda *given: norms.append(given[2]) or clip_gradients(*given)
+        ClipGradients,
+        "on_before_optimizer_step",
+        lambda self, *given: norms.append(self.largest_norm) or clip(self, *given),
     )
     run = tiny_run.parent / "run"
     training = {"precision": "bf16-mixed", "gradient_clip": 1.0}
@@ -147,13 +157,10 @@ def test_gradients_are_clipped_to_a_norm_over_all_parameters() -> None:
         parameter.grad = torch.full_like(parameter, 2.0)
     optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
 
-    class Job:
-        class trainer:
-            strategy = None
-
-    clip_gradients(Job, optimizer, None)  # type: ignore[arg-type]
+    trainer = pl.Trainer(logger=False, barebones=True)
+    ClipGradients(100.0).on_before_optimizer_step(trainer, pl.LightningModule(), optimizer)
     assert float(layers[0].weight.grad[0, 0]) == 2.0  # type: ignore[index]
-    clip_gradients(Job, optimizer, 0.5)  # type: ignore[arg-type]
+    ClipGradients(0.5).on_before_optimizer_step(trainer, pl.LightningModule(), optimizer)
     norm = torch.stack([parameter.grad.norm() for parameter in layers.parameters()]).norm()  # type: ignore[union-attr]
     assert float(norm) == pytest.approx(0.5, rel=1e-4)
 
@@ -405,7 +412,6 @@ def test_a_compiled_job_trains(tiny_run: Path, tmp_path: Path, write_config: Cal
         ({"batch_size": 5, "micro_batches": 2}, r"multiple of micro_batches \(2\), got 5"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"weight_ema": 1.0}, r"weight_ema must lie in \[0, 1\)"),
-        ({"compile": "maybe"}, "compile must be true, false or auto"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
     ],
 )

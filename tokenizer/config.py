@@ -18,6 +18,7 @@ class TokenizerConfig:
         residual_width: channels inside a residual block.
         residual_blocks: residual blocks in each encoder and decoder.
         normalize: l2-normalise latents and codes.
+        sigmoid: the decoder gives logits of values in [0, 1], as the loss "bernoulli" needs, and so can leave no range.
     """
 
     strides: list[int] = field(default_factory=lambda: [8, 4])
@@ -27,6 +28,7 @@ class TokenizerConfig:
     residual_width: int = 32
     residual_blocks: int = 2
     normalize: bool = False
+    sigmoid: bool = field(default=False, metadata={"introduced": False})
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.strides) <= MAX_LEVELS:

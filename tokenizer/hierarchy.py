@@ -33,10 +33,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Autoencoded(NamedTuple):
-    """A reconstruction (B, C, H, W) and what each bottleneck made of its features, coarse to fine."""
+    """What comes of a batch of images.
+
+    Attributes:
+        reconstruction: (B, C, H, W).
+        levels: what each bottleneck made of its features, coarse to fine.
+        logits: of the reconstruction as values in [0, 1], where the decoder gives such.
+    """
 
     reconstruction: Tensor
     levels: list[Bottled]
+    logits: Tensor | None = None
 
 
 class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalti"):
@@ -131,8 +138,9 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
                 bottlenecks' shapes.
         """
         levels = self._bottled(self._checked(images), noise)
-        reconstruction = self._reconstruct([level.seen for level in levels])
-        return Autoencoded(reconstruction if self.training else reconstruction.clamp(-1, 1), levels)
+        decoded = self._decoded([level.seen for level in levels])
+        reconstruction = self._in_range(decoded) if self.config.sigmoid or not self.training else decoded
+        return Autoencoded(reconstruction, levels, decoded if self.config.sigmoid else None)
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -165,6 +173,11 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, a code is
                 out of range, or a number is not finite.
         """
+        return self.decode_seen(self.seen(codes))
+
+    @torch.no_grad()
+    def seen(self, codes: Sequence[Tensor | np.ndarray | None]) -> list[Tensor]:
+        """Return what the decoder sees of each bottleneck, (B, D, h, w); arguments and errors are those of `decode`."""
         given = sum(one is not None for one in codes)
         if not given or len(codes) > len(self.levels):
             raise ValueError(f"codes must have 1 to {len(self.levels)} levels, got {given}")
@@ -182,7 +195,12 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
                 if len(own) == len(part.sizes)
                 else part.blank()[None, :, None, None].expand(numbers[0], -1, *grid)
             )
-        return self._reconstruct(seen).clamp(-1, 1)
+        return seen
+
+    @torch.no_grad()
+    def decode_seen(self, seen: Sequence[Tensor]) -> Tensor:
+        """Turn vectors of each bottleneck (B, D, h, w), which need not be those of codes, into images; see `seen`."""
+        return self._in_range(self._decoded(list(seen)))
 
     def _stored(self, number: int, given: Tensor | np.ndarray, device: torch.device) -> Tensor:
         """Return a stored grid on a device, if kind and shape are what this tokenizer reads."""
@@ -198,15 +216,17 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """Return images as float32, if kind and shape are what this tokenizer reads."""
         return float_tensor("images", images, ("B", self.channels, self.image_size, self.image_size))
 
-    def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None) -> list[Bottled]:
-        shapes = [
-            (len(images), part.noise_channels, *grid)
-            for part, grid in zip(self.bottlenecks, self.level_grids, strict=True)
-        ]
-        noise = noise_grids(noise, shapes)
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return what encoders make of images, float32 (B, width, h, w) of each bottleneck, coarse to fine."""
         features = [images]
         for encode in reversed(self.encoders):
             features.insert(0, encode(features[0]))
+        return features[:-1]
+
+    def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None) -> list[Bottled]:
+        parts = zip(self.bottlenecks, self.level_grids, strict=True)
+        noise = noise_grids(noise, [(len(images), part.noise_channels, *grid) for part, grid in parts])
+        features = self.features(images)
         levels: list[Bottled] = []
         seen = None  # (B, sum of D, h, w) of all coarser levels on the grid of the last one
         for level, bottleneck in enumerate(self.bottlenecks):
@@ -215,23 +235,29 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
                 known = torch.cat([self.context_decoders[level - 1](seen), known], 1)
             output = bottleneck(self.projections[level](known), noise[level])
             levels.append(output)
-            seen = self._stack(seen, output.seen, level)
+            seen = self.stack(seen, output.seen, level)
         return levels
 
-    def _reconstruct(self, levels: list[Tensor]) -> Tensor:
+    def _in_range(self, decoded: Tensor) -> Tensor:
+        """Return what the decoder gives as images in [-1, 1]: 2 sigmoid(x) - 1 of logits."""
+        return torch.tanh(decoded.float() / 2) if self.config.sigmoid else decoded.clamp(-1, 1)
+
+    def _decoded(self, levels: list[Tensor]) -> Tensor:
         seen = None
         for level, vectors in enumerate(levels):
-            seen = self._stack(seen, vectors, level)
+            seen = self.stack(seen, vectors, level)
         return self.decoder(seen)
 
-    def _stack(self, seen: Tensor | None, vectors: Tensor, level: int) -> Tensor:
+    def stack(self, seen: Tensor | None, vectors: Tensor, level: int) -> Tensor:
         """Lay what is seen of a level (B, D, h, w) on that of the coarser ones, upsampled to its grid."""
         return vectors if seen is None else torch.cat([self.upsamplers[level - 1](seen), vectors], 1)
 
     @property
     def settings(self) -> dict:
         """All that inference needs to know besides the tensors, as `config.json` holds it."""
-        return {"image_size": self.image_size, "channels": self.channels, **asdict(self.config), **self.family}
+        later = {f.name for f in fields(self.config) if f.metadata.get("introduced") == getattr(self.config, f.name)}
+        config = {name: value for name, value in asdict(self.config).items() if name not in later}
+        return {"image_size": self.image_size, "channels": self.channels, **config, **self.family}
 
     @property
     def family(self) -> dict[str, Any]:

@@ -42,13 +42,11 @@ class ComputeConfig:
     strategy: Literal["ddp", "fsdp"] = "ddp"
     cache_dir: str = ""
     cache_gb: float = 100.0
-    logger: str = "csv"
+    logger: Literal["csv", "wandb", "tensorboard"] = "csv"
 
     def __post_init__(self) -> None:
         if self.devices != "auto" and not re.fullmatch(r"-1|[1-9][0-9]{0,4}", str(self.devices)):
             raise ValueError(f"compute.devices must be auto, -1 for all, or a number, got {self.devices}")
-        if self.logger not in ("csv", "wandb", "tensorboard"):
-            raise ValueError(f"compute.logger must be csv, wandb or tensorboard, got {self.logger}")
         if self.num_workers < -1 or self.threads < 0 or self.num_nodes < 1:
             raise ValueError("compute.num_workers, threads and num_nodes must not be negative")
         if self.timeout_s < 1 or not 0 < self.cache_gb < 2**40:

@@ -35,7 +35,7 @@ class Interrupted(BaseException):
 def signals_handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Let a handler answer `SIGNALS` in the block; only a main thread can, another leaves them as they are.
 
-    Once this process is leaving, further signals are not heard: schedulers send several.
+    A process that hears no more because it is leaving does not begin to again after the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,18 +43,22 @@ def signals_handled_by(handler: Callable[[int, FrameType | None], Any]) -> Itera
     before = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         yield
-    except Interrupted:
-        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
-        raise
     finally:
         for signum, old in before.items():
-            signal.signal(signum, old)
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, old)
+
+
+def hear_no_more() -> None:
+    """Ignore further signals while leaving: schedulers send several."""
+    if threading.current_thread() is threading.main_thread():
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def leave(signum: int, frame: FrameType | None) -> None:
     """Answer a signal by leaving at once."""
-    for other in SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
+    hear_no_more()
     raise Interrupted(signum)
 
 

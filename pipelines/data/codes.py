@@ -22,6 +22,7 @@ from pipelines.storage.fingerprint import digest
 from pipelines.storage.manifest import CodesManifest, Level, read_manifest, receipts_of
 from pipelines.storage.paths import sweep, whole
 from pipelines.storage.shards import (
+    POSTERIOR,
     SampleIndex,
     check_count,
     code_dtype,
@@ -182,6 +183,41 @@ def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(stream)
+
+
+def posteriors(folder: Path, level: int, rows: np.ndarray, cache: Cache) -> np.ndarray:
+    """Return mean and log-variance of q(z | x) of samples of the train split, float32 (N, 2d, h, w).
+
+    Args:
+        folder: of codes.
+        level: of which.
+        rows: places of the samples in the split, int64 (N,), rising.
+        cache: for the shards.
+
+    Raises:
+        StageError: a shard lacks them, or holds something else.
+    """
+    manifest = read_manifest(folder, "codes", "encode")
+    channels, h, w = level_shape(manifest["levels"][level])
+    described: Level = {"grid": [h, w], "codebook_size": None, "channels": 2 * channels}
+    found, first = [], 0
+    for receipt in receipts_of(manifest, "train"):
+        own = rows[(rows >= first) & (rows < first + receipt["samples"])] - first
+        first += receipt["samples"]
+        if not len(own):
+            continue
+        shard = folder / receipt["shard"]
+        path = cache.shard(shard, receipt)
+        samples = index_shard(path)
+        with path.open("rb") as file:
+            for sample in (samples[row] for row in own):
+                name, member = f"sample {sample.key} of {shard}", sample.members.get(f"level{level}.{POSTERIOR}")
+                if member is None:
+                    raise StageError(
+                        f"{name} lacks level{level}.{POSTERIOR}; set encode.posterior to true and run `smalti encode`"
+                    )
+                found.append(_grid(read_member(file, member), described, name))
+    return np.stack(found)
 
 
 class CodeBatch(NamedTuple):

@@ -3,13 +3,14 @@
 B batch, C channels, H W pixels.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,14 +38,26 @@ class AugmentConfig:
     Attributes:
         flip: mirror every other image, left to right.
         shift: move the image by up to this many pixels each way, its edge repeated ("random crop").
+        corrupt: what the encoder sees in place of the image, which stays what is to be reconstructed: "noise" (added,
+            Gaussian), "mask" (patches of grey), "salt" (pixels of white and black) or "none".
+        corrupt_strength: standard deviation of the noise, of values in [-1, 1]; share of patches or pixels.
+        corrupt_patch: side of a patch in pixels.
     """
 
     flip: bool = True
     shift: int = 0
+    corrupt: Literal["none", "noise", "mask", "salt"] = field(default="none", metadata={"introduced": "none"})
+    corrupt_strength: float = field(default=0.3, metadata={"introduced": 0.3})
+    corrupt_patch: int = field(default=4, metadata={"introduced": 4})
 
     def __post_init__(self) -> None:
         if self.shift < 0:
             raise ValueError(f"augment.shift must not be negative, got {self.shift}")
+        most = 1.0 if self.corrupt in ("mask", "salt") else math.inf
+        if not 0 <= self.corrupt_strength <= most:
+            raise ValueError(f"augment.corrupt_strength must lie in [0, {most}], got {self.corrupt_strength}")
+        if self.corrupt_patch < 1:
+            raise ValueError(f"augment.corrupt_patch must be at least 1, got {self.corrupt_patch}")
 
 
 class ImageSample(NamedTuple):

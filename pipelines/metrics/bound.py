@@ -27,14 +27,16 @@ FITTED_IMAGES, FITTED_SHARDS = 1000, 8
 SCALES = [2 ** (power / 16) for power in range(-4 * 16, 7 * 16 + 1)]
 # Reconstructions are counted to an eighth of a grey level while scales are fitted.
 PARTS = 8
+OF = {"given_class": "p(x | class)", "without_class": "p(x)"}
 
 
 class Bound(Metric):
     """The bound in bits per dimension, rate + distortion, with a 95% interval over images.
 
-    The rate of continuous levels is KL(q(z | x) || N(0, I)) (Kingma and Welling 2014, equation 3), and N(0, I) their
-    only prior. That of a finer level depends on what was drawn of the coarser ones: it is taken where they are drawn,
-    once.
+    The rate of what is drawn from q(z | x) is log q(z | x) - log p(z), of one draw: the codes of `gumbel` save the
+    entropy of q. That of continuous levels is KL(q(z | x) || N(0, I)) (Kingma and Welling 2014, equation 3), and
+    N(0, I) their only prior. That of a finer level depends on what was drawn of the coarser ones: it is taken where
+    they are drawn, once.
     """
 
     name = "bound"
@@ -45,10 +47,12 @@ class Bound(Metric):
         super().__init__(subject)
         assert subject.tokenizer
         val, self.train = subject.splits["val"], subject.splits["train"].images
-        self.scales = fitted_scales(subject.tokenizer, self.train, subject.seed)
+        self.scales = scales_of(subject)
         self.distortion = Rows(val.count)
         self.rates = {condition: Rows(val.count) for condition in subject.conditions}
-        self.continuous = any(size is None for size in subject.tokenizer.codebook_sizes)
+        assert subject.prior
+        fixed = all(level.config.network == "normal" for level in subject.prior.levels)
+        self.rate = subject.tokenizer.bottleneck.rate if fixed else ""  # the loss that is the rate under N(0, I)
 
     def update(self, seen: Seen) -> None:
         if seen.split != "val":
@@ -57,8 +61,7 @@ class Bound(Metric):
         nats = pixel_nats(seen.pixels.to(seen.decoded.device), grey_levels(seen.decoded), scales)
         self.distortion.put(seen.rows, nats.flatten(1).sum(1, dtype=torch.float64))
         for condition, rates in self.rates.items():
-            levels = [self._kl(seen)] if self.continuous else [level.nats for level in seen.judged(condition)]
-            rates.put(seen.rows, torch.stack(levels).sum(0))
+            rates.put(seen.rows, self._divergence(seen) if self.rate else seen.rate(condition))
 
     def compute(self) -> dict[str, Any]:
         fitted = {
@@ -68,9 +71,9 @@ class Bound(Metric):
         rates = {condition: rows.all() for condition, rows in self.rates.items()}
         return fitted | bound_figures(rates, self.distortion.all(), self.subject.dims)
 
-    def _kl(self, seen: Seen) -> Tensor:
-        """Return the rate of each image in nats, float64 (B,)."""
-        return torch.stack([level.losses["kl"].double() for level in seen.output.levels]).sum(0).cpu()
+    def _divergence(self, seen: Seen) -> Tensor:
+        """Return KL(q || N(0, I)) of each image in nats, float64 (B,), of the levels as they are drawn."""
+        return torch.stack([level.losses[self.rate].double() for level in seen.output.levels]).sum(0).cpu()
 
     @classmethod
     def table(cls, figures: dict[str, Any]) -> list[str]:
@@ -82,9 +85,8 @@ class Bound(Metric):
         for what, bits in figures["bits_per_dim"].items():
             rate, interval = figures["rate_bits_per_dim"][what], figures["bits_per_dim_interval95"][what]
             shown = "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
-            what = {"given_class": "p(x | class)", "without_class": "p(x)"}[what]
             lines.append(
-                f"  {what:<13} {rate:>9.4f} {figures['distortion_bits_per_dim']:>11.4f} {bits:>9.4f}   {shown}"
+                f"  {OF[what]:<13} {rate:>9.4f} {figures['distortion_bits_per_dim']:>11.4f} {bits:>9.4f}   {shown}"
             )
         return lines
 
@@ -116,6 +118,15 @@ def pixel_nats(values: Tensor, means: Tensor, scales: Tensor | float) -> Tensor:
 def grey_levels(images: Tensor) -> Tensor:
     """[-1, 1] to [0, 255]."""
     return (images.float() + 1) * 127.5
+
+
+def scales_of(subject: Subject) -> Tensor:
+    """Return the scale of each channel, float64 (C,), fitted once for all metrics of a subject."""
+    if "scales" not in subject.gathered:
+        assert subject.tokenizer
+        train = subject.splits["train"].images
+        subject.gathered["scales"] = fitted_scales(subject.tokenizer, train, subject.seed)
+    return subject.gathered["scales"]
 
 
 @torch.no_grad()

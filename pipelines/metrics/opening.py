@@ -37,12 +37,15 @@ class EvaluateConfig:
             dinov2:FOLDER, FILE.pt of TorchScript or TIMM_NAME:FILE.safetensors.
         reference: an ADM batch, FILE.npz, that samples are held against; empty for the training images.
         train_images: training images that are looked at, at most; chosen by seed where there are more.
+        importance_samples: draws per image for importance-weighted bounds of what is drawn from q(z | x), each through
+            tokenizer and prior; 0 for none. Nothing of codes that are not drawn.
         skip: metrics to leave out, by their names in `metrics.json`: classification trains two small classifiers.
     """
 
     features: str = "pixels"
     reference: str = ""
     train_images: int = 50_000
+    importance_samples: int = field(default=100, metadata={"introduced": 100})
     skip: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -50,6 +53,8 @@ class EvaluateConfig:
             raise ValueError("evaluate.features must name a feature space; pixels is the plainest")
         if self.train_images < 1:
             raise ValueError(f"evaluate.train_images must be at least 1, got {self.train_images}")
+        if self.importance_samples < 0:
+            raise ValueError(f"evaluate.importance_samples must not be negative, got {self.importance_samples}")
 
 
 class Models(NamedTuple):
@@ -108,7 +113,8 @@ def open_subject(config: EvaluateConfig, seed: int, compute: ComputeConfig, mode
     dims = channels * size**2
     marks = {"tokenizer": tokenizer_fingerprint(tokenizer)} if tokenizer else {}
     marks |= {f"prior{number}": prior_fingerprint(level) for number, level in enumerate(prior.levels if prior else ())}
-    return Subject(splits, tokenizer, prior, marks, features, moments, dims, seed, device, compute.cache, {})
+    draws, cache = config.importance_samples, compute.cache
+    return Subject(splits, tokenizer, prior, marks, features, moments, dims, seed, device, cache, {}, draws)
 
 
 def _split(

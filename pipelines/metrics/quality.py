@@ -4,12 +4,24 @@ B batch, C channels, H W pixels.
 """
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pipelines.compute.ranks import sum_over_ranks
 from tokenizer import Autoencoded, HierarchicalVQVAE
+from tokenizer.bottlenecks.bottleneck import Settings
+
+
+def level_warnings(family: Settings, figures: Mapping[str, float]) -> list[str]:
+    """Return what bottlenecks warn of where these are figures of a split, those of levels by names "levelN_NAME"."""
+    levels: dict[int, dict[str, float]] = {}
+    for name, value in figures.items():
+        if match := re.fullmatch(r"level(\d+)_(\w+)", name):
+            levels.setdefault(int(match[1]), {})[match[2]] = value
+    return [f"level {level} {warning}" for level, own in sorted(levels.items()) for warning in family.warnings(own)]
 
 
 class TokenizerQuality:
@@ -26,22 +38,30 @@ class TokenizerQuality:
         self.errors = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
         self.losses: dict[str, Tensor] = {}  # sums over images, by level and name
 
-    def add(self, images: Tensor, output: Autoencoded, mask: Tensor) -> None:
+    def add(
+        self,
+        images: Tensor,
+        output: Autoencoded,
+        mask: Tensor,
+        losses: Sequence[dict[str, Tensor]] | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             output: what the model made of them.
             mask: (B,), 1 for images that count, 0 for filling.
+            losses: further ones of each level by name, (B,) each.
         """
         mask = mask.double()
         errors = (output.reconstruction.float() - images).double().flatten(1)  # (B, C*H*W)
         per_image = torch.stack([torch.ones_like(mask), errors.square().mean(1), errors.abs().mean(1)])
         self.errors += (per_image * mask).sum(1)
         first = 0  # of the level's stored grids
-        for level, figures in zip(output.levels, self.of_levels, strict=True):
+        further = losses or [{} for _ in output.levels]
+        for level, more, figures in zip(output.levels, further, self.of_levels, strict=True):
             figures.update(level, mask)
-            for name, values in level.losses.items():
+            for name, values in (level.losses | more).items():
                 found = (values.double() * mask).sum()
                 self.losses[f"level{first}_{name}"] = self.losses.get(f"level{first}_{name}", 0) + found
             first += len(level.stored)

@@ -37,6 +37,11 @@ class Rates(Metric):
 
     name = "prior"
     needs = ("val.nats", "train.nats")
+    more_is_better = ("right",)
+    less_is_better = (
+        *("nats_per_code", "bits_per_code", "nats_per_value", "calibration_error"),
+        *("rate_bits_per_image", "rate_bits_per_dim"),
+    )
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -100,7 +105,10 @@ class Rates(Metric):
         levels = [(name.removeprefix("level"), level) for name, level in figures.items() if name.startswith("level")]
         if "rate_bits_per_dim" not in figures:
             lines = [title("priors", figures), "  level  nats per value, of a density"]
-            return lines + [f"  {name:>5}  {level['nats_per_value']['without_class']:.4f}" for name, level in levels]
+            for name, level in levels:
+                found = (f"{nats:.4f} {GIVEN[what]}" for what, nats in level["nats_per_value"].items())
+                lines.append(f"  {name:>5}  {', '.join(found)}")
+            return lines
         lines = [
             title("priors", figures),
             f"  level  {'saved: of the bits of the histogram':<39} nats/code  bits/code     saved",

@@ -22,6 +22,7 @@ from pipelines.progress import progress_bar
 from pipelines.storage.cache import Cache
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import Autoencoded, HierarchicalVQVAE
+from tokenizer.posterior import Summands, log_posterior, summands
 
 # Images at once; nothing but rounding depends on it.
 BATCH_SIZE = 64
@@ -93,7 +94,9 @@ class Subject(NamedTuple):
         seed: of all that is drawn.
         device: where models are.
         cache: for features of real images.
-        gathered: features of whole splits, float32 (N, d), by need; filled before metrics compute.
+        gathered: what metrics share: features of whole splits, float32 (N, d), by need, filled before metrics compute;
+            and the bound's scales.
+        importance_samples: draws per image for importance-weighted bounds.
     """
 
     splits: dict[str, Split]
@@ -107,15 +110,16 @@ class Subject(NamedTuple):
     device: torch.device
     cache: Cache
     gathered: dict[str, Tensor]
+    importance_samples: int = 0
 
     def there(self) -> set[str]:
         """Return what metrics can be shown, as "SPLIT.WHAT".
 
         SPLIT is a name of `splits`. WHAT is an attribute of `Seen`: images, pixels and keys; output and reconstructions
-        where there is a tokenizer; of codes codes and classes, with a tokenizer decoded, with a prior nats, which is
-        `Seen.judged`, and rate, where those bound what an image takes. Or it is features, of images, or
-        reconstruction_features: they stand in `gathered` when metrics compute, of whole splits. "real.moments" are
-        `real_moments`.
+        where there is a tokenizer; of codes codes and classes, with a tokenizer decoded and, where it draws, posterior;
+        with a prior nats, which is `Seen.judged`, and rate, where those bound what an image takes. Or it is features,
+        of images, or reconstruction_features: they stand in `gathered` when metrics compute, of whole splits.
+        "real.moments" are `real_moments`.
         """
         found = set()
         for name, split in self.splits.items():
@@ -125,6 +129,7 @@ class Subject(NamedTuple):
             given |= {"decoded"} if split.codes and self.tokenizer else set()
             given |= {"nats"} if split.codes and self.prior else set()
             given |= {"rate"} if split.codes and self.prior and self._is_bounded else set()
+            given |= {"posterior"} if split.images and split.codes and self.draws else set()
             found |= {f"{name}.{what}" for what in given}
         return found | ({"real.moments"} if self.moments or "real.features" in found else set())
 
@@ -135,17 +140,20 @@ class Subject(NamedTuple):
     @property
     def _is_bounded(self) -> bool:
         """Whether all that is stored has a rate. Numbers without noise have no density given the image."""
-        parts = self.tokenizer.bottlenecks if self.tokenizer else []
-        return all(part.noise_channels for part in parts if None in part.sizes)
+        tokenizer = self.tokenizer
+        return tokenizer is None or bool(tokenizer.bottleneck.rate) or None not in tokenizer.codebook_sizes
+
+    @property
+    def draws(self) -> bool:
+        """Whether what stands for an image is drawn from a distribution q(z | x)."""
+        return self.tokenizer is not None and all(part.noise_channels for part in self.tokenizer.bottlenecks)
 
     @property
     def conditions(self) -> list[str]:
         """What codes are predicted from: "given_class"; "without_class" where there are none, or training hid some."""
         assert self.prior
-        if any(level.config.codebook_sizes[-1] is None for level in self.prior.levels):
-            return ["without_class"]
-        names = self.prior.class_names
-        without = not names or all(getattr(level.config, "unconditional", True) for level in self.prior.levels)
+        names, knowing = self.prior.class_names, [one.config for one in self.prior.levels if one.config.class_names]
+        without = all(getattr(config, "unconditional", True) for config in knowing)
         return ["given_class"] * bool(names) + ["without_class"] * without
 
 
@@ -206,6 +214,23 @@ class Seen:
         """What the codes decode to, float (B, C, H, W), in [-1, 1] or somewhat beyond."""
         assert self._subject.tokenizer
         return self._subject.tokenizer.decode(self.codes)
+
+    @cached_property
+    def posterior(self) -> list[Summands]:
+        """What q(z | x) is made of for each bottleneck, z being the codes: what is stored."""
+        assert self._subject.tokenizer
+        return summands(self._subject.tokenizer, self.images, self.codes)
+
+    @cached_property
+    def log_posterior(self) -> Tensor:
+        """log q(z | x) of each image, float64 (B,), z being the codes."""
+        assert self._subject.tokenizer
+        return log_posterior(self._subject.tokenizer, [part.total for part in self.posterior], self.codes).cpu()
+
+    def rate(self, condition: str) -> Tensor:
+        """Return the rate of each image in nats, float64 (B,): -log p of the codes, and log q where they are drawn."""
+        nats = torch.stack([level.nats for level in self.judged(condition)]).sum(0)
+        return nats + self.log_posterior if self._subject.draws else nats
 
     def judged(self, condition: str) -> list[Judged]:
         """Return what the prior of each level makes of the codes, under one of the subject's `conditions`."""

@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.errors import StageError
+from pipelines.metrics.direction import direction
 from pipelines.storage.paths import exists, read_bytes
 
 # By pattern of their names: what a person is told of them, in this order.
 MEANINGS = {
-    r"tokenizer\.psnr": ("reconstructions: PSNR, dB", "how near they are in pixels; more is better"),
-    r"tokenizer\.ssim": ("reconstructions: SSIM", "how alike they are in structure, 1 at most; more is better"),
-    r"tokenizer\.ms_ssim": ("reconstructions: MS-SSIM", "the same at five scales; more is better"),
-    r"reconstructions\.rkid": ("reconstructions: rKID x 1000", "how far from real images in features; less is better"),
-    r"reconstructions\.rfid": ("reconstructions: rFID", "the same; trust it from 10,000 images on; less is better"),
+    r"tokenizer\.psnr": ("reconstructions: PSNR, dB", "how near they are in pixels"),
+    r"tokenizer\.ssim": ("reconstructions: SSIM", "how alike they are in structure, 1 at most"),
+    r"tokenizer\.ms_ssim": ("reconstructions: MS-SSIM", "the same at five scales"),
+    r"reconstructions\.rkid": ("reconstructions: rKID x 1000", "how far from real images in features"),
+    r"reconstructions\.rfid": ("reconstructions: rFID", "the same; trust it from 10,000 images on"),
     r"tokenizer\.level(\d+)_usage": (
         "level {}: share of codes in use",
         "near 100% is good; below 10% it collapsed",
     ),
     r"tokenizer\.level(\d+)_perplexity": ("level {}: perplexity", "as many codes, evenly used, would say as much"),
+    r"tokenizer\.level(\d+)_kl": ("level {}: KL, nats per image", "what it says of an image; near 0 it says nothing"),
     r"tokenizer\.level(\d+)_active": ("level {}: share of active units", "channels that tell images apart"),
     r"prior\.level(\d+)\.histogram_bits": (
         "level {}: bits per code by the histogram",
         "what the prior must stay below",
     ),
-    r"prior\.level(\d+)\.bits_per_code\.given_class": ("level {}: bits per code, given the class", "less is better"),
-    r"prior\.level(\d+)\.bits_per_code\.without_class": ("level {}: bits per code, without class", "less is better"),
+    r"prior\.level(\d+)\.bits_per_code\.given_class": ("level {}: bits per code, given the class", ""),
+    r"prior\.level(\d+)\.bits_per_code\.without_class": ("level {}: bits per code, without class", ""),
     r"prior\.level(\d+)\.train_bits_per_code\.given_class": (
         "level {}: bits per code of training images, given the class",
         "far below those of val, it has learned by heart",
@@ -35,38 +37,82 @@ MEANINGS = {
     r"prior\.level(\d+)\.right\.given_class": ("level {}: likeliest code is right", "share of positions"),
     r"prior\.level(\d+)\.calibration_error\.given_class": (
         "level {}: calibration error",
-        "how far the likeliest code's probability is from how often it is right; less is better",
+        "how far the likeliest code's probability is from how often it is right",
     ),
-    r"prior\.level(\d+)\.nats_per_code": ("level {}: nats per code", "as training saw it last; less is better"),
+    r"prior\.level(\d+)\.nats_per_code": ("level {}: nats per code", "as training saw it last"),
     r"prior\.level(\d+)\.nats_per_value(?:\.\w+)?": (
         "level {}: nats per value",
         "of a density, may be negative",
     ),
     r"prior\.rate_bits_per_image\.given_class": (
         "bits per image, given the class",
-        "what codes take; less is better",
+        "what codes take",
     ),
-    r"prior\.rate_bits_per_image\.without_class": ("bits per image", "what codes take; less is better"),
+    r"prior\.rate_bits_per_image\.without_class": ("bits per image", "what codes take"),
     r"bound\.bits_per_dim\.given_class": (
         "bound, bits per value, given the class",
-        "codes and the rest; less is better",
+        "codes and the rest",
     ),
     r"bound\.bits_per_dim\.without_class": (
         "bound, bits per value",
-        "codes and the rest; less is better",
+        "codes and the rest",
     ),
-    r"samples\.kid": ("samples: KID x 1000", "how far from real images in features; less is better"),
-    r"samples\.frechet\.fid": ("samples: FID", "the same; trust it from 10,000 images on; less is better"),
-    r"samples\.precision": ("samples: precision", "share that could be real; more is better"),
-    r"samples\.recall": ("samples: recall", "share of real images that could be samples; more is better"),
-    r"samples\.density": ("samples: density", "how deep among real images they lie; more is better"),
-    r"samples\.coverage": ("samples: coverage", "share of real images with a sample nearby; more is better"),
-    r"codes\.level(\d+)\.total_variation": ("level {}: samples' codes, total variation", "0 to 1; less is better"),
+    r"surgery\.mutual_information_bits_per_dim\.given_class": (
+        "I(x, z), bits per value, given the class",
+        "what codes tell of images, of the bound; at most log2 of their number",
+    ),
+    r"surgery\.mutual_information_at_most_bits_per_dim\.given_class": (
+        "I(x, z), bits per value, at most, given the class",
+        "entropy of the codes, by the best prior there is",
+    ),
+    r"surgery\.marginal_kl_bits_per_dim\.given_class": (
+        "marginal KL, bits per value, given the class",
+        "what another prior could save of the bound",
+    ),
+    r"surgery\.marginal_kl_at_most_bits_per_dim\.given_class": (
+        "marginal KL, bits per value, at most, given the class",
+        "what another prior could save of the bound",
+    ),
+    r"importance\.bits_per_dim_100\.given_class": (
+        "bound of 100 draws, bits per value, given the class",
+        "nearer to log p than that of one",
+    ),
+    r"surgery\.mutual_information_bits_per_dim\.without_class": (
+        "I(x, z), bits per value",
+        "what codes tell of images, of the bound; at most log2 of their number",
+    ),
+    r"surgery\.mutual_information_at_most_bits_per_dim\.without_class": (
+        "I(x, z), bits per value, at most",
+        "entropy of the codes, by the best prior there is",
+    ),
+    r"surgery\.marginal_kl_bits_per_dim\.without_class": (
+        "marginal KL, bits per value",
+        "what another prior could save of the bound",
+    ),
+    r"surgery\.marginal_kl_at_most_bits_per_dim\.without_class": (
+        "marginal KL, bits per value, at most",
+        "what another prior could save of the bound",
+    ),
+    r"importance\.bits_per_dim_100\.without_class": (
+        "bound of 100 draws, bits per value",
+        "nearer to log p than that of one",
+    ),
+    r"samples\.kid": ("samples: KID x 1000", "how far from real images in features"),
+    r"samples\.frechet\.fid": ("samples: FID", "the same; trust it from 10,000 images on"),
+    r"samples\.precision": ("samples: precision", "share that could be real"),
+    r"samples\.recall": ("samples: recall", "share of real images that could be samples"),
+    r"samples\.density": ("samples: density", "how deep among real images they lie"),
+    r"samples\.coverage": ("samples: coverage", "share of real images with a sample nearby"),
+    r"codes\.level(\d+)\.total_variation": ("level {}: samples' codes, total variation", "0 to 1"),
     r"copies\.features\.too_near_share": (
         "samples: too near a training image",
-        "1% is chance; see what val images have",
+        "at least as near as 1% of val images are",
     ),
-    r"classification\.trained_on_samples": ("classifier trained on samples: right", "of val images; more is better"),
+    r"copies\.features\.nearer_share": (
+        "samples: nearer to training images than val images are",
+        "50% is chance, 100% is copying",
+    ),
+    r"classification\.trained_on_samples": ("classifier trained on samples: right", "of val images"),
     r"classification\.trained_on_real": ("classifier trained on real images: right", "what that could be at best"),
 }
 # How values are shown: as shares, and times a thousand with their standard errors.
@@ -125,7 +171,8 @@ def told(figures: dict[str, float]) -> list[Figure]:
             if match := re.fullmatch(pattern, key):
                 level = int(match[1]) if match.groups() else None
                 error = figures.get(f"{key}_error")
-                rows.append(Figure(key, name.format(*match.groups()), as_told(key, value, error), meaning, level))
+                what = "; ".join(words for words in (meaning, direction(key)) if words)
+                rows.append(Figure(key, name.format(*match.groups()), as_told(key, value, error), what, level))
     return rows
 
 

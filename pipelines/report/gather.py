@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.compared import Compared, as_compared
 from pipelines.compute.devices import inference_device
 from pipelines.config import Config
 from pipelines.errors import StageError, UserError, told_to_user
@@ -16,6 +17,7 @@ from pipelines.finished import Finished
 from pipelines.report import codebooks, curves, likelihoods, sampled, warned
 from pipelines.report.figures import by_level, figures_of, read_figures, told
 from pipelines.report.head import Fact, Head, images_facts, prior_facts, settings_of, stages, tokenizer_facts, versions
+from pipelines.report.plane import Plane, is_plane, plane
 from pipelines.report.reading import Codes, Images, read_codes, read_images
 from pipelines.report.so_far import prior_so_far, tokenizer_so_far
 from pipelines.report.tokenized import Quality, Row, Tokenized, quality, tokenized
@@ -56,6 +58,7 @@ class Gathered:
         self.in_sight = codebooks.IN_SIGHT
         self.charts = self.part("curves", self._charts) or []
         self.quality = self.part("reconstructions", self._quality)
+        self.plane = self.part("plane", self._plane)
         self.codebooks = self.part("codebooks", self._codebooks) or []
         self.mosaics = self.part("maps of codes", self._mosaics) or []
         self.maps = self.part("priors", self._maps) or []
@@ -87,6 +90,7 @@ class Gathered:
             ("curves", "curves", bool(self.charts)),
             ("reconstructions", "reconstructions", bool(self.quality)),
             ("levels", "level by level", bool(self.quality)),
+            ("plane", "plane", bool(self.plane)),
             ("codebooks", "codebooks", bool(self.codebooks)),
             ("codes", "maps of codes", bool(self.mosaics)),
             ("priors", "priors", bool(self.maps)),
@@ -163,9 +167,10 @@ class Gathered:
     @cached_property
     def samples_fit(self) -> bool:
         """Whether the samples were drawn by the models that are there now."""
-        marks = read_manifest(self.root / self.config.sample.folder, "samples", "sample")["fingerprints"]
-        found = {f"prior{level}": prior_fingerprint(prior) for level, prior in self.priors.items()}
-        return self.tokenizer is not None and marks == found | {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        manifest = read_manifest(self.root / self.config.sample.folder, "samples", "sample")
+        models = {f"prior{level}": prior_fingerprint(prior) for level, prior in self.priors.items()}
+        models |= {"tokenizer": tokenizer_fingerprint(self.tokenizer)} if self.tokenizer else {}
+        return manifest["fingerprints"] == self.finished.marks(manifest, models)
 
     @cached_property
     def patches(self) -> dict[int, codebooks.Patches]:
@@ -194,6 +199,11 @@ class Gathered:
             found[level] = {split: likelihoods.costs(prior, self.codes[split]) for split in splits}
         return found
 
+    @property
+    def continuous(self) -> bool:
+        """Whether priors are of numbers, which N(0, I) finds likely or not, whatever class and coarser levels."""
+        return any(None in prior.config.codebook_sizes for prior in self.priors.values())
+
     @cached_property
     def class_names(self) -> list[str]:
         """Names of the classes; empty where there are none."""
@@ -206,6 +216,11 @@ class Gathered:
     def looked_at(self) -> int:
         """Images of both splits that are read."""
         return sum(len(images.keys) for images in self.images.values())
+
+    @cached_property
+    def compared(self) -> Compared | None:
+        """The run as it is compared with others; None where its models cannot be read."""
+        return self.part("scoreboard", self._compared)
 
     @cached_property
     def measured(self) -> dict[str, Any]:
@@ -245,6 +260,11 @@ class Gathered:
             return None
         return quality(self.tokenizer, self.images["val"], self.tokenized["val"], self.class_names)
 
+    def _plane(self) -> Plane | None:
+        if not self.tokenizer or "val" not in self.images or not is_plane(self.tokenizer):
+            return None
+        return plane(self.tokenizer, self.images["val"], self.tokenized["val"].levels[0], self.class_names)
+
     def _codebooks(self) -> list[codebooks.Codebook]:
         model = self.tokenizer
         return [codebooks.codebook(model, level, found) for level, found in self.patches.items()] if model else []
@@ -270,7 +290,8 @@ class Gathered:
     def _by_class(self) -> Table:
         levels = [f"level {level}, {split}" for level, splits in self.costs.items() for split in splits]
         rows = likelihoods.by_class(self.costs, self.codes, self.class_names)
-        return Table("Nats a code by class", ["class", *levels], rows if levels else [])
+        unit = "cell, of a density" if self.continuous else "code"
+        return Table(f"Nats per {unit}, by class", ["class", *levels], rows if levels else [])
 
     @cached_property
     def bits(self) -> dict[str, np.ndarray] | None:
@@ -302,8 +323,14 @@ class Gathered:
             return None
         return sampled.neighbours(self.samples, train, self.images.get("val"))
 
+    def _compared(self) -> Compared:
+        models = [self.tokenizer] if self.tokenizer else []
+        return as_compared(self.finished, self.measured, [*models, *self.priors.values()])
+
     def _warnings(self) -> list[str]:
-        found = [*warned.of_codebooks(self.codebooks), *warned.of_units(self.figures)]
+        found: list[str] = []
+        if self.tokenizer:
+            found += warned.of_bottlenecks(self.tokenizer.bottleneck, self.figures, self.codebooks)
         if self.quality and self.tokenizer:
             bits = [h * w * math.log2(size) if size else None for (h, w), size, _ in self.tokenizer.levels]
             found += warned.of_levels(self.quality.adds, bits)

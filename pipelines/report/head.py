@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipelines.finished import Finished, what_came_of
-from pipelines.report.figures import Figure, LevelFigures
+from pipelines.report.figures import Figure, LevelFigures, read_figures
 from pipelines.storage.fingerprint import manifest_digest, prior_fingerprint, tokenizer_fingerprint
-from pipelines.storage.folders import is_complete, plain
+from pipelines.storage.folders import is_complete, plain_data
 from pipelines.storage.manifest import Manifest, read_manifest, receipts_of
 from pipelines.storage.paths import exists, read_bytes
 from pipelines.storage.record import read_record
@@ -119,7 +119,7 @@ def stages(
     rows = [_stage(name, folder, marks.get(name, ""), steps.get(folder.name)) for name, folder in folders.items()]
     if source := finished.config.tokenizer.from_:
         rows[1] = Stage("train-tokenizer", "elsewhere", source, fingerprint=marks.get("train-tokenizer", "")[:SHORT])
-    return rows
+    return [*rows, _evaluated(finished.root)]
 
 
 def _stage(name: str, folder: Path, mark: str, step: int | None) -> Stage:
@@ -128,15 +128,23 @@ def _stage(name: str, folder: Path, mark: str, step: int | None) -> Stage:
         return Stage(name, "begun" if begun else "not yet", f"at step {step:,}" if begun and step else "")
     if exists(folder / "manifest.json"):
         mark = manifest_digest(json.loads(read_bytes(folder / "manifest.json")))
-    record = _record(name, folder)
-    seconds = f"{record['seconds']:,.0f}" if "seconds" in record else ""
-    came = what_came_of(folder)
-    return Stage(name, "done", came, seconds, str(record.get("hardware", "")), mark[:SHORT])
+    return Stage(name, "done", what_came_of(folder), *_where(_record(name, folder)), mark[:SHORT])
+
+
+def _evaluated(root: Path) -> Stage:
+    if not (figures := read_figures(root)):
+        return Stage("evaluate", "not yet")
+    return Stage("evaluate", "done", f"figures of {', '.join(figures)}", *_where(read_record(root, "evaluate")))
+
+
+def _where(record: dict[str, Any]) -> tuple[str, str]:
+    """Return seconds and hardware of a record, as people read them."""
+    return f"{record['seconds']:,.0f}" if "seconds" in record else "", str(record.get("hardware", ""))
 
 
 def versions(finished: Finished, rows: list[Stage]) -> list[str]:
     """Return the versions of packages that stages were made with, each set once."""
-    folders = _folders(finished, len(rows))
+    folders = _folders(finished, len(rows)) | {"evaluate": finished.root / "metrics.json"}
     records = [_record(row.name, folders[row.name]).get("versions", {}) for row in rows if row.state == "done"]
     return sorted({", ".join(f"{package} {found}" for package, found in one.items()) for one in records if one})
 
@@ -154,7 +162,7 @@ def _record(stage: str, folder: Path) -> dict[str, Any]:
 
 def settings_of(finished: Finished) -> str:
     """Return the run's settings as YAML."""
-    return yaml.safe_dump(plain(finished.config), sort_keys=False)
+    return yaml.safe_dump(plain_data(finished.config), sort_keys=False)
 
 
 def _total(manifest: Manifest, split: str) -> int:

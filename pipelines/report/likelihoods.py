@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.report.pictures import Picture, heat, picture
 from pipelines.report.reading import Codes
-from prior import LevelPrior, NormalConfig
+from prior import LevelPrior
 
 # Multiplications that a level's prior is asked for on a split, at most; images that it sees at least; logits at once.
 MOST_WORK, LEAST_SEEN, MOST_LOGITS = 5e11, 4, 2**25
@@ -114,14 +114,19 @@ def maps(level: LevelPrior, val: Costs, train: Costs | None, pixels: np.ndarray 
         alt = f"nats by position, level {number}, {name} split: {mean.min():.2f} to {mean.max():.2f}"
         return Split(float(mean.mean()), picture(heat(mean, low, high), alt, 96), len(costs_.rows))
 
+    density = level.config.codebook_sizes[-1] is None
+    unit = "nats per cell, of a density" if density else "nats per code"
+
+    def cost(nats: float) -> str:
+        return f"{nats:.0f} nats" if density else f"{nats / np.log(2):.0f} bits"
+
     most = float(np.quantile(val.nats[:SHOWN].numpy(), 0.98))
     shown = []
     for place, row in enumerate(val.rows[:SHOWN]):
         nats = val.nats[place].numpy()
         image = None if pixels is None else picture(pixels[row], f"val image {row + 1}")
         alt = f"what each position of val image {row + 1} costs at level {number}"
-        shown.append((image, picture(heat(nats, min(low, 0.0), most), alt), f"{nats.sum() / np.log(2):.0f} bits"))
-    unit = "nats per cell, of a density" if isinstance(level.config.size, NormalConfig) else "nats per code"
+        shown.append((image, picture(heat(nats, min(low, 0.0), most), alt), cost(float(nats.sum()))))
     return Maps(number, split(val, "val"), split(train, "train") if train else None, low, high, shown, most, unit)
 
 

@@ -18,6 +18,8 @@ LARGEST, QUALITY = 256, 82
 LARGE_SHOWN = 160
 # Up to this many pixels a side an image keeps each of them, enlarged by a whole factor to about as many as SHOWN.
 PIXELATED, SHOWN = 96, 64
+# The same of sheets, pictures laid side by side.
+LARGEST_SHEET, SHEET_SHOWN = 720, 360
 # Viridis at nine points, dark to bright: even to the colour-blind, and in grey.
 VIRIDIS = np.array(
     [
@@ -70,6 +72,14 @@ def picture(pixels: np.ndarray, alt: str, shown: int = SHOWN) -> Picture:
         image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     width, height = (round(one * LARGE_SHOWN / max(image.size)) for one in image.size)
     return Picture(_uri("webp", _lossy(image)), width, height, alt, False)
+
+
+def sheet(pixels: np.ndarray, alt: str) -> Picture:
+    """Return a picture of many, uint8 (C, H, W), large enough to look at each of them."""
+    image = to_picture(pixels)
+    image.thumbnail((LARGEST_SHEET, LARGEST_SHEET), Image.Resampling.LANCZOS)
+    width, height = (round(one * SHEET_SHOWN / max(image.size)) for one in image.size)
+    return Picture(_uri("png", encode_image(image, "png")), width, height, alt, False)
 
 
 def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Several runs beside one another: what was set differently, and what came of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+from pipelines.compare import Scoreboard, scoreboard
 from pipelines.metrics import METRICS
 from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
@@ -12,11 +14,8 @@ from pipelines.report.gather import Gathered, Table
 from pipelines.report.pictures import picture
 from pipelines.report.tokenized import Row, psnr
 from pipelines.storage.fingerprint import manifest_digest
-from pipelines.storage.folders import plain
 from pipelines.storage.manifest import read_manifest
 
-# Settings that say where, not what.
-PLACES = ("run_dir", "compute")
 # Curves that are laid over one another, of the val split, and images that are shown as every run gives them back.
 OVERLAID, SHOWN = ("loss", "psnr", "perplexity", "nats_per_code"), 8
 
@@ -25,14 +24,16 @@ class SideBySide(NamedTuple):
     """Runs beside one another.
 
     Attributes:
-        settings: those that differ, a row each.
-        figures: those that matter, a row each.
+        scores: the scoreboard of `smalti compare`, a column per row of it; settings that differ come first.
+        told: what its columns mean, and why scores are missing.
+        figures: those that matter, a row each, a column per run.
         refused: what was not measured as the first run's was, and how that differs.
         charts: curves of all runs, one of each figure.
         reconstructions: the same images as each run gives them back; empty where runs have other images.
     """
 
-    settings: Table
+    scores: Table
+    told: list[str]
     figures: Table
     refused: list[str]
     charts: list[Chart]
@@ -46,7 +47,8 @@ def side_by_side(runs: Sequence[Gathered], names: Sequence[str]) -> SideBySide:
         runs: two or more.
         names: of each.
     """
-    settings = [flat_settings(plain(run.config)) for run in runs]
+    there = [(name, one) for run, name in zip(runs, names, strict=True) if (one := run.compared)]
+    board = scoreboard([one._replace(config=replace(one.config, run_dir=name)) for name, one in there])
     apart = [made_otherwise(runs[0].measured, run.measured) for run in runs]
     values, refused = [], []
     for run, name, parts in zip(runs, names, apart, strict=True):
@@ -54,7 +56,8 @@ def side_by_side(runs: Sequence[Gathered], names: Sequence[str]) -> SideBySide:
         values.append({one.name: one.value for one in told(run.figures) if not one.key.startswith(left_out)})
         refused += [f"{part} of {name}: {reason}" for part, reason in parts.items()]
     return SideBySide(
-        Table("Settings that differ", ["setting", *names], differing(settings)),
+        _scores(board),
+        board.told,
         Table("Figures", ["figure", *names], _rows(values)),
         refused,
         overlaid([run.charts for run in runs], names),
@@ -75,22 +78,6 @@ def made_otherwise(first: dict[str, Any], other: dict[str, Any]) -> dict[str, st
         if one and two and (reason := unlike(one.get("made", {}), two.get("made", {}))):
             found[metric.name] = reason
     return found
-
-
-def flat_settings(settings: Any, path: str = "") -> dict[str, str]:
-    """Return settings as text by their names, "tokenizer.model.width", but for those that only say where."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if path or name not in PLACES:
-            found |= (
-                flat_settings(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": str(value)}
-            )
-    return found
-
-
-def differing(settings: Sequence[dict[str, str]]) -> list[tuple[str, ...]]:
-    """Return rows of the settings that are not the same everywhere: name, and each run's; "–" where it has none."""
-    return [row for row in _rows(settings) if len(set(row[1:])) > 1]
 
 
 def overlaid(charts: Sequence[Sequence[Chart]], names: Sequence[str]) -> list[Chart]:
@@ -116,6 +103,15 @@ def overlaid(charts: Sequence[Sequence[Chart]], names: Sequence[str]) -> list[Ch
             where = f"{title}, level {level}" if level is not None else title
             merged.append(Chart(where, "", figure, steps, drawn))
     return merged
+
+
+def _scores(board: Scoreboard) -> Table:
+    """The scoreboard, a column per row of it: seeds, the settings that differ, then the scores."""
+    columns = [
+        {"seeds": row.told_seeds} | row.settings | {title: row.shown(title) for title in board.titles}
+        for row in board.rows
+    ]
+    return Table("Scoreboard", ["what", *(", ".join(row.runs) for row in board.rows)], _rows(columns))
 
 
 def _rows(columns: Sequence[dict[str, str]]) -> list[tuple[str, ...]]:

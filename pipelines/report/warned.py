@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from pipelines.metrics.quality import level_warnings
 from pipelines.report.codebooks import Codebook
 from pipelines.report.curves import Chart
 from pipelines.report.likelihoods import Maps
+from tokenizer.bottlenecks.bottleneck import LEAST_USED, Settings
 
-# A level that uses less of its codes, or of its units, has collapsed.
-LEAST_USAGE = 0.1
 # A level that adds less, in dB, to what the others decode to is hardly looked at.
 LEAST_ADDED = 0.5
 # Codes that occur nowhere are told of where each had this many chances, and where they are this share of all.
@@ -23,19 +23,23 @@ IMAGES_A_CLASS = 20
 TURNED = 0.02
 
 
-def of_codebooks(codebooks: Sequence[Codebook]) -> Iterator[str]:
-    """Yield warnings of collapsed levels and dead codes."""
+def of_bottlenecks(family: Settings, figures: dict[str, float], codebooks: Sequence[Codebook]) -> Iterator[str]:
+    """Yield what bottlenecks warn of, and warnings of dead codes.
+
+    Args:
+        family: of the bottlenecks.
+        figures: of the run, by name.
+        codebooks: how codes are used in the images that were read, which counts more.
+    """
+    told = {name.removeprefix("tokenizer."): value for name, value in figures.items() if name.startswith("tokenizer.")}
+    seen = {f"level{one.level}_usage": one.used / one.size for one in codebooks if one.places >= CHANCES}
+    yield from (f"L{warning[1:]}." for warning in level_warnings(family, told | seen))
     for one in codebooks:
         dead = one.size - one.used
-        if one.used < LEAST_USAGE * one.size and one.places >= CHANCES:
-            yield (
-                f"Level {one.level} has collapsed: {one.used:,} of its {one.size:,} codes are in use, and samples will "
-                "be noise. A lower learning rate, a higher revival_threshold or fewer codes would help."
-            )
-        elif dead > DEAD_SHARE * one.size and one.places >= CHANCES * one.size:
+        if one.used >= LEAST_USED * one.size and dead > DEAD_SHARE * one.size and one.places >= CHANCES * one.size:
             yield (
                 f"Level {one.level}: {dead:,} of its {one.size:,} codes occur nowhere in {one.places:,} places: they "
-                "are dead. A higher revival_threshold would bring them back, fewer codes would do without them."
+                f"are dead. Try {family.mend}."
             )
 
 
@@ -50,18 +54,11 @@ def of_levels(adds: dict[int, float], bits: Sequence[float | None]) -> Iterator[
         if decibels < LEAST_ADDED:
             whole = sum(one or 0 for one in bits)
             share = f", though it takes {(bits[level] or 0) / whole:.0%} of the bits of an image" if all(bits) else ""
+            less = "a smaller codebook" if all(bits) else "fewer channels"
             yield (
-                f"The decoder hardly looks at level {level}: without its codes reconstructions lose {decibels:.1f} dB"
-                f"{share}. A coarser stride for it, or a smaller codebook for finer levels, would leave it more to say."
+                f"The decoder hardly looks at level {level}: without it reconstructions lose {decibels:.1f} dB"
+                f"{share}. A coarser stride for it, or {less} for finer levels, would leave it more to say."
             )
-
-
-def of_units(figures: dict[str, float]) -> Iterator[str]:
-    """Yield warnings of continuous levels whose units say nothing."""
-    for name, value in figures.items():
-        if name.startswith("tokenizer.") and name.endswith("_active") and value < LEAST_USAGE:
-            level = name.removeprefix("tokenizer.level").removesuffix("_active")
-            yield f"Level {level}: {value:.1%} of its units tell images apart: the posterior has collapsed. Lower beta."
 
 
 def of_priors(found: Sequence[Maps]) -> Iterator[str]:

@@ -10,6 +10,13 @@ from pipelines.sources.source import Source
 from pipelines.storage.cache import Cache
 from pipelines.storage.paths import is_local, lies_in, matches, place
 
+# What `images.source` names beside digits: "folder:PATH" and so on.
+KINDS = {
+    "folder": "PATH",
+    "parquet": "GLOB",
+    "hf": "REPO[:SPLIT]",
+    "shards": "URLS",
+}
 # What is said of a source of which nothing is there.
 MISSING = {
     "folder": "must be a folder that exists",
@@ -37,11 +44,15 @@ def open_source(
         caption_column: likewise, never looked for; what lies beside the image as "txt".
 
     Raises:
-        ConfigError: no such kind of source.
+        ConfigError: no such kind of source, or one without columns.
         StageError: nothing there.
     """
     check_name(source)
     kind, _, rest = source.partition(":")
+    columns = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
+    asked = next((name for name, column in columns.items() if column), None)
+    if asked and kind not in ("parquet", "hf"):
+        raise ConfigError(f"images.{asked} is of parquet: and hf: sources, but images.source is {source}; leave it out")
     if source == "digits":
         found = open_digits()
     elif kind == "folder":
@@ -64,10 +75,9 @@ def open_source(
 def check_name(source: str) -> None:
     """Raise ConfigError unless a source is called by a kind that there is."""
     kind, _, rest = source.partition(":")
-    if source != "digits" and not (kind in ("folder", "parquet", "hf", "shards") and rest):
-        raise ConfigError(
-            f"images.source must be digits, folder:PATH, parquet:GLOB, hf:REPO[:SPLIT] or shards:URLS, got {source!r}"
-        )
+    if source != "digits" and not (kind in KINDS and rest):
+        *names, last = (f"{kind}:{what}" for kind, what in KINDS.items())
+        raise ConfigError(f"images.source must be digits, {', '.join(names)} or {last}, got {source!r}")
 
 
 def check_source_outside(source: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Splits by their usual names: of folders, of files, of data sets that name theirs; or drawn where there are none."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 
@@ -80,3 +81,16 @@ def stratified_fraction(labels: np.ndarray | None, count: int, fraction: float, 
     if not len(chosen) and count > 1:  # classes of one image each: none can be spared for all, so some are drawn
         chosen = generator.permutation(count)[: max(1, round(fraction * count))]
     return np.sort(chosen)
+
+
+def check_unique(keys: Iterable[str], source: str) -> None:
+    """Raise StageError if a key of a split comes twice in a source of this name."""
+    seen: set[bytes] = set()
+    for key in keys:
+        short = hashlib.blake2b(key.encode(), digest_size=16).digest()  # a set of these stays small
+        if short in seen:
+            raise StageError(
+                f"keys must be unique, but {key} comes twice in {source}; rename one of the files "
+                "(names are compared without their extension, dots as underscores)"
+            )
+        seen.add(short)

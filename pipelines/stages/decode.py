@@ -22,6 +22,7 @@ from pipelines.storage.fingerprint import digest, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete
 from pipelines.storage.paths import exists, is_local, make_folder, place, read_bytes, whole, write_text
 from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.records import megatron_index
 from tokenizer import HierarchicalVQVAE
 
 logger = logging.getLogger(__name__)
@@ -182,14 +183,14 @@ def _npy(path: Path, layout: TokenLayout) -> Iterator[np.ndarray]:
 
 
 def _bin(path: Path, layout: TokenLayout) -> Iterator[np.ndarray]:
-    """Read records of one length, or those whose ends NAME.ds.index tells."""
+    """Read records of one length, or those that NAME.idx tells of."""
     itemsize, size = layout.dtype.itemsize, path.stat().st_size
     if layout.length:
         ends = np.arange(layout.length, size // itemsize + layout.length, layout.length)
     else:
-        ends = np.fromfile(path.with_suffix(".ds.index"), "<u8").astype(np.int64)
+        ends = megatron_index(np.fromfile(path.with_suffix(".idx"), np.uint8))[0].cumsum(dtype=np.int64)
     if size % itemsize or not len(ends) or ends[-1] * itemsize != size or (np.diff(ends, prepend=0) < 0).any():
-        what = f"{layout.length} tokens each" if layout.length else "the lengths that its .ds.index tells"
+        what = f"{layout.length} tokens each" if layout.length else "the lengths that its .idx tells"
         raise ValueError(f"it must be whole records of {what} in {layout.dtype}, has {size} bytes")
     tokens = np.memmap(path, layout.dtype.newbyteorder("<"), "r")
     for start, end in zip([0, *ends[:-1]], ends, strict=True):

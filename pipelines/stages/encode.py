@@ -6,7 +6,7 @@ B batch, C channels, H W pixels, h w code grid.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from pipelines.storage.fingerprint import digest, manifest_digest, tokenizer_fin
 from pipelines.storage.folders import check_settings_stay
 from pipelines.storage.manifest import all_receipts, level_entries, read_manifest, receipts_of, write_manifest
 from pipelines.storage.receipts import write_shard
-from pipelines.storage.shards import CARRIED, array_bytes, code_dtype, index_shard, read_member
+from pipelines.storage.shards import CARRIED, POSTERIOR, array_bytes, code_dtype, index_shard, read_member
 from tokenizer import HierarchicalVQVAE
 
 VIEWS = ("image", "flip", "crop", "crop-flip")
@@ -43,23 +43,22 @@ class EncodeConfig:
         batch_size: images encoded at once.
         precision: "float32" (TF32 off) or "bfloat16", in which codes depend on the shape of the batch.
         compile: torch.compile the encoder; "auto" does on a GPU, for a job that is large enough.
+        posterior: write mean and log-variance of q(z | x) of levels that hold draws of it, float32 (2d, h, w) as
+            `KEY.levelN.posterior.npy`, beside the draw: for `prior.mixture.at: images`.
     """
 
     views: list[str] = field(default_factory=lambda: ["image"])
     crop_shift: int = 4
     batch_size: int = 64
-    precision: str = "float32"
-    compile: bool | str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool | Literal["auto"] = "auto"
+    posterior: bool = field(default=False, metadata={"introduced": False})
 
     def __post_init__(self) -> None:
         if not self.views or any(view not in VIEWS for view in self.views):
             raise ValueError(f"encode.views must name one or more of {', '.join(VIEWS)}, got {self.views}")
         if self.batch_size < 1 or self.crop_shift < 0:
             raise ValueError("encode.batch_size must be at least 1 and encode.crop_shift not negative")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"encode.precision must be float32 or bfloat16, got {self.precision}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"encode.compile must be true, false or auto, got {self.compile}")
 
 
 def encode(
@@ -92,7 +91,9 @@ def encode(
     share = this_workers(jobs, folder, cache)
     device = inference_device(compute, precise=config.precision == "float32")
     model = tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    encoder = compiled_encoder(model, config.batch_size) if compiled else model.encode
+    encoder = with_posterior(model) if config.posterior else model.encode
+    if compiled:
+        encoder = compiled_encoder(encoder, config.batch_size)
     total = sum(jobs[number].samples for number in share.todo)
     with progress_bar(total, "encode", "images", disable=this_worker().rank > 0) as bar:
         for number in share.todo:
@@ -113,6 +114,7 @@ def encode(
             "views": config.views,
             "precision": config.precision,
             "made_from": manifest_digest(manifest),
+            **({"posterior": True} if config.posterior else {}),
         }
         names = {split: [receipt["shard"] for receipt in receipts_of(manifest, split)] for split in manifest["splits"]}
         write_manifest(folder, names, contents)
@@ -120,7 +122,8 @@ def encode(
 
 def settings_digest(config: EncodeConfig, seed: int) -> str:
     """Return the digest of what was asked, not of what came of it here: a job may go on elsewhere."""
-    return digest([seed, config.views, config.crop_shift, config.batch_size, config.precision, config.compile])
+    asked = [seed, config.views, config.crop_shift, config.batch_size, config.precision, config.compile]
+    return digest([*asked, "posterior"] if config.posterior else asked)
 
 
 def compiles(config: EncodeConfig, compute: ComputeConfig, pixels: int) -> bool:
@@ -130,21 +133,38 @@ def compiles(config: EncodeConfig, compute: ComputeConfig, pixels: int) -> bool:
     return bool(config.compile)
 
 
-def compiled_encoder(model: HierarchicalVQVAE, batch_size: int) -> Callable[..., list[Tensor]]:
-    """Return the encoder, compiled for one size of batch; smaller ones are filled up, and their filling encoded too.
+def with_posterior(model: HierarchicalVQVAE) -> Callable[..., list[Tensor]]:
+    """Return an encoder that gives, after what is stored of all levels, mean and log-variance of each, (B, 2d, h, w).
+
+    Raises:
+        StageError: levels hold no draws of numbers.
+    """
+    if not model.bottleneck.rate:
+        raise StageError("encode.posterior is of levels that hold draws of numbers; set it to false")
+
+    @torch.no_grad()
+    def encode(images: Tensor, noise: list[Tensor] | None = None) -> list[Tensor]:
+        levels = model(images, noise).levels
+        return [level.stored[0] for level in levels] + [level.posterior for level in levels]
+
+    return encode
+
+
+def compiled_encoder(encoder: Callable[..., list[Tensor]], batch_size: int) -> Callable[..., list[Tensor]]:
+    """Return an encoder, compiled for one size of batch; smaller ones are filled up, and their filling encoded too.
 
     A size of its own would be compiled for, in other last bits, by the processes alone that meet it.
     """
-    encode = torch.compile(model.encode, dynamic=False)
+    encode = torch.compile(encoder, dynamic=False)
 
     def filled(batch: Tensor) -> Tensor:
         return F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - len(batch)))
 
-    def encoder(images: Tensor, noise: list[Tensor] | None = None) -> list[Tensor]:
+    def padded(images: Tensor, noise: list[Tensor] | None = None) -> list[Tensor]:
         whole = filled(images).contiguous(memory_format=torch.channels_last)
         return encode(whole) if noise is None else encode(whole, [filled(one) for one in noise])
 
-    return encoder
+    return padded
 
 
 class _Views:
@@ -205,8 +225,10 @@ def _encoded(
             places = (int(digest(["encode", seed, split, key])[:16], 16) for key, _, _ in batch)
             noise = noise_for(model, streams, places)
             codes = encoder(images.contiguous(memory_format=torch.channels_last), noise)
-        arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=True)]
+        arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=False)]
+        posteriors = [one.float().cpu().numpy() for one in codes[len(dtypes) :]]
         for row, (key, beside, _) in enumerate(batch):
             grids = {f"level{level}.npy": array_bytes(array[row]) for level, array in enumerate(arrays)}
+            grids |= {f"level{level}.{POSTERIOR}": array_bytes(one[row]) for level, one in enumerate(posteriors)}
             yield key, grids | beside
         tick(len(batch))

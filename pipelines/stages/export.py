@@ -128,7 +128,8 @@ def plan_export(config: ExportConfig, seed: int, compute: ComputeConfig, codes: 
     _check(plan, compute.cache)
     # What shapes every shard; the digest of all codes does not.
     record = {name: value for name, value in layout.describe().items() if name != "codes"}
-    settings = digest([seed, record, sorted(config.format), config.views, config.shuffle, manifest.get("views")])
+    kinds = sorted(files_of_shard(config.format, "SPLIT", "NAME"))
+    settings = digest([seed, record, kinds, config.views, config.shuffle, manifest.get("views")])
     made_with = {"fingerprints": {"tokenizer": manifest["tokenizer"]}, "settings": settings}
     for split, receipt in sources:
         name, provenance = receipt["shard"].removesuffix(".tar"), {"made_from": receipt["sha256"], **made_with}

@@ -1,7 +1,6 @@
 """Stage pack: an image source becomes image shards of one size."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -19,12 +18,13 @@ import numpy as np
 from pipelines.compute.devices import ComputeConfig, num_loaders, this_worker
 from pipelines.compute.memory import keep_freed_memory
 from pipelines.compute.signals import PARENT, end_with_parent
+from pipelines.data.classes import class_index
 from pipelines.data.pictures import BadImageError, fit
 from pipelines.errors import StageError
 from pipelines.progress import counted, progress_bar
 from pipelines.sources.open import open_source
 from pipelines.sources.source import Raw, Source, Split, described, described_beside
-from pipelines.sources.splits import stratified_fraction
+from pipelines.sources.splits import check_unique, stratified_fraction
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.folders import check_settings_stay
@@ -61,6 +61,8 @@ class ImagesConfig:
             for a folder that was begun otherwise, which goes on as it was begun.
         shuffle: mix the images of a split over its shards, by the seed; "auto" does with class folders, which are laid
             down class by class otherwise, but for a folder that was begun otherwise.
+        leave_out: classes, by name or index, whose images the train split lacks and val keeps: what models make of such
+            images, `smalti explore score` tells.
     """
 
     from_: str = ""
@@ -78,6 +80,7 @@ class ImagesConfig:
     caption_column: str = field(default="", metadata={"introduced": ""})
     keep: list[str] | Literal["auto"] = field(default="auto", metadata={"introduced": []})
     shuffle: bool | Literal["auto"] = field(default="auto", metadata={"introduced": False})
+    leave_out: list[str | int] = field(default_factory=list, metadata={"introduced": []})
 
     def __post_init__(self) -> None:
         if self.size < 2:
@@ -92,8 +95,8 @@ class ImagesConfig:
             raise ValueError(f"images.shard_size must be at least 1, got {self.shard_size}")
         if self.keep != "auto" and not (isinstance(self.keep, list) and all(name in [*CARRIED] for name in self.keep)):
             raise ValueError(f"images.keep must be auto or a list of {' and '.join(CARRIED)}, got {self.keep}")
-        if self.shuffle not in (True, False, "auto"):
-            raise ValueError(f"images.shuffle must be true, false or auto, got {self.shuffle}")
+        if self.leave_out and not self.classes:
+            raise ValueError("images.leave_out names classes and images.classes is false; leave one of them out")
 
 
 class ShardPlan(NamedTuple):
@@ -138,7 +141,10 @@ def pack(
         if said := described_beside(source, kept_members(source, config)):
             logger.info("pack: %s", said)
     plans = plan_shards(source, config, seed)
-    _check_keys(source, plans, config.source)
+    for name in ("train", "val"):
+        own = [plan for plan in plans if plan.name.startswith(name)]
+        keys = (source.splits[plan.source_split].key(int(index)) for plan in own for index in plan.indices)
+        check_unique(keys, config.source)
     jobs = shard_jobs(source, plans, config, folder)
     share = this_workers(jobs, folder, compute.cache)
     tasks = [(jobs[number], plans[number], config) for number in share.todo]
@@ -191,6 +197,10 @@ def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPl
     else:
         held_out = stratified_fraction(source.splits["train"].labels, len(train), config.val_fraction, seed)
         chosen = {"train": ("train", np.setdiff1d(train, held_out)), "val": ("train", held_out)}
+    if config.leave_out:
+        out = [class_index(one, source.class_names, "images.leave_out") for one in config.leave_out]
+        name, indices = chosen["train"]
+        chosen["train"] = name, indices[~np.isin(np.asarray(source.splits[name].labels)[indices], out)]
     class_folders = config.source.startswith("folder:") and bool(source.class_names)
     shuffled = class_folders if config.shuffle == "auto" else config.shuffle
     plans = []
@@ -203,24 +213,6 @@ def plan_shards(source: Source, config: ImagesConfig, seed: int) -> list[ShardPl
             part = indices[start : start + config.shard_size]
             plans.append(ShardPlan(f"{split}-{number:06d}.tar", source_split, part))
     return plans
-
-
-def _check_keys(source: Source, plans: list[ShardPlan], name: str) -> None:
-    for split in {plan.name.split("-")[0] for plan in plans}:
-        seen: set[bytes] = set()
-        for plan in plans:
-            if not plan.name.startswith(split):
-                continue
-            images = source.splits[plan.source_split]
-            for index in plan.indices:
-                key = images.key(int(index))
-                short = hashlib.blake2b(key.encode(), digest_size=16).digest()  # a set of these stays small
-                if short in seen:
-                    raise StageError(
-                        f"keys must be unique, but {key} comes twice in {name}; rename one of the files "
-                        "(names are compared without their extension, dots as underscores)"
-                    )
-                seen.add(short)
 
 
 Task = tuple[ShardJob, ShardPlan, ImagesConfig]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.compute.devices import ComputeConfig, inference_device, this_worker
+from pipelines.data.classes import class_index
 from pipelines.data.images import to_uint8
 from pipelines.data.pictures import encode_image, picture_grid, pixels_of, to_picture
 from pipelines.errors import StageError
@@ -256,26 +257,10 @@ def _check_settings(config: SampleConfig, prior: HierarchicalPrior, classifier: 
 
 
 def class_indices(wanted: list[str | int], names: list[str]) -> list[int]:
-    """Return class indices; all of them when none are wanted.
-
-    A string is a name and a whole number an index, also where a class is called by that number. A string of digits
-    that is no name counts as an index: a command line may have no other way to say it.
-    """
+    """Return class indices; all of them when none are wanted. See `class_index`."""
     if wanted and not names:
         raise StageError(f"sample.classes names {wanted} but the prior was trained without classes; leave it empty")
-    indices = []
-    for one in wanted:
-        if isinstance(one, str) and one in names:
-            indices.append(names.index(one))
-        elif str(one).isdecimal() and int(one) < len(names):
-            indices.append(int(one))
-        else:
-            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-            raise StageError(
-                f"sample.classes names {one!r}, which is none of the {len(names)} classes: {shown}; "
-                f"write a name as a string, an index below {len(names)} as a number"
-            )
-    return indices or list(range(len(names)))
+    return [class_index(one, names, "sample.classes") for one in wanted] or list(range(len(names)))
 
 
 def _drawn(

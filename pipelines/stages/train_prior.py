@@ -6,6 +6,7 @@ B batch, h w code grid, K codebook_size.
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,21 @@ from torch import Tensor
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.compute.ranks import sum_over_ranks
-from pipelines.data.batches import ValidationBatches
-from pipelines.data.codes import CodeBatch, Codes, TrainingCodes, ValidationCodes, as_it_is
-from pipelines.storage.folders import publish_model
+from pipelines.data.codes import CodeBatch, Codes, TrainingCodes, ValidationCodes, as_it_is, posteriors
+from pipelines.errors import ConfigError
 from pipelines.storage.manifest import read_manifest
-from pipelines.storage.paths import write_json
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
+from pipelines.training.mixtures import MOST_NUMBERS, drawn_rows, fit_mixture, publish_unlearned, put_at_images
 from pipelines.training.sections import PriorConfig
 from prior import LevelConfig, LevelPrior, NormalConfig
+from prior.flow import Flow
+from prior.mixture import Mixture
 
 logger = logging.getLogger(__name__)
 
-# Validation loss above training loss by this share of it: the prior learns its training set by heart.
+# Validation loss above training loss by this share of it, or by these nats per number: the prior learns its training
+# set by heart.
 GAP_WARNED_OF = 0.15
-# Samples judged at once where there is nothing to train.
-FIXED_BATCH = 1000
 
 
 def level_config(
@@ -53,19 +54,16 @@ def level_config(
         tokenizer: fingerprint of the tokenizer that made the codes.
         channels: of all levels, where some are continuous.
     """
-    sizes: dict[str, Any] = {
-        "transformer": config.transformer,
-        "pixelsnail": config.pixelsnail,
-        "normal": NormalConfig(),
-    }
+    network = "transformer" if config.network == "auto" else str(config.network)
+    size = NormalConfig() if network == "normal" else getattr(config, network)
     return LevelConfig(
         level=level,
         grids=grids[: level + 1],
         codebook_sizes=list(codebook_sizes[: level + 1]),
-        class_names=[] if config.network == "normal" else class_names,  # which it knows nothing of
-        size=sizes.get(str(config.network), config.transformer),
+        class_names=[] if isinstance(size, NormalConfig) else class_names,  # which it knows nothing of
+        size=size,
         tokenizer=tokenizer,
-        unconditional=config.class_dropout > 0 or not class_names,
+        unconditional=config.class_dropout > 0 or not class_names or network == "mixture",
         num_levels=len(grids),
         channels=list(channels[: level + 1]),
     )
@@ -90,13 +88,30 @@ def train_prior(
     pl.seed_everything(seed, workers=True, verbose=False)
     training = config.training
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
+    at_images = config.network == "mixture" and config.mixture.at == "images"
+    if at_images:
+        assert isinstance(config.mixture.components, int)
+        rows = drawn_rows(len(train), config.mixture.components or len(train), seed)
+        config = replace(config, mixture=replace(config.mixture, components=len(rows)))
     assert isinstance(config.dropout, float | int)
     about = (train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"])
     settings = level_config(config, level, *about, [] if all(train.codebook_sizes) else train.channels)
-    model = LevelPrior(settings, config.dropout)
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    try:
+        model = LevelPrior(settings, config.dropout)
+    except ValueError as error:
+        raise ConfigError(f"level {level} can have no prior of prior.{config.network}: {error}") from error
     if not list(model.parameters()):
-        publish_fixed(model, val, folder)
+        if at_images:
+            put_at_images(model, posteriors(codes, level, rows, compute.cache), train.labels[rows])
+        elif isinstance(model.network, Mixture):
+            fit_mixture(model, train, val, seed, folder)
+        publish_unlearned(model, val, folder)
         return
+    if isinstance(model.network, Flow):
+        rows = drawn_rows(len(train), MOST_NUMBERS // model.num_uniforms, seed)
+        model.network.standardize(torch.from_numpy(train.levels[level][rows]))
     module = PriorTraining(model, config, seed)
     data = StepData(
         TrainingCodes(train, seed),
@@ -108,26 +123,10 @@ def train_prior(
         0,
         as_it_is,
     )
-    best = fit(module, data, training, compute, folder, "val_nats_per_code", f"train-prior level {level}")
+    best = fit(module, data, training, compute, folder, f"val_nats_per_{module.unit}", f"train-prior level {level}")
     if module.global_rank > 0:
         return
     export(model, best, folder)
-
-
-def publish_fixed(model: LevelPrior, val: Codes, folder: Path) -> None:
-    """Publish a prior that has nothing to learn, with its figure on the val split.
-
-    Args:
-        model: of one level.
-        val: the val split.
-        folder: of the stage and level.
-    """
-    nats, level = 0.0, model.config.level
-    for indices in ValidationBatches(len(val), FIXED_BATCH):
-        codes, _ = val.batch([index for index in indices if index >= 0])
-        nats += float(model.nll_unchecked(codes[level], codes[:level], None).sum())
-    write_json(folder / "metrics.json", {"val_nats_per_value": nats / (len(val) * model.num_uniforms)})
-    publish_model(model, folder)
 
 
 class PriorTraining(pl.LightningModule):
@@ -143,6 +142,7 @@ class PriorTraining(pl.LightningModule):
         super().__init__()
         self.model = model
         self.level = model.config.level
+        self.unit = "value" if model.config.codebook_sizes[-1] is None else "code"
         self.config, self.seed = config, seed
         self.micro = 0
         self.train_nats = 0.0
@@ -162,9 +162,12 @@ class PriorTraining(pl.LightningModule):
         codes, classes = batch.codes, batch.classes
         no_class = len(self.model.config.class_names)
         hidden = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
-        logits = self.model(codes[self.level], codes[: self.level], torch.where(hidden, no_class, classes))
-        loss = F.cross_entropy(logits.flatten(0, 2).float(), codes[self.level].flatten())
-        self.log("train_nats_per_code", loss.detach())
+        found = self.model(codes[self.level], codes[: self.level], torch.where(hidden, no_class, classes))
+        if self.unit == "value":
+            loss = found.mean()
+        else:
+            loss = F.cross_entropy(found.flatten(0, 2).float(), codes[self.level].flatten())
+        self.log(f"train_nats_per_{self.unit}", loss.detach())
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -178,14 +181,17 @@ class PriorTraining(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         nats, number = sum_over_ranks(self.sums).tolist()
         val = nats / number
-        self.log_dict({"val_nats_per_code": val, "val_bits_per_code": val / math.log(2)})
-        train = float(self.trainer.callback_metrics.get("train_nats_per_code", math.nan))
-        if val - train > GAP_WARNED_OF * val and not self.warned:
+        bits = {} if self.unit == "value" else {"val_bits_per_code": val / math.log(2)}
+        self.log_dict({f"val_nats_per_{self.unit}": val} | bits)
+        train = float(self.trainer.callback_metrics.get(f"train_nats_per_{self.unit}", math.nan))
+        # Of a density the nats themselves may be anything, and only their difference says something.
+        if val - train > GAP_WARNED_OF * (1 if self.unit == "value" else val) and not self.warned:
             self.warned = True
             logger.warning(
-                "level %d: validation is at %.3f nats per code, training at %.3f: they part, and the best checkpoint "
+                "level %d: validation is at %.3f nats per %s, training at %.3f: they part, and the best checkpoint "
                 "may be behind; more encode.views, more dropout or a smaller network would help",
                 self.level,
                 val,
+                self.unit,
                 train,
             )

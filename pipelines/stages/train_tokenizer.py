@@ -6,6 +6,7 @@ B batch, C channels, H W pixels.
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from pipelines.compute.devices import ComputeConfig, num_loaders
 from pipelines.compute.ranks import sum_over_ranks
+from pipelines.data.corruption import corrupted
 from pipelines.data.images import (
     ImageBatch,
     ImageShards,
@@ -24,16 +26,17 @@ from pipelines.data.images import (
     to_uint8,
     to_unit_range,
 )
-from pipelines.data.noise import noise_for
+from pipelines.data.noise import VALIDATION, BatchNoise
 from pipelines.data.pictures import picture_grid
-from pipelines.metrics.quality import TokenizerQuality
+from pipelines.metrics.quality import TokenizerQuality, level_warnings
 from pipelines.storage.paths import whole
 from pipelines.training.batch_losses import SplitLosses, batch_losses
+from pipelines.training.contraction import contraction, contraction_of
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.loggers import log_picture
 from pipelines.training.owned_losses import OwnedLosses
 from pipelines.training.sections import TokenizerSection, TrainingConfig
-from tokenizer import Bottled, HierarchicalVQVAE, TokenizerLoss
+from tokenizer import Autoencoded, Bottled, HierarchicalVQVAE, TokenizerLoss
 from tokenizer.bottlenecks.bottleneck import Learner, Place
 from tokenizer.loss import OwnedLoss
 
@@ -43,10 +46,6 @@ logger = logging.getLogger(__name__)
 NUM_SHOWN = 10
 # Images that are encoded at once for the start of learners.
 START_IMAGES = 8
-# Number of the first level's stream of noise in validation, beyond those of training, which has one per level.
-VALIDATION_STREAMS = 51
-# A level that uses less of its codes, or of its units, is warned of.
-LEAST_USAGE = 0.1
 
 
 def train_tokenizer(
@@ -62,6 +61,8 @@ def train_tokenizer(
         images: the `images` folder.
         folder: of the stage.
     """
+    if section.family.probes:  # no compiled model lets gradients of gradients through
+        training = replace(training, compile=False)
     train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
     model = HierarchicalVQVAE(section.model, train.size, train.channels, section.family)
@@ -117,19 +118,21 @@ class TokenizerTraining(pl.LightningModule):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         num_values = model.channels * model.image_size**2
-        self.loss = TokenizerLoss(section.loss, section.family.weights(model.config.num_levels, num_values))
-        learners = [section.family.learner(bottleneck) for bottleneck in model.bottlenecks]
+        self.family = section.family
+        weights = self.family.weights(model.config.num_levels, num_values)
+        self.loss = TokenizerLoss(section.loss, weights, section.loss_scale)
+        learners = [self.family.learner(bottleneck) for bottleneck in model.bottlenecks]
         self.learners = nn.ModuleList(one for one in learners if one is not None)  # type: ignore[assignment]
         self.owned = OwnedLosses(losses)
         self.owned_before: list[dict[str, Any]] = []
-        self.training_config, self.seed, self.folder = training, seed, folder
+        self.training_config, self.augment, self.seed, self.folder = training, section.augment, seed, folder
         self.statistics: list[Tensor] | None = None  # of the micro-batches since the last optimizer step
         self.micro = 0
         self.counted: dict[str, Tensor] = {}  # what learners have counted, of each stored grid
-        self.shown: tuple[Tensor, Tensor, Tensor] | None = None
+        self.shown: list[Tensor] | None = None
 
     def configure_optimizers(self) -> Any:
-        return make_optimizer(self.model.parameters(), self.training_config)
+        return make_optimizer([*self.model.parameters(), *self.loss.parameters()], self.training_config)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_metrics(self, checkpoint)
@@ -178,25 +181,20 @@ class TokenizerTraining(pl.LightningModule):
                 for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
                     torch.distributed.broadcast(tensor, src=0)
 
-    def _noise(self, step: int, first: int, number: int, streams: int = 1) -> list[Tensor] | None:
-        """Return what bottlenecks are given of noise: a function of seed, step and place.
-
-        Args:
-            step: of training; 0 in validation, whose figures are then of the same noise each time.
-            first: place of the first image in the global batch, or in the split.
-            number: of images.
-            streams: number of the first level's stream; those of training begin at 1.
-        """
-        levels = range(streams, streams + len(self.model.bottlenecks))
-        return noise_for(self.model, [(self.seed * 101 + one, step) for one in levels], range(first, first + number))
+    def _noise(self, step: int, first: int, number: int, streams: int = 0) -> BatchNoise:
+        """Return what is drawn beside so many images, the first of which lies there in the global batch or split."""
+        return BatchNoise(self.seed, step, range(first, first + number), self.device, streams)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         images = to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
-        output = self.model(images, self._noise(self.global_step, first, len(images)))
-        of_batch = batch_losses(self.model.bottleneck, output.levels, self.trainer.world_size)
-        losses = [level.losses | whole for level, whole in zip(output.levels, of_batch, strict=True)]
-        loss = self.loss(output.reconstruction, images, losses)
+        noise = self._noise(self.global_step, first, len(images))
+        seen = corrupted(images, self.augment, noise).detach().requires_grad_(self.family.probes > 0)
+        output = self.model(seen, noise.of_levels(self.model))
+        of_batch = batch_losses(self.family, output.levels, self.trainer.world_size)
+        of_images = contraction(output.levels, seen, self.family.probes, noise)
+        losses = [level.losses | a | b for level, a, b in zip(output.levels, of_batch, of_images, strict=True)]
+        loss = self.loss(self._given(output), images, losses, self.family.shares(self.global_step))
         parts = self.owned(output.reconstruction, images, self.training_config.micro_batches)
         loss = loss + sum(parts.values(), start=torch.zeros_like(loss))
         self._collect(output.levels, first, len(images))
@@ -204,6 +202,13 @@ class TokenizerTraining(pl.LightningModule):
         named = {f"train_{name}": value.detach() for name, value in parts.items()}
         self.log_dict({"train_loss": loss.detach(), "train_mse": mse, **named})
         return loss
+
+    def _given(self, output: Autoencoded) -> Tensor:
+        """Return what the loss is of."""
+        if self.loss.reconstruction != "bernoulli":
+            return output.reconstruction
+        assert output.logits is not None
+        return output.logits
 
     @torch.no_grad()
     def _collect(self, levels: list[Bottled], first: int, number: int) -> None:
@@ -250,56 +255,63 @@ class TokenizerTraining(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.quality, self.without_noise = TokenizerQuality(self.model), TokenizerQuality(self.model)
+        self.of_corrupted = TokenizerQuality(self.model)
         self.split_losses = SplitLosses(self.model)
+        self.reconstruction = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, and images
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         mask, images = batch.mask, to_unit_range(batch.pixels).contiguous(memory_format=torch.channels_last)
         first = (batch_idx * self.trainer.world_size + self.global_rank) * len(images)
-        noise = self._noise(0, first, len(images), VALIDATION_STREAMS)
-        output = self.model(images, noise)
-        self.quality.add(images, output, mask)
-        if noise is not None:
+        noise = self._noise(0, first, len(images), VALIDATION)
+        drawn = noise.of_levels(self.model)
+        output = self.model(images, drawn)
+        contractions = contraction_of(self.model, images, self.family.probes, noise)
+        self.quality.add(images, output, mask, contractions)
+        of_images = self.loss.of_values(self._given(output), images).double().flatten(1).mean(1)
+        self.reconstruction += torch.stack([(of_images * mask).sum(), mask.double().sum()])
+        if drawn is not None:
             self.without_noise.add(images, self.model(images), mask)
+        if self.augment.corrupt != "none":
+            spoilt = corrupted(images, self.augment, noise)
+            restored = self.model(spoilt, drawn)
+            self.of_corrupted.add(images, restored, mask)
         self.split_losses.update(output.levels, mask)
         if batch_idx == 0:
             shown = slice(0, min(NUM_SHOWN, len(images)))
             top = self.model.decode([stored[shown] for stored in output.levels[0].stored])
-            self.shown = (images[shown], output.reconstruction[shown], top)
+            self.shown = [images[shown], output.reconstruction[shown], top]
+            if self.augment.corrupt != "none":
+                self.shown += [spoilt[shown], restored.reconstruction[shown]]
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the split, where bottlenecks draw those of one draw each: the loss is that of training.
 
-        What the same images give without noise, from means or likeliest codes, is called so: `val_mse_without_noise`.
+        What the same images give without noise, from means or likeliest codes, is called so: `val_mse_without_noise`;
+        and how well they are restored where training corrupts what it sees: `val_mse_corrupted`.
         """
         figures = self.quality.figures() | self.split_losses.compute()
-        reconstruction = figures["mse"] if self.loss.reconstruction == "mse" else figures["l1"]
+        reconstruction, images = sum_over_ranks(self.reconstruction).tolist()
         levels = range(len(self.model.levels))
         weighted = (
             weight * figures.get(f"level{level}_{name}", 0.0)
             for level in levels
             for name, weight in self.loss.weights.items()
         )
-        figures["loss"] = reconstruction + sum(weighted)
-        if any(part.noise_channels for part in self.model.bottlenecks):
-            still = self.without_noise.figures()
-            figures |= {f"{name}_without_noise": still[name] for name in ("mse", "l1", "psnr")}
+        figures["loss"] = reconstruction / images + sum(weighted)
+        if self.loss.reconstruction in ("gaussian", "bernoulli"):
+            figures["nll"] = reconstruction / images
+        if self.loss.reconstruction == "gaussian":
+            figures["loss_scale"] = float(self.loss.log_scale.exp())
+        beside = {"without_noise": self.without_noise} if any(p.noise_channels for p in self.model.bottlenecks) else {}
+        beside |= {"corrupted": self.of_corrupted} if self.augment.corrupt != "none" else {}
+        for what, quality in beside.items():
+            found = quality.figures()
+            figures |= {f"{name}_{what}": found[name] for name in ("mse", "l1", "psnr")}
         self.log_dict({f"val_{name}": value for name, value in figures.items()}, rank_zero_only=False)
         for name, counts in self.counted.items():
             self.log_dict({f"level{level}_{name}": float(count) for level, count in enumerate(counts)})
-        for level in levels:
-            if (usage := figures.get(f"level{level}_usage", 1.0)) < LEAST_USAGE:
-                logger.warning(
-                    "level %d uses %.1f%% of its codes: it has collapsed, and samples will be noise; "
-                    "lower the learning rate, raise revival_threshold or use fewer codes",
-                    level,
-                    100 * usage,
-                )
-            if (active := figures.get(f"level{level}_active", 1.0)) < LEAST_USAGE:
-                logger.warning(
-                    "level %d: %.1f%% of its units say anything of the image: the posterior has collapsed; lower beta",
-                    level,
-                    100 * active,
-                )
+        for warning in level_warnings(self.model.bottleneck, figures):
+            logger.warning("%s", warning)
         if self.global_rank == 0 and self.shown is not None:
             picture = picture_grid([list(to_uint8(row)) for row in self.shown])
             with whole(self.folder / "reconstructions.png") as temporary:

@@ -48,11 +48,11 @@ OTHER_STAGES = ("images", "tokenizer", "codes", "prior", "classifier")
 INNER = ("checkpoints", "tensorboard", "litdata/*", "litdata", "mds/*", "mds")
 
 
-def plain(settings: Any) -> Any:
+def plain_data(settings: Any) -> Any:
     """Return dataclasses as plain data for YAML, with `from` for `from_`."""
     settings = hashed(settings)
     if isinstance(settings, dict):
-        return {("from" if key == "from_" else key): plain(value) for key, value in settings.items()}
+        return {("from" if key == "from_" else key): plain_data(value) for key, value in settings.items()}
     return settings
 
 
@@ -77,7 +77,7 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any]) -> None:
     Raises:
         StageError: the folder holds finished work or checkpoints of other settings, or cannot be written.
     """
-    settings = plain(settings)
+    settings = plain_data(settings)
     try:
         make_folder(folder)
         for part in [folder, *(found for pattern in INNER for found in folder.glob(pattern) if is_local(folder))]:
@@ -101,7 +101,7 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any]) -> None:
 def check_settings_stay(folder: Path, stage: str, settings: dict[str, Any]) -> None:
     """Raise StageError where another command has opened a stage's folder meanwhile, with other settings."""
     path = folder / "config.yaml"
-    if exists(path) and (found := differences(plain(settings), _kept_settings(path, stage))):
+    if exists(path) and (found := differences(plain_data(settings), _kept_settings(path, stage))):
         raise StageError(
             f"another command works in {folder} with other settings ({'; '.join(found[:3])}), "
             "so what this one has done counts for nothing; choose another run_dir or folder for one of them"

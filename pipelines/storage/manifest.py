@@ -62,12 +62,15 @@ class ImagesManifest(Manifest):
 
 
 class CodesManifest(Manifest):
-    """Of codes: their tokenizer's fingerprint and stored grids, and the digest of the images they are of."""
+    """Of codes: their tokenizer's fingerprint and stored grids, and the digest of the images they are of.
+
+    `posterior` says whether mean and log-variance of q(z | x) stand beside each."""
 
     tokenizer: Sha256
     levels: Annotated[list[Annotated[Level, AfterValidator(_complete)]], Field(min_length=1, max_length=16)]
     made_from: Sha256
     views: NotRequired[list[str]]
+    posterior: NotRequired[bool]
 
 
 class SamplesManifest(Manifest):

@@ -144,14 +144,14 @@ def _files(shard: Path, receipt: dict) -> dict[Path, dict]:
 def _remove(path: Path) -> None:
     """Remove a file of ours and, for datatrove, the link beside it."""
     path.unlink(missing_ok=True)
-    if path.suffix == ".bin" and _is_link(link := path.with_suffix(".ds")):
+    if path.name.endswith(".ds.index") and _is_link(link := path.with_suffix("")):
         link.unlink()
 
 
 def _is_link(path: Path) -> bool:
     """Whether this is NAME.ds, which is in no receipt because it is nothing but NAME.bin."""
-    ours = is_local(path) and path.suffix == ".ds" and path.is_symlink()
-    return ours and os.readlink(path) == path.with_suffix(".bin").name
+    ours = is_local(path) and path.is_symlink()
+    return ours and os.path.basename(os.readlink(path)) == path.with_suffix(".bin").name
 
 
 def remove_shards(folder: Path, keep: Collection[str] = ()) -> None:
@@ -168,7 +168,9 @@ def taken_by_others(shard: Path, files: Sequence[str]) -> Path | None:
     """Return what lies where a shard, its files or its receipt would be written and is not ours, if there is any."""
     ours = _files(shard, _named_by(shard))
     paths = [shard.parent / name for name in files] or [shard]
-    taken = next((path for path in paths if path not in ours and not _is_link(path) and exists(path)), None)
+    links = [path.with_suffix("") for path in paths if path.name.endswith(".ds.index")]
+    others = [path for path in paths if path not in ours] + [link for link in links if not _is_link(link)]
+    taken = next((path for path in others if exists(path)), None)
     if not taken and not ours and exists(receipt_path(shard)):
         return receipt_path(shard)
     return taken

@@ -4,6 +4,7 @@ They are for people to read. Nothing is judged by them, so they lie beside the s
 neither time nor place.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -47,9 +48,10 @@ def read_record(root: Path, stage: str) -> dict[str, Any]:
     return {}
 
 
-def recorded_seconds(root: Path) -> float | None:
-    """Return what the commands that finished a run's stages took in all; None where nothing was recorded."""
-    stages = [path.stem.removeprefix(".made-") for path in root.glob(record_of(root, "*").name)]
+def recorded_seconds(root: Path, stages: Sequence[str]) -> float | None:
+    """Return what the commands that finished these stages took in all; None where nothing was recorded."""
+    records = [path for stage in stages for path in root.glob(record_of(root, f"{stage}*").name)]
+    stages = [path.stem.removeprefix(".made-") for path in records]
     found = [read_record(root, stage).get("seconds") for stage in stages]
     seconds = [one for one in found if isinstance(one, int | float)]
     return round(sum(seconds), 1) if seconds else None

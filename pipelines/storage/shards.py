@@ -15,6 +15,8 @@ MAX_MEMBER_BYTES = 2**28
 # What a sample may hold beside its image, carried byte for byte; and what stands for one where only others have it:
 # Hugging Face's reader of webdatasets refuses samples of unequal members.
 CARRIED = {"txt": b"", "json": b"{}"}
+# What mean and log-variance of a level's q(z | x) are called, after its name.
+POSTERIOR = "posterior.npy"
 
 
 class Member(NamedTuple):

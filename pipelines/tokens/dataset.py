@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from pipelines.errors import StageError
 from pipelines.storage.paths import is_local, place
 from pipelines.tokens.layout import TokenLayout
+from pipelines.tokens.records import megatron_index
 
 # Systems allow a process some 65,000 maps.
 MAX_MAPS = 4096
@@ -57,8 +58,9 @@ class TokenDataset(Dataset[Tensor]):
         if length:
             first, stop = record * length, (record + 1) * length
         else:
-            ends = self._map(shard, "ds.index", np.dtype("<u8"), shard["records"])
-            first, stop = int(ends[record - 1]) if record else 0, int(ends[record])
+            sizes, starts = megatron_index(self._map(shard, "idx", np.dtype(np.uint8), 42 + 20 * shard["records"]))
+            first = int(starts[record]) // tokens.itemsize
+            stop = first + int(sizes[record])
         return torch.from_numpy(tokens[first:stop].astype(np.int64))
 
     def key(self, index: int) -> str:

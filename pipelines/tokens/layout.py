@@ -63,7 +63,8 @@ class TokenLayout:
         self.shards: dict[str, list[dict]] = {}
         self.levels = stated.levels
         if "<class>" in self.words and not stated.class_names:
-            raise ConfigError("template names <class> but the codes have no classes; leave it out")
+            left = " ".join(word for word in self.words if word != "<class>")
+            raise ConfigError(f"template names <class> but the codes have no classes; set it to {left!r}")
         if "<text>" in self.words and text is None:
             raise ConfigError(
                 "template names <text>; set text.tokenizer to a folder with a tokenizer.json, or leave it out"

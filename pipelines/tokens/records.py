@@ -4,6 +4,7 @@ R records, N tokens of one where all have the same number.
 """
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from pipelines.storage.shards import array_bytes, write_tar
 # Of the files that hold where things lie: litdata and mds in uint32 bytes, parquet in int32 tokens.
 MAX_CHUNK_BYTES, MAX_LIST = 2**32, 2**31
 # Tokens of 2 and 4 bytes as the formats number them. Megatron knows no uint32: below 2**31 the bytes are int32's.
-MEGATRON_DTYPE = {2: 8, 4: 4}
+MEGATRON, MEGATRON_DTYPE = b"MMIDIDX\x00\x00", {2: 8, 4: 4}
 LITDATA_DTYPE = {2: 5, 4: 6}
 IGNORED = -100  # what the losses of transformers leave out
 ROW_GROUP = 4096
@@ -72,36 +73,26 @@ class Records(NamedTuple):
         return np.split(self.ids, self.ends)[:-1]
 
 
-def write_bin(folder: Path, name: str, records: Records, tokenizer: str) -> list[str]:
-    """Write NAME.bin, the tokens and nothing else, and what tells its readers where records begin.
-
-    For Megatron NAME.idx; for datatrove and nanotron NAME.ds, a link to NAME.bin where there are links, NAME.ds.index
-    and NAME.ds.metadata; keys, and captions as JSON, one per line.
+def write_bin(folder: Path, name: str, records: Records) -> list[str]:
+    """Write NAME.bin, the tokens and nothing else, NAME.idx for Megatron, keys, and captions as JSON, one per line.
 
     Args:
         folder: of the token shards.
         name: without extension.
         records: of the shard.
-        tokenizer: what the tokens are of, for datatrove.
 
     Returns:
-        The names of the files, the link apart.
+        The names of the files.
     """
-    size = records.ids.dtype.itemsize
     contents = {
         f"{name}.bin": _bytes(records.ids),
         f"{name}.idx": _megatron_index(records),
-        f"{name}.ds.index": _bytes(records.ends.astype(np.uint64)),
-        f"{name}.ds.metadata": f"{tokenizer}|{size}\n{len(records.ids)}\n{len(records.ids)} tokens".encode(),
         f"{name}.keys": "".join(f"{key}\n" for key in records.keys).encode(),
     }
     if records.captions is not None:
         contents[f"{name}.captions"] = "".join(f"{json.dumps(caption)}\n" for caption in records.captions).encode()
     for file, data in contents.items():
         _write(folder / file, data)
-    if is_local(folder):
-        with whole(folder / f"{name}.ds") as temporary:
-            temporary.symlink_to(f"{name}.bin")
     return list(contents)
 
 
@@ -110,7 +101,7 @@ def _megatron_index(records: Records) -> bytes:
     counts = np.array([len(records.lengths), len(records.lengths) + 1], "<u8")
     return b"".join(
         [
-            b"MMIDIDX\x00\x00",
+            MEGATRON,
             np.uint64(1).tobytes(),
             np.uint8(MEGATRON_DTYPE[size]).tobytes(),
             counts.tobytes(),
@@ -119,6 +110,36 @@ def _megatron_index(records: Records) -> bytes:
             np.arange(len(records.lengths) + 1, dtype="<i8").tobytes(),  # each record is a document
         ]
     )
+
+
+def megatron_index(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the length of each record and its first byte in the .bin, int32 and int64 (R,), of an .idx as uint8.
+
+    Raises:
+        ValueError: it is none.
+    """
+    count = int(index[18:26].view("<u8")[0]) if index[:9].tobytes() == MEGATRON and len(index) >= 42 else 0
+    if len(index) != 42 + 20 * count:
+        raise ValueError(f"an .idx of {count} records must have {42 + 20 * count} bytes, has {len(index)}")
+    return index[34 : 34 + 4 * count].view("<i4"), index[34 + 4 * count : 34 + 12 * count].view("<i8")
+
+
+def write_datatrove(path: Path, records: Records, tokenizer: str, tokens: Path) -> None:
+    """Write what datatrove and nanotron read: NAME.ds.index, NAME.ds.metadata and, where there are links, NAME.ds.
+
+    Args:
+        path: NAME.ds.
+        records: of the shard.
+        tokenizer: what the tokens are of.
+        tokens: NAME.bin.
+    """
+    count = len(records.ids)
+    _write(path.with_suffix(".ds.index"), _bytes(records.ends.astype(np.uint64)))
+    metadata = f"{tokenizer}|{records.ids.dtype.itemsize}\n{count}\n{count} tokens"
+    _write(path.with_suffix(".ds.metadata"), metadata.encode())
+    if is_local(path):
+        with whole(path) as temporary:
+            temporary.symlink_to(os.path.relpath(tokens, path.parent))
 
 
 def write_parquet(path: Path, records: Records, padding: Padding | None = None) -> None:

@@ -1,6 +1,6 @@
 """The files of exported tokens: those of a shard, format by format, and those that go with all shards.
 
-They lie beside one another, but litdata's and MosaicML's, whose readers take a folder for a split.
+They lie beside one another, but datatrove's, litdata's and MosaicML's, whose readers take a folder for a split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from pipelines.tokens.records import (
     Padding,
     Records,
     write_bin,
+    write_datatrove,
     write_litdata,
     write_litdata_index,
     write_mds,
@@ -26,7 +27,10 @@ from pipelines.tokens.records import (
 # The receipt of what goes with all shards, written by whoever finds them all.
 ALL = "all"
 FORMATS = {
-    "bin": ("{name}.bin", "{name}.idx", "{name}.ds.index", "{name}.ds.metadata", "{name}.keys", "{name}.captions"),
+    "bin": (
+        *("{name}.bin", "{name}.idx", "{name}.keys", "{name}.captions"),
+        *("datatrove/{split}/{name}.ds.index", "datatrove/{split}/{name}.ds.metadata"),
+    ),
     "parquet": ("{name}.parquet",),
     "litdata": ("litdata/{split}/{name}.bin",),
     "mds": ("mds/{split}/{name}.mds",),
@@ -52,7 +56,10 @@ def write_files_of_shard(
     names = files_of_shard(formats, split, name)
     index: dict[str, dict] = {}
     if "bin" in formats:
-        write_bin(folder, name, records, f"smalti-{layout.stated.tokenizer[:12]}")
+        write_bin(folder, name, records)
+        make_folder(folder / "datatrove" / split)
+        tokenizer = f"smalti-{layout.stated.tokenizer[:12]}"
+        write_datatrove(folder / "datatrove" / split / f"{name}.ds", records, tokenizer, folder / f"{name}.bin")
         names = [file for file in names if records.captions is not None or not file.endswith(".captions")]
     if "parquet" in formats:
         write_parquet(folder / f"{name}.parquet", records, padding)

@@ -72,4 +72,9 @@ def checked_ids(ids: Any) -> np.ndarray:
 
 
 def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    try:
+        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except ValueError as error:
+        raise StageError(
+            f"records, codes and classes must be arrays, got lists of several lengths: {values!s:.60}"
+        ) from error

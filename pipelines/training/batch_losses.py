@@ -54,6 +54,8 @@ class SplitLosses:
 
     def update(self, levels: Sequence[Bottled], mask: Tensor) -> None:
         """Add a batch; mask (B,) is 1 for images that count, 0 for filling."""
+        if not self.family.whole_batch:
+            return
         weights = mask.double()
         self.images += weights.sum()
         for level, output in enumerate(levels):

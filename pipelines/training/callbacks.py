@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -65,6 +66,28 @@ class StopOnNonFinite(Callback):
                 f"the loss became NaN or infinite by step {step}; {kept}; begin again with --redo and a lower "
                 "learning_rate or a gradient_clip"
             )
+
+
+class ClipGradients(Callback):
+    """Scales gradients down to a norm, over all parameters together, before each optimizer step of either stage.
+
+    Lightning's own way refuses fused optimizers under bfloat16, which has no gradient scaler that they could unscale.
+
+    Args:
+        largest_norm: that is left.
+    """
+
+    def __init__(self, largest_norm: float) -> None:
+        self.largest_norm = largest_norm
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, FSDPStrategy):  # the norm of all shards together
+            assert strategy.model is not None
+            strategy.model.clip_grad_norm_(self.largest_norm)  # type: ignore[operator]
+        else:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.largest_norm)
 
 
 class Progress(Callback):

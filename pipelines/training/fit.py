@@ -29,7 +29,7 @@ from pipelines.data.batches import TrainingBatches, ValidationBatches
 from pipelines.errors import ConfigError, StageError
 from pipelines.storage.folders import publish_model
 from pipelines.storage.paths import exists, write_json
-from pipelines.training.callbacks import AverageWeights, Progress, StopOnNonFinite
+from pipelines.training.callbacks import AverageWeights, ClipGradients, Progress, StopOnNonFinite
 from pipelines.training.checkpoints import KeepBest, KeepLast, WholeCheckpoints
 from pipelines.training.leaving import Leave
 from pipelines.training.loggers import make_loggers
@@ -119,43 +119,6 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
         optimizer, lambda step: learning_rate_factor(step, warmup_steps, steps)
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def clip_gradients(module: pl.LightningModule, optimizer: torch.optim.Optimizer, largest_norm: float | None) -> None:
-    """Scale gradients down to a norm, over all parameters together.
-
-    Lightning's own way refuses fused optimizers under bfloat16, which has no gradient scaler that they could unscale.
-
-    Args:
-        module: that is trained.
-        optimizer: of its parameters.
-        largest_norm: None leaves gradients as they are.
-    """
-    if not largest_norm:
-        return
-    strategy = module.trainer.strategy
-    if isinstance(strategy, FSDPStrategy):  # the norm of all shards together
-        assert strategy.model is not None
-        strategy.model.clip_grad_norm_(largest_norm)  # type: ignore[operator]
-    else:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, largest_norm)
-
-
-class ClipGradients(Callback):
-    """Clips before each optimizer step, of either stage.
-
-    Args:
-        largest_norm: see `clip_gradients`.
-    """
-
-    def __init__(self, largest_norm: float) -> None:
-        self.largest_norm = largest_norm
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        clip_gradients(pl_module, optimizer, self.largest_norm)
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:

@@ -1,7 +1,7 @@
 """Ending a training when asked to: all processes after the same step, with a checkpoint."""
 
 import signal
-from contextlib import suppress
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from pipelines.compute.signals import Interrupted, requeue, signals_handled_by
+from pipelines.compute.signals import Interrupted, hear_no_more, requeue, signals_handled_by
 from pipelines.training.checkpoints import KeepLast
 
 
@@ -30,7 +30,7 @@ class Leave(Callback):
         self.step = 0
         self.answers: tuple[Any, Tensor] | None = None
         self.group: Any = None
-        self.handlers: Any = None
+        self.handlers = ExitStack()  # those that training found, put back at its end
         self.listening = False  # whether training has begun
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -39,8 +39,7 @@ class Leave(Callback):
             self.group = torch.distributed.new_group(backend="gloo")
             # Lightning asks the first process at every micro-batch and waits for the answer, which would stall a GPU.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        self.handlers = signals_handled_by(self._note)
-        self.handlers.__enter__()
+        self.handlers.enter_context(signals_handled_by(self._note))
         self.listening = True
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -57,6 +56,7 @@ class Leave(Callback):
             self._leave(signum, self.keep.saved)
 
     def _leave(self, signum: int, step: int) -> None:
+        hear_no_more()
         requeued = signum == signal.SIGUSR1
         if requeued:
             requeue()
@@ -79,13 +79,7 @@ class Leave(Callback):
         return asked
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_listening()
+        self.handlers.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop_listening(exception)
-
-    def _stop_listening(self, exception: BaseException | None = None) -> None:
-        if self.handlers is not None:
-            handlers, self.handlers = self.handlers, None
-            with suppress(BaseException):
-                handlers.__exit__(type(exception) if exception else None, exception, None)
+        self.handlers.close()

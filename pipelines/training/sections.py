@@ -1,6 +1,6 @@
 """The sections of a config that train: they are read by every stage, also by those that do without Lightning."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -9,13 +9,17 @@ import torch
 from pipelines.data.images import AugmentConfig
 from pipelines.errors import ConfigError
 from pipelines.storage.fingerprint import hashed
-from prior import PixelSNAILConfig, TransformerConfig
+from prior import FlowConfig, MixtureConfig, PixelSNAILConfig, TransformerConfig
+from prior.continuous import ContinuousConfig
+from prior.level import NETWORKS
 from tokenizer import EMAConfig, TokenizerConfig
 from tokenizer.bottlenecks import KINDS, FSQConfig, GaussianConfig, GradientConfig, Settings
 from tokenizer.bottlenecks.bottleneck import VectorSizes
+from tokenizer.bottlenecks.contractive import ContractiveConfig
 from tokenizer.bottlenecks.gumbel import GumbelConfig
 from tokenizer.bottlenecks.residual import ResidualConfig
 from tokenizer.bottlenecks.sparse import SparseConfig
+from tokenizer.loss import Reconstruction
 
 # What these settings were when they came, for ever.
 GRADIENT_THEN = {"codebook_weight": 1.0, "commitment_weight": 0.25, "kmeans_iterations": 10}
@@ -28,9 +32,17 @@ GUMBEL_THEN = {
 }
 EMA_THEN = {"decay": 0.99, "commitment_weight": 0.25, "kmeans_iterations": 10, "revival_threshold": 0.05}
 RESIDUAL_THEN = {"depth": 2, "ema": EMA_THEN}
+FLOW_THEN = {"couplings": 8, "width": 64, "conditioning_blocks": 1}
+MIXTURE_THEN = {"components": 32, "at": "clusters", "covariance": "diagonal"}
 SPARSE_THEN = {"penalty": "kl", "rho": 0.05, "weight": 0.1}
+CONTRACTIVE_THEN = {"weight": 0.1, "probes": 4}
 # What `prior.network` may name; a network's settings stand under its name.
-NETWORKS = ("auto", "transformer", "pixelsnail", "normal")
+PRIORS = ("auto", *NETWORKS)
+# Those over numbers, and those that no gradients train.
+CONTINUOUS = tuple(name for name, size in NETWORKS.items() if issubclass(size, ContinuousConfig))
+UNTRAINED = ("normal", "mixture")
+# Those with settings.
+SIZED = ("transformer", "pixelsnail", "mixture", "flow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +85,7 @@ class TrainingConfig:
     log_every: int = 50
     activation_checkpointing: bool = False
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    compile: bool | str = "auto"
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "val_every", "checkpoint_every", "log_every"):
@@ -87,8 +99,6 @@ class TrainingConfig:
             raise ValueError(f"beta2 must lie in [0, 1), got {self.beta2}")
         if not 0 <= self.weight_ema < 1:
             raise ValueError(f"weight_ema must lie in [0, 1), got {self.weight_ema}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be true, false or auto, got {self.compile}")
         for name in ("warmup_steps", "weight_decay", "gradient_clip", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -109,9 +119,10 @@ class TokenizerSection:
         bottleneck: what its levels are made of: "ema" (codebooks that are moving averages), "gradient" (codebooks
             moved by gradients), "residual" (several EMA codebooks, each of what the others leave), "gumbel" (codes
             drawn from a relaxed distribution), "fsq" (rounded channels), "gaussian" (a VAE), "sparse" (units few
-            of which are active) or "identity" (a plain autoencoder).
+            of which are active), "contractive" (numbers that change little with the image) or "identity" (a plain
+            autoencoder).
         model: its levels and widths; codebook_size, code_dim and normalize are those of codebooks, code_dim also that
-            of "gaussian", "sparse" and "identity".
+            of "gaussian", "sparse", "contractive" and "identity".
         ema: settings of that bottleneck.
         gradient: settings of that bottleneck.
         fsq: settings of that bottleneck.
@@ -119,9 +130,12 @@ class TokenizerSection:
         residual: settings of that bottleneck.
         gumbel: settings of that bottleneck.
         sparse: settings of that bottleneck.
+        contractive: settings of that bottleneck.
         shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
             disk that it is fetched to; 0 mixes all.
-        loss: reconstruction loss.
+        loss: of the reconstruction: "mse", "l1", or a likelihood in nats per value, beside which a bottleneck's KL
+            divergence makes the ELBO: "gaussian", or "bernoulli", for which `model.sigmoid` must be true.
+        loss_scale: standard deviation of "gaussian", of values in [-1, 1]; 0 learns it.
         augment: what is done to training images at random.
         training: optimizer and schedule.
     """
@@ -136,7 +150,9 @@ class TokenizerSection:
     residual: ResidualConfig = field(default_factory=ResidualConfig, metadata={"introduced": RESIDUAL_THEN})
     gumbel: GumbelConfig = field(default_factory=GumbelConfig, metadata={"introduced": GUMBEL_THEN})
     sparse: SparseConfig = field(default_factory=SparseConfig, metadata={"introduced": SPARSE_THEN})
-    loss: Literal["mse", "l1"] = "mse"
+    contractive: ContractiveConfig = field(default_factory=ContractiveConfig, metadata={"introduced": CONTRACTIVE_THEN})
+    loss: Reconstruction = "mse"
+    loss_scale: float = field(default=0.0, metadata={"introduced": 0.0})
     shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -144,6 +160,14 @@ class TokenizerSection:
     def __post_init__(self) -> None:
         if self.bottleneck not in KINDS:
             raise ValueError(f"tokenizer.bottleneck must be one of {', '.join(KINDS)}, got {self.bottleneck}")
+        if self.loss == "bernoulli" and not self.model.sigmoid:
+            raise ValueError("tokenizer.loss bernoulli needs a decoder of logits; set tokenizer.model.sigmoid to true")
+        if not self.loss_scale >= 0:
+            raise ValueError(f"tokenizer.loss_scale must not be negative, got {self.loss_scale}")
+        if self.loss_scale and self.loss != "gaussian":
+            raise ValueError(
+                f"tokenizer.loss_scale is of the loss gaussian, and the loss is {self.loss}; leave it at 0"
+            )
         if self.shuffle_shards < 0:
             raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
 
@@ -163,10 +187,12 @@ class PriorConfig:
     """Which priors, and how they are trained; a list is one value per level, coarse to fine.
 
     Attributes:
-        network: "transformer" or "pixelsnail" over codes, "normal" over numbers; "auto" is a Transformer over codes,
-            normal over numbers.
+        network: "transformer" or "pixelsnail" over codes; over numbers "normal", N(0, I), "mixture", of Gaussians, or
+            "flow"; "auto" is a Transformer over codes, normal over numbers.
         transformer: sizes of Transformers.
         pixelsnail: sizes of PixelSNAILs.
+        mixture: number and kind of Gaussians.
+        flow: sizes of normalising flows.
         dropout: of all parts of the network.
         class_dropout: share of training samples whose class is hidden, so that guidance has a model without class.
         training: optimizer and schedule.
@@ -175,14 +201,16 @@ class PriorConfig:
     network: str | list[str] = "auto"
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     pixelsnail: PixelSNAILConfig = field(default_factory=PixelSNAILConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig, metadata={"introduced": MIXTURE_THEN})
+    flow: FlowConfig = field(default_factory=FlowConfig, metadata={"introduced": FLOW_THEN})
     dropout: float | list[float] = 0.1
     class_dropout: float = 0.1
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
         for network in self.network if isinstance(self.network, list) else [self.network]:
-            if network not in NETWORKS:
-                raise ValueError(f"prior.network must be one of {', '.join(NETWORKS)}, got {network}")
+            if network not in PRIORS:
+                raise ValueError(f"prior.network must be one of {', '.join(PRIORS)}, got {network}")
         for dropout in self.dropout if isinstance(self.dropout, list) else [self.dropout]:
             if not 0 <= dropout < 1:
                 raise ValueError(f"prior.dropout must lie in [0, 1), got {dropout}")
@@ -194,7 +222,14 @@ class PriorConfig:
         """Names of the settings of networks that no level has."""
         networks = [self.network] if isinstance(self.network, str) else self.network
         used = {"transformer" if network == "auto" else network for network in networks}
-        return [name for name in ("transformer", "pixelsnail") if name not in used]
+        return [name for name in SIZED if name not in used]
+
+
+def unread_by(networks: Collection[str]) -> list[str]:
+    """Return names of the settings of `prior` that none of some networks reads."""
+    trained = ["dropout", "class_dropout", "training"] if set(networks) - set(UNTRAINED) else []
+    read = {"network", *trained, *("transformer" if network == "auto" else network for network in networks)}
+    return [one.name for one in fields(PriorConfig) if one.name not in read]
 
 
 def stored_sizes(section: TokenizerSection) -> list[int | None]:
@@ -251,8 +286,7 @@ def prior_at_level(config: PriorConfig, level: int, num_levels: int) -> PriorCon
     """Return the section for one level: every list replaced by this level's value."""
     section = at_level(config, level, num_levels, "prior.")
     sizes = {
-        name: at_level(getattr(config, name), level, num_levels, f"prior.{name}.")
-        for name in ("transformer", "pixelsnail", "training")
+        name: at_level(getattr(config, name), level, num_levels, f"prior.{name}.") for name in (*SIZED, "training")
     }
     return replace(section, **sizes)
 
@@ -271,7 +305,9 @@ def prior_for(config: PriorConfig, level: int, sizes: Sequence[int | None]) -> P
     section = prior_at_level(config, level, len(sizes))
     continuous = sizes[level] is None
     network = {"auto": "normal" if continuous else "transformer"}.get(str(section.network), section.network)
-    if (network == "normal") != continuous:
-        holds, fits = ("numbers", "normal") if continuous else ("codes", "transformer or pixelsnail")
+    if (network in CONTINUOUS) != continuous:
+        *others, last = (name for name in NETWORKS if (name in CONTINUOUS) == continuous)
+        holds = "numbers" if continuous else "codes"
+        fits = f"{', '.join(others)} or {last}"
         raise ConfigError(f"prior.network must be {fits} where level {level} holds {holds}, got {network}")
     return replace(section, network=network)

@@ -85,7 +85,7 @@ def make_up(folder: Path, config: TokenLayout, codes: dict, captions: list[str] 
         name = f"train-{number:06d}"
         made = shard(config, codes, stop - first, captions and captions[first:stop], seed=number)
         sums = {
-            file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in write_bin(folder, name, made, "")
+            file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in write_bin(folder, name, made)
         }
         shards.append({"shard": name, "records": stop - first, "tokens": len(made.ids), "sha256": sums})
         chunks.append(write_litdata(folder / "litdata" / "train" / f"{name}.bin", made, padding))

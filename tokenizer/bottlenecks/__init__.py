@@ -1,6 +1,7 @@
 """What stands between encoder features and decoder input at one level: a file per family."""
 
 from tokenizer.bottlenecks.bottleneck import Settings
+from tokenizer.bottlenecks.contractive import ContractiveConfig
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.bottlenecks.fsq import FSQConfig
 from tokenizer.bottlenecks.gaussian import GaussianConfig
@@ -19,6 +20,7 @@ KINDS: dict[str, type[Settings]] = {
     "fsq": FSQConfig,
     "gaussian": GaussianConfig,
     "sparse": SparseConfig,
+    "contractive": ContractiveConfig,
     "identity": IdentityConfig,
 }
 

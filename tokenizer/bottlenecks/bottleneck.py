@@ -12,6 +12,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# A level that uses less of its codes, or of its units, has collapsed.
+LEAST_USED = 0.1
+
 
 class StoredGrid(NamedTuple):
     """One grid that stands for an image in shards: a level, for the priors.
@@ -36,6 +39,8 @@ class Bottled(NamedTuple):
         losses: by name, float (B,) each, to be weighted by the settings' `weights`.
         observed: float32 (B*h*w, channels), detached: what a learner and figures look at; empty where they do not.
         averaged: by name, (B, n) each: what `Settings.batch_losses` wants the mean of over the global batch.
+        posterior: the features that q(z | x) is made of, see `Bottleneck.log_posterior`; None where nothing is drawn.
+        contracted: (B, …), what the loss "contraction" is to hold still while images move; see `Settings.probes`.
     """
 
     seen: Tensor
@@ -43,6 +48,8 @@ class Bottled(NamedTuple):
     losses: dict[str, Tensor]
     observed: Tensor
     averaged: Mapping[str, Tensor] = {}
+    posterior: Tensor | None = None
+    contracted: Tensor | None = None
 
 
 class Figures(Protocol):
@@ -82,6 +89,16 @@ class Bottleneck(Protocol):
 
     def lookup(self, stored: Sequence[Tensor]) -> Tensor:
         """Return what the decoder sees (B, D, h, w) for what is stored."""
+
+    def log_posterior(self, posterior: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """Return log q(z | x) in nats of what is stored, summed over the grid; float64, of the leading sizes of both.
+
+        A density where numbers are stored. Asked only of bottlenecks that take noise; the others need not have it.
+
+        Args:
+            posterior: features (…, C, h, w), as `Bottled.posterior` holds them.
+            stored: what is stored, (…, h, w) or (…, d, h, w) each. Leading sizes broadcast: (N, 1) and (M,) make pairs.
+        """
 
     def blank(self) -> Tensor:
         """Return what stands for a level that is absent, (D,)."""
@@ -127,17 +144,26 @@ class Settings:
     Attributes:
         of_model: names of the settings that are part of the model; the rest is training's.
         unread: names of what it is told by `VectorSizes` and does not use.
+        rate: name of the loss that is what a continuous level takes of an image, KL(q || N(0, I)) in nats; "" where
+            numbers are not drawn, and of codes, which take what their prior says.
+        mend: what brings codes into use that are not.
         whole_batch: whether it has losses that are no means over images, but of the global batch as a whole. A step is
             then not the sum of its micro-batches, and must be one.
+        probes: backward passes that the loss "contraction" may take per level: the squared norm of the Jacobian of
+            `Bottled.contracted` by the images, which training adds to the bottleneck's own; 0 where there is none.
     """
 
     of_model: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
+    rate: ClassVar[str] = ""
+    mend: ClassVar[str] = "a lower learning rate or fewer codes"
+
+    probes = 0
 
     @property
     def whole_batch(self) -> bool:
-        """See the class."""
-        return False
+        """See the class: those that have `batch_losses`."""
+        return type(self).batch_losses is not Settings.batch_losses
 
     def build(self, sizes: VectorSizes) -> Any:
         """Return a `Bottleneck` for one level."""
@@ -147,6 +173,10 @@ class Settings:
         """Return the weight of each of its losses, for N levels and images of so many values."""
         return {}
 
+    def shares(self, step: int) -> dict[str, float]:
+        """Return by name which share of its weight a loss has in a step of training; 1 where it is not named."""
+        return {}
+
     def batch_losses(self, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return scalar losses by name of what is averaged over the global batch, and of nothing else.
 
@@ -154,6 +184,12 @@ class Settings:
             averaged: the mean (n,) of each `Bottled.averaged`, the same on every rank.
         """
         return {}
+
+    def warnings(self, figures: Mapping[str, float]) -> list[str]:
+        """Return what to warn of where a stored grid has these figures, as what goes on from "level N"."""
+        if (usage := figures.get("usage", 1.0)) >= LEAST_USED:
+            return []
+        return [f"uses {usage:.1%} of its codes: it has collapsed, and samples will be noise; try {self.mend}"]
 
     def learner(self, bottleneck: Any) -> Any:
         """Return what moves the bottleneck besides gradients, a `Learner`; None where gradients move everything."""

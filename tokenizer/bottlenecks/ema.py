@@ -5,7 +5,7 @@ K codebook_size, D code_dim, N latents of one rank's micro-batch, R revival cand
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ class EMAConfig(Settings):
         gradient: how that of the decoder goes back to latents: "straight", as if the codebook were not there, or
             "rotation" (Fifty et al. 2024).
     """
+
+    mend: ClassVar[str] = "a lower learning rate, a higher revival_threshold or fewer codes"
 
     decay: float = 0.99
     commitment_weight: float = 0.25

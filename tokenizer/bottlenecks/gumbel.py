@@ -37,6 +37,7 @@ class GumbelConfig(Settings):
     """
 
     unread: ClassVar[tuple[str, ...]] = ("normalize",)
+    mend: ClassVar[str] = "a lower beta, a lower learning rate or fewer codes"
 
     beta: float = 0.02
     temperature: float = 1.0
@@ -112,7 +113,13 @@ class Gumbel(Float32Module):
                 seen = F.one_hot(codes, self.features).movedim(-1, 1) + (relaxed - relaxed.detach())
             seen = torch.einsum("bkhw,kd->bdhw", seen, self.vectors)
             kl = math.log(self.features) + (log_q.exp() * log_q).sum(1)
-        return Bottled(seen, (codes,), {"kl": kl.flatten(1).sum(1)}, no_observation(logits))
+        return Bottled(seen, (codes,), {"kl": kl.flatten(1).sum(1)}, no_observation(logits), posterior=logits)
+
+    def log_posterior(self, posterior: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """Return log q(z | x) of codes (…, h, w) under logits (…, K, h, w), in nats; float64."""
+        (codes,) = stored
+        log_q = posterior.double().log_softmax(-3)
+        return log_q.take_along_dim(codes.unsqueeze(-3), -3).flatten(-3).sum(-1)
 
     def lookup(self, stored: Sequence[Tensor | np.ndarray]) -> Tensor:
         """Return the vectors (B, D, h, w) of a grid of codes (B, h, w).

@@ -3,7 +3,6 @@
 B batch, D code_dim, h w grid.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from tokenizer.bottlenecks.averages import Averages
 from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
-from tokenizer.checks import Float32Module, float_tensor
+from tokenizer.bottlenecks.numbers import Numbers
+from tokenizer.checks import float_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class IdentityConfig(Settings):
         return Identity(sizes.code_dim)
 
 
-class Identity(Float32Module):
+class Identity(Numbers):
     """Features are what is seen and stored, as they are; always in float32.
 
     Nothing draws them towards N(0, I): how far they are from it, the figures tell.
@@ -37,15 +37,8 @@ class Identity(Float32Module):
     Source: Hinton and Salakhutdinov 2006.
     """
 
-    zero: Tensor
-    noise_channels = 0
-
     def __init__(self, code_dim: int) -> None:
-        super().__init__()
-        self.features = self.channels = code_dim
-        self.sizes = (None,)
-        # Where tensors without parameters go is where this is.
-        self.register_buffer("zero", torch.zeros(()), persistent=False)
+        super().__init__(code_dim, code_dim)
 
     def forward(self, features: Tensor, noise: Tensor | None = None) -> Bottled:
         """Pass features (B, D, h, w).
@@ -56,15 +49,6 @@ class Identity(Float32Module):
         features = float_tensor("features", features, ("B", self.features, "h", "w"))
         observed = features.detach().movedim(1, -1).flatten(0, 2)
         return Bottled(seen=features, stored=(features,), losses={}, observed=observed)
-
-    def lookup(self, stored: Sequence[Tensor]) -> Tensor:
-        """Return the numbers (B, D, h, w) as they are."""
-        (values,) = stored
-        return float_tensor("values", values, ("B", self.channels, "h", "w"))
-
-    def blank(self) -> Tensor:
-        """Return zeros (D,)."""
-        return self.zero.expand(self.channels)
 
     def figures(self) -> Averages:
         """Return mean and standard deviation of all numbers, of nothing yet; N(0, I) has 0 and 1."""

@@ -32,6 +32,7 @@ class ResidualConfig(Settings):
 
     of_model: ClassVar[tuple[str, ...]] = ("depth",)
     unread: ClassVar[tuple[str, ...]] = ("normalize",)
+    mend: ClassVar[str] = EMAConfig.mend
 
     depth: int = 2
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -3,7 +3,7 @@
 B batch, D units, h w grid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokenizer.bottlenecks.averages import Averages
 from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes, per_image
-from tokenizer.checks import Float32Module, float_tensor
+from tokenizer.bottlenecks.numbers import Numbers
+from tokenizer.checks import float_tensor
 
 # A mean activation nearer to 0 or 1 would have no finite logarithm.
 LEAST_MEAN = 1e-6
@@ -67,7 +68,7 @@ class SparseConfig(Settings):
         return {"divergence": divergence.mean()}
 
 
-class Sparse(Float32Module):
+class Sparse(Numbers):
     """Features through a sigmoid are what is seen and stored; always in float32.
 
     The loss "activation" of an image is the mean of its units. A unit is a channel: cells share it, as images do.
@@ -76,15 +77,8 @@ class Sparse(Float32Module):
         code_dim: D.
     """
 
-    zero: Tensor
-    noise_channels = 0
-
     def __init__(self, code_dim: int) -> None:
-        super().__init__()
-        self.features = self.channels = code_dim
-        self.sizes = (None,)
-        # Where tensors without parameters go is where this is.
-        self.register_buffer("zero", torch.zeros(()), persistent=False)
+        super().__init__(code_dim, code_dim)
 
     def forward(self, features: Tensor, noise: Tensor | None = None) -> Bottled:
         """Activate units by features (B, D, h, w).
@@ -102,15 +96,6 @@ class Sparse(Float32Module):
             observed=units.detach().movedim(1, -1).flatten(0, 2),
             averaged={"activation": units.flatten(2).mean(2)},
         )
-
-    def lookup(self, stored: Sequence[Tensor]) -> Tensor:
-        """Return the units (B, D, h, w) as they are."""
-        (values,) = stored
-        return float_tensor("values", values, ("B", self.channels, "h", "w"))
-
-    def blank(self) -> Tensor:
-        """Return units none of which is active (D,)."""
-        return self.zero.expand(self.channels)
 
     def figures(self) -> Averages:
         """Return the share of an image's units, over all its cells, that are above ACTIVE; of nothing yet."""
