@@ -72,7 +72,8 @@ class ImportanceBounds(Metric):
         levels = len(tokenizer.bottlenecks)
         streams = [(self.subject.seed, draw * levels + level) for level in range(levels)]
         images = seen.images[own]
-        output = tokenizer(images, noise_for(tokenizer, streams, [seen.rows[number] for number in own]))
+        told = None if seen.told is None else seen.told[own]
+        output = tokenizer(images, noise_for(tokenizer, streams, [seen.rows[number] for number in own]), told)
         stored = [grid for level in output.levels for grid in level.stored]
         log_q = log_posterior(tokenizer, [level.posterior for level in output.levels], stored)
         scales = self.scales.float().to(images.device)[:, None, None]
