@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from prior import HierarchicalPrior, Known, prefix
+from prior import FlowConfig, HierarchicalPrior, Known, LevelConfig, LevelPrior, MixtureConfig, prefix
 from prior.decoder import RecomputingDecoder
+from prior.em import em
+from prior.mixture import Mixture
 from prior.sampling import LevelSampling, inverse_cdf, uniforms
-from tests.priors import NETWORKS, draw_codes, tiny_prior
+from tests.priors import NETWORKS, draw_codes, randomize, tiny_prior
 from tests.test_normal import GRIDS as NORMAL_GRIDS
 from tests.test_normal import normal_prior
 
@@ -18,7 +20,32 @@ def given(network: str) -> tuple[HierarchicalPrior, list[torch.Tensor], list[int
     if network == "normal":
         values = [torch.randn(3, channels, *grid) for channels, grid in zip([3, 2], NORMAL_GRIDS, strict=True)]
         return normal_prior(), values, None
+    if network in SIZES_OF_NUMBERS:
+        prior = numbers_prior(network)
+        return prior, [torch.randn(3, d, *grid) for grid, _, d in prior.levels[-1].config.levels], CLASSES
     return tiny_prior(network, GRIDS, SIZES), draw_codes(GRIDS, SIZES, 3), CLASSES
+
+
+SIZES_OF_NUMBERS = {"mixture": MixtureConfig(components=3), "flow": FlowConfig(couplings=2, width=8)}
+
+
+def numbers_prior(network: str) -> HierarchicalPrior:
+    """Of two levels of numbers, neither of them N(0, I)."""
+    levels = []
+    for number in range(2):
+        config = LevelConfig(
+            level=number,
+            grids=NORMAL_GRIDS[: number + 1],
+            codebook_sizes=[None] * (number + 1),
+            channels=[3, 2][: number + 1],
+            class_names=["a", "b", "c"],
+            size=SIZES_OF_NUMBERS[network],
+        )
+        levels.append(LevelPrior(config))
+        randomize(levels[-1])
+        if isinstance(mixture := levels[-1].network, Mixture):
+            next(em(mixture, 2 * torch.randn(30, mixture.num_uniforms - 1), torch.arange(30) % 3, 0))
+    return HierarchicalPrior(levels).eval()
 
 
 def masked(values: list[torch.Tensor], mask: torch.Tensor | bool) -> list[Known | None]:
@@ -31,7 +58,7 @@ def masked(values: list[torch.Tensor], mask: torch.Tensor | bool) -> list[Known 
     return found
 
 
-every_network = pytest.mark.parametrize("network", [*NETWORKS, "normal"])
+every_network = pytest.mark.parametrize("network", [*NETWORKS, "normal", *SIZES_OF_NUMBERS])
 
 
 @every_network
@@ -67,9 +94,9 @@ def test_with_all_known_the_nats_are_the_likelihood_and_with_nothing_it_is_a_sam
         assert torch.equal(drawn.drawn_nats, prior.nll(sample, classes)) and not drawn.known_nats.any()
 
 
-@every_network
+@pytest.mark.parametrize("network", [*NETWORKS, "normal", "flow"])
 def test_what_a_sample_would_have_been_changes_nothing_when_it_is_known(network: str) -> None:
-    """Uniforms of known positions are consumed: the others keep theirs."""
+    """Uniforms of known positions are consumed: the others keep theirs. A mixture draws another component by them."""
     prior, _, classes = given(network)
     sample = prior.sample(classes, seed=5, indices=[7, 8, 9])
     again = prior.sample(classes, seed=5, indices=[7, 8, 9], known=masked(sample, False))

@@ -146,7 +146,8 @@ def fitted_scales(tokenizer: HierarchicalVQVAE, shards: ImageShards, seed: int) 
         for first in range(0, len(chosen), BATCH_SIZE):
             rows = chosen[first : first + BATCH_SIZE]
             pixels = torch.from_numpy(np.stack([shards.pixels(int(row)) for row in rows]))  # (B, C, H, W)
-            output = grey_levels(tokenizer(to_unit_range(pixels.to(device))).reconstruction).cpu()
+            classes = [shards.read(int(row)).label for row in rows] if shards.class_names else None
+            output = grey_levels(tokenizer(to_unit_range(pixels.to(device)), classes=classes).reconstruction).cpu()
             cells = (pixels.long() * means + (output * PARTS).round().long()).transpose(0, 1).flatten(1)
             for count, channel in zip(counts, cells, strict=True):
                 count += torch.bincount(channel, minlength=len(count))
