@@ -202,13 +202,10 @@ class Seen:
         """
         tokenizer, seed = self._subject.tokenizer, self._subject.seed
         assert tokenizer
-        levels, own = len(tokenizer.bottlenecks), [*chosen]
-        noise = noise_for(
-            tokenizer,
-            [(seed, number * levels + level) for level in range(levels)],
-            [self.rows[one] for one in own],
-        )
-        return tokenizer(self.images[own], noise, None if self.told is None else self.told[own])
+        levels, places = len(tokenizer.bottlenecks), [self.rows[one] for one in chosen]
+        streams = [(seed, number * levels + level) for level in range(levels)]
+        told = None if self.told is None else self.told[[*chosen]]
+        return tokenizer(self.images[[*chosen]], noise_for(tokenizer, streams, places), told)
 
     @property
     def reconstructions(self) -> Tensor:
