@@ -30,7 +30,7 @@ def build(path: Path) -> tuple[HierarchicalVQVAE, list[LevelPrior]]:
     config = load_config(path)
     section = config.tokenizer
     with torch.device("meta"):
-        tokenizer = HierarchicalVQVAE(section.model, config.images.size, config.images.channels, section.family)
+        tokenizer = HierarchicalVQVAE(section.model, config.images.size, config.images.channels, section.family, 1)
         sizes, channels = tokenizer.codebook_sizes, [level.channels for level in tokenizer.levels]
         priors = []
         for level in range(len(sizes)):
