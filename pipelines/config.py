@@ -96,7 +96,8 @@ class Config:
                 raise ConfigError(
                     f"sample.top_k, top_p and guidance are of codes, and level {level} holds numbers; leave them out"
                 )
-        if networks == {"normal"} and (self.sample.classes or self.sample.reject > 1):
+        conditional = self.tokenizer.model.conditional or self.tokenizer.from_  # classes then count in the decoder
+        if networks == {"normal"} and not conditional and (self.sample.classes or self.sample.reject > 1):
             raise ConfigError(
                 "sample.classes and reject need a prior that knows classes, which normal does not; leave them out"
             )

@@ -59,6 +59,8 @@ def judge(
                 f"tokenizer.training.compile must be false or auto with bottleneck {config.tokenizer.bottleneck}: "
                 "gradients of gradients go through no compiled model"
             )
+        if config.tokenizer.model.conditional and images and not images["class_names"]:
+            raise ConfigError("tokenizer.model.conditional needs classes, and these images have none; set it to false")
         if config.compute.strategy == "fsdp":
             raise ConfigError("compute.strategy fsdp is for priors; codebooks need whole models, so use ddp")
     family = tokenizer.bottleneck if tokenizer else config.tokenizer.family

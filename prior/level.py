@@ -102,8 +102,8 @@ class LevelConfig:
 
     @property
     def knows_classes(self) -> bool:
-        """Whether its network can be told a class: N(0, I) cannot, and holds no names of them."""
-        return not isinstance(self.size, NormalConfig)
+        """Whether it is told a class: N(0, I) only where the decoder is, and else holds no names of them."""
+        return not isinstance(self.size, NormalConfig) or bool(self.class_names)
 
     def check_unconditional(self) -> None:
         """Raise ValueError where there are classes and none may be left out."""

@@ -60,6 +60,7 @@ BY_DESIGN = {
     "_EvaluationLoop._on_evaluation_end": "callbacks judge those figures",
     "check_codes": "codes are checked before they are decoded",
     "check_finite": "so are numbers",
+    "BesideClass.forward": "and classes, where nothing is trained",
     "_check_ranges": "codes and classes are judged before their likelihood, once per batch",
     # in stages that do not train
     "encode": "the model goes to the device",

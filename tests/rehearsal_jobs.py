@@ -8,7 +8,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils import backend_registration
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.data.codes import CodeBatch, as_it_is
-from pipelines.data.images import ImageSample, image_batch
+from pipelines.data.images import AugmentConfig, ImageSample, image_batch
 from pipelines.stages import encode, pack, sample
 from pipelines.stages.train_prior import PriorTraining
 from pipelines.stages.train_tokenizer import TokenizerTraining
@@ -85,12 +86,17 @@ class Critic(nn.Module):
 
 
 def fit_tokenizer(
-    folder: Path, steps: int = 2, kind: str = "ema", losses: Sequence[OwnedLoss] = (), **changes: int
+    folder: Path,
+    steps: int = 2,
+    kind: str = "ema",
+    losses: Sequence[OwnedLoss] = (),
+    settings: Mapping[str, Any] | None = None,
+    **changes: int,
 ) -> None:
-    section = TokenizerSection(bottleneck=kind, model=TOKENIZER)
+    section = TokenizerSection(bottleneck=kind, **{"model": TOKENIZER} | dict(settings or {}))  # type: ignore[arg-type]
     parts = {"micro_batches": 1} if section.family.whole_batch else {}
     config = training_config(steps, **parts | changes)
-    model = HierarchicalVQVAE(TOKENIZER, SIDE, 3, section.family)
+    model = HierarchicalVQVAE(section.model, SIDE, 3, section.family, num_classes=2)
     module = TokenizerTraining(model, section, config, 0, folder, losses)
     data = training.StepData(Images(), Images(), 12, steps, 8, config.micro_batches, 0, image_batch)
     training.fit(module, data, config, COMPUTE, folder, "val_loss", "a tokenizer")
@@ -182,6 +188,16 @@ JOBS: dict[str, Callable[[Path], None]] = {
     "pixelsnail": lambda folder: fit_prior("pixelsnail", folder),
     **{kind: partial(fit_tokenizer, kind=kind) for kind in KINDS if kind not in ("ema", "gumbel")},
     "gumbel with a critic": fit_with_critic_twice,
+    "conditional and denoising": partial(
+        fit_tokenizer,
+        kind="gaussian",
+        settings={
+            "model": replace(TOKENIZER, conditional=True),
+            "augment": AugmentConfig(corrupt="mask"),
+            "loss": "gaussian",
+            "gaussian": GaussianConfig(beta_warmup=2),
+        },
+    ),
     "encode": lambda folder: encode_images(folder, HierarchicalVQVAE(TOKENIZER, SIDE, 3).eval()),
     "encode numbers": lambda folder: encode_images(folder, vae()),
     "sample": sample_images,

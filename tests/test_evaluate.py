@@ -12,6 +12,7 @@ import torch
 from pipelines.config import load_config
 from pipelines.data.batches import epoch_permutation
 from pipelines.data.images import ImageShards
+from pipelines.metrics import METRICS
 from pipelines.metrics.bound import fitted_scales
 from pipelines.metrics.opening import EvaluateConfig, Folders, Models, open_subject
 from pipelines.run import Run
@@ -156,6 +157,8 @@ def test_tables_fit_a_terminal_and_call_things_what_they_are(tiny_run: Path) -> 
         "prior without class",
         "rate of the codes of all levels, in bits per image dimension",
         "95% interval over images",
+        "surgery of the bound",
+        "KL(q_agg || p)",
     ):
         assert words in text
     assert "may have been trained on" not in text
@@ -169,6 +172,26 @@ def test_nothing_is_saved_of_a_histogram_of_one_code(tiny_run: Path) -> None:
         figures["prior"][level] |= {"histogram_nats": 0.0, "histogram_bits": 0.0}
     assert "%" not in table(figures)
     assert sum(line.endswith(" -") for line in table(figures).splitlines()) == 4
+
+
+def test_what_codes_tell_of_images_lies_between_their_own_histogram_and_the_best_prior(tiny_run: Path) -> None:
+    found, (_, codes) = figures_of(tiny_run.parent / "run"), codes_of(tiny_run.parent / "run", "val")
+    parts, unit = found["surgery"], math.log(2) * 256
+    grids = torch.cat([grid.flatten(1) for grid in codes], 1)
+    shares = grids.unique(dim=0, return_counts=True)[1] / 179
+    least = float(-(shares * shares.log()).sum()) / unit
+    assert parts["mutual_information_at_least_bits_per_dim"]["without_class"] == pytest.approx(least, rel=1e-5)
+    assert parts["log_images_bits_per_dim"]["without_class"] == pytest.approx(math.log(179) / unit)
+    uniform = (4 * math.log2(16) + 16 * math.log2(32)) / 256
+    assert parts["under_uniform"]["rate_bits_per_dim"]["without_class"] == pytest.approx(uniform)
+    rate = found["bound"]["rate_bits_per_dim"]
+    for given in ("given_class", "without_class"):
+        best = min(uniform, rate["without_class"], rate[given])
+        assert parts["mutual_information_at_most_bits_per_dim"][given] == pytest.approx(best)
+        assert parts["marginal_kl_at_least_bits_per_dim"][given] == pytest.approx(rate[given] - best)
+        assert parts["under_uniform"]["marginal_kl_at_least_bits_per_dim"][given] == pytest.approx(uniform - best)
+    within = parts["mutual_information_at_least_bits_per_dim"]["given_class"]
+    assert within <= parts["log_images_bits_per_dim"]["given_class"] < parts["log_images_bits_per_dim"]["without_class"]
 
 
 def test_training_images_are_never_called_val(run: Path, smalti: Smalti) -> None:
@@ -299,6 +322,29 @@ def test_three_processes_find_the_figures_of_one(copy_of: Callable[..., Path]) -
     assert [job.wait() for job in jobs] == [0, 0, 0], "\n".join(job.errors for job in jobs)
     assert (config.parent / "run" / "metrics.json").read_bytes() == alone
     assert [bool(job.out) for job in jobs] == [True, False, False]
+
+
+def test_three_processes_find_the_parts_of_the_bound_that_one_does(
+    tiny_run: Path, tmp_path: Path, write_config: Callable[..., Path], smalti: Smalti
+) -> None:
+    """Of levels whose draws depend on one another: which process sees an image must not matter to its pairs."""
+    few = {"training": {"steps": 1, "val_every": 1, "checkpoint_every": 1}}
+    parts = ("bound", "surgery", "importance")
+    changes = {
+        "images": {"from": str(tiny_run.parent / "run" / "images")},
+        "tokenizer": {"bottleneck": "gaussian", **few},
+        "prior": {"network": "auto"},
+        "evaluate": {"skip": [kind.name for kind in METRICS if kind.name not in parts]},
+    }
+    config = write_config(tmp_path, changes)
+    for stage in ("train-tokenizer", "encode", "train-prior", "evaluate"):
+        assert smalti(stage, config)[0] == 0
+    alone = (tmp_path / "run" / "metrics.json").read_bytes()
+    (tmp_path / "run" / "metrics.json").unlink()
+    jobs = ranks(3, "pipelines.cli", "evaluate", config, folder=tmp_path)
+    assert [job.wait() for job in jobs] == [0, 0, 0], "\n".join(job.errors for job in jobs)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == alone
+    assert json.loads(alone).keys() == set(parts)
 
 
 def test_codes_of_samples_are_held_against_those_of_the_val_split(tiny_run: Path) -> None:

@@ -11,12 +11,21 @@ import pytest
 import torch
 
 from pipelines.config import load_config
+from pipelines.data.batches import epoch_permutation
 from pipelines.errors import ConfigError
+from pipelines.metrics import METRICS, latents
+from pipelines.metrics.information import information
+from pipelines.metrics.latents import Pairs
+from pipelines.metrics.subject import Seen
+from pipelines.metrics.surgery import Surgery
 from pipelines.report.curves import charts, read_rows
+from pipelines.run import Run
+from pipelines.stages.evaluate import evaluate
 from pipelines.storage.shards import index_shard, read_member
 from pipelines.training.sections import stored_sizes
 from prior import HierarchicalPrior, LevelPrior
 from prior.mixture import Mixture
+from tokenizer.posterior import log_posterior
 
 Smalti = Callable[..., tuple[int, str]]
 # Of families of numbers that have another prior than N(0, I) here.
@@ -80,6 +89,60 @@ def test_validation_draws_where_training_does_and_says_what_it_would_be_without_
         assert figures["val_mse_without_noise"] < figures["val_mse"]
         kl = sum(figures[f"val_level{level}_kl"] for level in (0, 1))
         assert figures["val_loss"] == pytest.approx(figures["val_mse"] + 0.02 * kl / 256)
+
+
+def test_the_parts_of_the_bound_add_up_to_it_and_more_draws_lower_it(finished: Path) -> None:
+    figures, kind = json.loads((finished.parent / "run" / "metrics.json").read_text()), kind_of(finished)
+    if kind.endswith(("sparse", "contractive", "identity")):  # numbers without a density
+        assert not {"bound", "surgery", "importance"} & figures.keys()
+        return
+    bound, parts = figures["bound"], figures["surgery"]
+    drawn = kind.endswith(("gaussian", "gumbel"))
+    assert ("importance" in figures) == drawn and parts["paired_images"] == (179 if drawn else 0)
+    for given, bits in bound["bits_per_dim"].items():
+
+        def of(name: str, given: str = given) -> float:
+            return parts[f"{name}_bits_per_dim"][given]
+
+        assert of("mutual_information_at_least") <= of("log_images") + 1e-9
+        if not drawn:
+            assert 0 <= of("marginal_kl_at_least") <= of("marginal_kl_at_most")
+            for one, other in (("least", "most"), ("most", "least")):
+                told = of(f"mutual_information_at_{one}") + of(f"marginal_kl_at_{other}")
+                assert parts["distortion_bits_per_dim"] + told == pytest.approx(bits)
+            continue
+        told = of("mutual_information") + of("marginal_kl")
+        assert parts["distortion_bits_per_dim"] + told == pytest.approx(bits)
+        assert of("mutual_information") == pytest.approx(of("mutual_information_at_least"))  # all of them are paired
+        assert figures["importance"]["bits_per_dim_1"][given] == pytest.approx(bits, abs=0.02)  # other draws
+        assert figures["importance"]["bits_per_dim_3"][given] < figures["importance"]["bits_per_dim_1"][given]
+
+
+def test_what_pairs_tell_is_what_one_pass_over_all_images_does_and_of_fewer_it_brackets_that(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kind_of(finished).endswith(("gaussian", "gumbel")):
+        return
+    subject, _ = Run(load_config(finished, [kind_of(finished)])).finished.subject()
+    seen = Seen(subject, subject.splits["val"], list(range(179)), 0)
+    assert subject.tokenizer
+    with torch.no_grad():
+        pairs = [part.pairs(slice(None)) for part in seen.posterior]
+        log_q = log_posterior(subject.tokenizer, pairs, [grid[:, None] for grid in seen.codes])
+    whole = information(log_q, torch.zeros(179, dtype=torch.int64), torch.tensor([179]))
+    unit = math.log(2) * 256
+    found = json.loads((finished.parent / "run" / "metrics.json").read_text())["surgery"]
+    mutual = found["mutual_information_bits_per_dim"]["without_class"]
+    assert mutual == pytest.approx(float(whole.estimate.mean()) / unit, rel=1e-4)
+    monkeypatch.setattr(latents, "PAIRED_NUMBERS", 40**2 * Pairs(subject).numbers)
+    skip = [kind.name for kind in METRICS if kind.name != "surgery"]
+    few = evaluate(subject, {"tokenizer": True, "prior": True}, skip)["surgery"]
+    chosen = epoch_permutation(0, 0, (179,))[:40].copy()
+    some = information(log_q[chosen][:, chosen], torch.zeros(40, dtype=torch.int64), torch.tensor([179]))
+    assert few["paired_images"] == 40
+    for name, nats in (("mutual_information", some.estimate), ("mutual_information_at_least", some.at_least)):
+        assert few[f"{name}_bits_per_dim"]["without_class"] == pytest.approx(float(nats.mean()) / unit, rel=1e-4)
+    assert "from 40 of them" in "\n".join(Surgery.table(few)) and max(map(len, Surgery.table(few))) <= 80
 
 
 def test_codes_are_made_again_to_the_same_bytes(finished: Path, smalti: Smalti) -> None:

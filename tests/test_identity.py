@@ -6,12 +6,13 @@ A new setting that is in neither list fails; a list that is wrong fails too.
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
 from pipelines.compute.devices import ComputeConfig
+from pipelines.config import Config
 from pipelines.sources.source import Source
 from pipelines.stages.encode import EncodeConfig, settings_digest
 from pipelines.stages.export import ExportConfig, plan_export
@@ -20,7 +21,8 @@ from pipelines.stages.sample import SampleConfig, drawn_with
 from pipelines.storage.fingerprint import digest
 from pipelines.storage.folders import plain_data
 from pipelines.tokens.vocabulary import TextConfig, VocabConfig
-from pipelines.training.sections import PriorConfig, TokenizerSection
+from pipelines.training.sections import NETWORKS, PriorConfig, TokenizerSection, used
+from tokenizer.bottlenecks import KINDS
 
 SHAPING: dict[type, dict[str, Any]] = {
     ImagesConfig: {
@@ -87,6 +89,23 @@ class Labelled:
         return len(self.labels)
 
 
+# Settings of what no stage is compared with, and why.
+OTHER_SECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "run_dir": ((), "where"),
+    "seed": ((), "counts in every stage by itself"),
+    "codes": (("from_",), "priors are made from a manifest of codes, whose digest counts"),
+    "evaluate": (
+        ("features", "reference", "train_images", "importance_samples", "skip"),
+        "made anew each time; metrics.json tells of what",
+    ),
+    "compute": (
+        (
+            *("accelerator", "devices", "num_nodes", "num_workers", "threads", "timeout_s", "strategy"),
+            *("cache_dir", "cache_gb", "logger"),
+        ),
+        "where; samples name device and threads, which move their last bits",
+    ),
+}
 IDENTITIES: dict[type, Callable[..., Any]] = {
     ImagesConfig: packed,
     EncodeConfig: lambda config, seed=0: settings_digest(config, seed),
@@ -132,12 +151,27 @@ def leaves(section: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     ]
 
 
-@pytest.mark.parametrize("section", [TokenizerSection, PriorConfig])
-def test_every_setting_of_training_is_kept_and_compared(section: type) -> None:
-    for *path, name in leaves(section()):
-        config = section()
-        part = config
+@pytest.mark.parametrize("kind", [*KINDS, *NETWORKS])
+def test_every_setting_of_training_is_kept_and_compared_where_it_is_used(kind: str) -> None:
+    def chosen() -> TokenizerSection | PriorConfig:
+        return TokenizerSection(bottleneck=kind) if kind in KINDS else PriorConfig(network=kind)
+
+    for *path, name in leaves(chosen()):
+        config = chosen()
+        part: Any = config
         for step in path:
             part = getattr(part, step)
+        if name in ("bottleneck", "network"):
+            continue
         object.__setattr__(part, name, "another")
-        assert plain_data(config) != plain_data(section()), (*path, name)
+        unused = path and path[0] in config.unused
+        assert (plain_data(used(config)) == plain_data(used(chosen()))) == bool(unused), (*path, name)
+
+
+def test_every_section_is_part_of_a_result_or_says_why_not() -> None:
+    kinds = get_type_hints(Config)
+    judged = {name for name, kind in kinds.items() if kind in (*IDENTITIES, TokenizerSection, PriorConfig)}
+    assert judged.isdisjoint(OTHER_SECTIONS) and judged | OTHER_SECTIONS.keys() == kinds.keys()
+    for name, (settings, _) in OTHER_SECTIONS.items():
+        found = [field.name for field in fields(kinds[name])] if is_dataclass(kinds[name]) else []
+        assert sorted(found) == sorted(settings), name

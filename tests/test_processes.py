@@ -130,6 +130,14 @@ def test_a_training_that_is_asked_to_leave_does_and_the_same_command_goes_on(
     assert step_of(config) == steps
 
 
+def leave_and_put_back_what_was_found() -> None:
+    """What Lightning does when it is torn down."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, leave)
+
+
 def test_who_leaves_hears_no_further_signals_and_who_stays_hears_as_before() -> None:
     before = [signal.getsignal(signum) for signum in SIGNALS]
     try:
@@ -141,7 +149,7 @@ def test_who_leaves_hears_no_further_signals_and_who_stays_hears_as_before() -> 
             os.kill(os.getpid(), signal.SIGUSR1)
         assert heard == [signal.SIGUSR1]
         with pytest.raises(Interrupted), signals_handled_by(leave):
-            os.kill(os.getpid(), signal.SIGTERM)
+            leave_and_put_back_what_was_found()
         assert all(signal.getsignal(signum) is signal.SIG_IGN for signum in SIGNALS)
     finally:
         for signum, handler in zip(SIGNALS, before, strict=True):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipelines.compute.devices import ComputeConfig
 from pipelines.errors import ConfigError, StageError
+from pipelines.sources.folder import open_folder
 from pipelines.sources.open import open_source
 from pipelines.sources.source import described, described_beside
 from pipelines.storage.receipts import write_shard
@@ -80,6 +81,17 @@ def test_a_split_beside_classes_is_refused_and_a_train_among_vehicles_is_one(tmp
     for classes in (True, False):
         with pytest.raises(StageError, match=r"holds Test/, which is named after a split, beside car/; move"):
             open_source(f"folder:{tmp_path}", CACHE, classes)
+
+
+def test_splits_below_another_folder_are_not_mixed(tmp_path: Path) -> None:
+    for folder in ("images/train/cat", "images/val/cat"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / folder / "0.png")
+    with pytest.raises(StageError, match=r"must hold its splits first, but images/ has .*; name folder:.*/images, or"):
+        open_folder(str(tmp_path), True)
+    assert set(open_folder(str(tmp_path / "images"), True).splits) == {"train", "val"}
+    (tmp_path / "images" / "val").rename(tmp_path / "images" / "tram")
+    assert open_folder(str(tmp_path), True).class_names == ["images"]
 
 
 def test_a_lone_split_folder_trains(tmp_path: Path) -> None:

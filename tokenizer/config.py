@@ -18,6 +18,7 @@ class TokenizerConfig:
         residual_width: channels inside a residual block.
         residual_blocks: residual blocks in each encoder and decoder.
         normalize: l2-normalise latents and codes.
+        conditional: encoder and decoder are given the class of each image, or that none is known.
         sigmoid: the decoder gives logits of values in [0, 1], as the loss "bernoulli" needs, and so can leave no range.
     """
 
@@ -28,6 +29,7 @@ class TokenizerConfig:
     residual_width: int = 32
     residual_blocks: int = 2
     normalize: bool = False
+    conditional: bool = field(default=False, metadata={"introduced": False})
     sigmoid: bool = field(default=False, metadata={"introduced": False})
 
     def __post_init__(self) -> None:

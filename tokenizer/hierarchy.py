@@ -5,7 +5,6 @@ What a level is made of and how it learns is its bottleneck's own; here only the
 B batch, C channels, H W pixels, D channels that a bottleneck gives, K codebook_size, h w grid.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,22 +13,17 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokenizer.bottlenecks import KINDS, kind_of
+from tokenizer.bottlenecks import kind_of
 from tokenizer.bottlenecks.bottleneck import Bottled, Bottleneck, Settings, StoredGrid, VectorSizes
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.checks import Float32Module, check_finite, check_pixels, code_grids, float_tensor, noise_grids
+from tokenizer.classes import CHANNELS, BesideClass, Classes
 from tokenizer.config import TokenizerConfig
-from tokenizer.hub import CARD, check_replaceable, model_folder
-from tokenizer.networks import decoder, encoder
-
-# Of config.json. A field that came later has metadata={"introduced": value}: what it is where a file lacks it.
-FORMAT = 1
-# What weights may be stored as.
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from tokenizer.files import SETTINGS_ERRORS, check_tensors, family, read_files, write_files
+from tokenizer.hub import CARD, card, check_replaceable, model_folder
+from tokenizer.networks import decoder, encoder, upsampling
 
 
 class Autoencoded(NamedTuple):
@@ -53,6 +47,9 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
     latents of a level are projected from its features beside what all coarser levels decode to, so that a finer
     level holds what the coarser ones lack. The decoder sees all levels at the finest grid.
 
+    A conditional one lays a vector of the class beside the image, whose features coarser encoders go on from, and
+    beside what the decoder sees; a further vector stands for no class (Sohn et al. 2015).
+
     Source: Razavi et al. 2019, section 3.1 and appendix A.
 
     Args:
@@ -60,30 +57,40 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         image_size: height and width of the images in pixels.
         channels: 1 for grey, 3 for RGB.
         bottleneck: settings of the family that all levels are of.
+        num_classes: of images, where the config is conditional; else it is not looked at.
 
     Attributes:
         levels: the grids that stand for an image, coarse to fine: one per level, or several of one stride.
 
     Raises:
-        ValueError: a stride does not divide the image size.
+        ValueError: a stride does not divide the image size, or a conditional tokenizer has no classes.
     """
 
     bottlenecks: Sequence[Bottleneck]
 
     def __init__(
-        self, config: TokenizerConfig, image_size: int, channels: int, bottleneck: Settings | None = None
+        self,
+        config: TokenizerConfig,
+        image_size: int,
+        channels: int,
+        bottleneck: Settings | None = None,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
         self.image_size = image_size
         self.channels = channels
         self.bottleneck: Settings = bottleneck or EMAConfig()
+        self.num_classes = num_classes if config.conditional else 0
+        if config.conditional and not num_classes >= 1:
+            raise ValueError("conditional needs images with classes; set tokenizer.model.conditional to false")
+        beside = CHANNELS if self.num_classes else 0
         blocks = (config.width, config.residual_width, config.residual_blocks)
         levels = config.num_levels
         # Index l everywhere is the level, 0 the coarsest; a finer neighbour's stride is the next in the list.
         factors = [coarse // fine for coarse, fine in zip(config.strides, config.strides[1:], strict=False)]
         self.encoders = nn.ModuleList(encoder(config.width, *blocks, factor) for factor in factors)
-        self.encoders.append(encoder(channels, *blocks, config.strides[-1]))
+        self.encoders.append(encoder(channels + beside, *blocks, config.strides[-1]))
         self.bottlenecks = self._built()
         dims = [part.channels for part in self.bottlenecks]
         self.level_grids = config.grids(image_size)  # (h, w) of each bottleneck
@@ -102,7 +109,9 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             decoder(seen[level], config.width, *blocks, factor) for level, factor in enumerate(factors)
         )
         self.upsamplers = nn.ModuleList(upsampling(seen[level], factor) for level, factor in enumerate(factors))
-        self.decoder = decoder(seen[-1], channels, *blocks, config.strides[-1])
+        self.decoder = decoder(seen[-1] + beside, channels, *blocks, config.strides[-1])
+        if self.num_classes:
+            self.classes = BesideClass(self.num_classes)
 
     def _built(self) -> Sequence[Bottleneck]:
         """Return new bottlenecks, coarse to fine."""
@@ -122,58 +131,67 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """K of each stored grid, coarse to fine; None where it is continuous."""
         return [level.codebook_size for level in self.levels]
 
-    def forward(self, images: Tensor, noise: Sequence[Tensor | None] | None = None) -> Autoencoded:
+    def forward(
+        self, images: Tensor, noise: Sequence[Tensor | None] | None = None, classes: Classes = None
+    ) -> Autoencoded:
         """Encode, pass all bottlenecks and decode. Pure: no buffer changes.
 
         Args:
             images: float of any precision, (B, C, H, W) in [-1, 1]; training goes through here, so that values are
                 not read back to be judged.
             noise: for each bottleneck what it is given, see `Bottleneck`; None for none.
+            classes: class index of each image, -1 where none is known; None for all of them. Looked at by a conditional
+                tokenizer alone.
 
         Returns:
             The reconstruction, in eval mode clamped to [-1, 1] as `decode` does, and each level's `Bottled`.
 
         Raises:
-            ValueError: images are no floats, channels or size are not the configured ones, or noise is not of the
-                bottlenecks' shapes.
+            ValueError: images are no floats, channels or size are not the configured ones, noise is not of the
+                bottlenecks' shapes, or classes are no integers or not as many.
         """
-        levels = self._bottled(self._checked(images), noise)
-        decoded = self._decoded([level.seen for level in levels])
+        levels = self._bottled(self._checked(images), noise, classes)
+        decoded = self._decoded([level.seen for level in levels], classes)
         reconstruction = self._in_range(decoded) if self.config.sigmoid or not self.training else decoded
         return Autoencoded(reconstruction, levels, decoded if self.config.sigmoid else None)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, noise: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    def encode(
+        self, images: Tensor, noise: Sequence[Tensor | None] | None = None, classes: Classes = None
+    ) -> list[Tensor]:
         """Turn images into what stands for them.
 
         Args:
             images: float, (B, C, H, W) in [-1, 1].
             noise: as of `forward`.
+            classes: as of `forward`.
 
         Returns:
             What is stored of each level, coarse to fine: codes, int64 (B, h, w), or numbers, float32 (B, d, h, w).
 
         Raises:
-            ValueError: images are no floats or leave [-1, 1], or channels or size are not the configured ones.
+            ValueError: images are no floats or leave [-1, 1], channels or size are not the configured ones, or a class
+                does not exist.
         """
         images = self._checked(images)
         check_pixels(images)
-        return [grid for level in self._bottled(images, noise) for grid in level.stored]
+        return [grid for level in self._bottled(images, noise, classes) for grid in level.stored]
 
     @torch.no_grad()
-    def decode(self, codes: Sequence[Tensor | np.ndarray | None]) -> Tensor:
+    def decode(self, codes: Sequence[Tensor | np.ndarray | None], classes: Classes = None) -> Tensor:
         """Turn what is stored back into images (B, C, H, W) in [-1, 1].
 
         Args:
             codes: as `encode` returns them, coarse to fine; codes of any integer type, tensors or arrays. Finer levels
                 may be left out, and any may be None: what their bottleneck calls blank then stands for them, the mean
                 code vector of a codebook, which shows what the others hold. Grids of one bottleneck go together.
+            classes: as of `forward`.
 
         Raises:
-            ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, a code is
-                out of range, or a number is not finite.
+            ValueError: codes are no integers, a grid is not the configured one, levels hold unequally many, a code or a
+                class is out of range, or a number is not finite.
         """
-        return self.decode_seen(self.seen(codes))
+        return self.decode_seen(self.seen(codes), classes)
 
     @torch.no_grad()
     def seen(self, codes: Sequence[Tensor | np.ndarray | None]) -> list[Tensor]:
@@ -198,9 +216,9 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         return seen
 
     @torch.no_grad()
-    def decode_seen(self, seen: Sequence[Tensor]) -> Tensor:
+    def decode_seen(self, seen: Sequence[Tensor], classes: Classes = None) -> Tensor:
         """Turn vectors of each bottleneck (B, D, h, w), which need not be those of codes, into images; see `seen`."""
-        return self._in_range(self._decoded(list(seen)))
+        return self._in_range(self._decoded(list(seen), classes))
 
     def _stored(self, number: int, given: Tensor | np.ndarray, device: torch.device) -> Tensor:
         """Return a stored grid on a device, if kind and shape are what this tokenizer reads."""
@@ -216,17 +234,21 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """Return images as float32, if kind and shape are what this tokenizer reads."""
         return float_tensor("images", images, ("B", self.channels, self.image_size, self.image_size))
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def _beside_class(self, values: Tensor, classes: Classes) -> Tensor:
+        """Lay the class of each beside values (B, C, h, w), if it is looked at."""
+        return self.classes(values, classes) if self.num_classes else values
+
+    def features(self, images: Tensor, classes: Classes = None) -> list[Tensor]:
         """Return what encoders make of images, float32 (B, width, h, w) of each bottleneck, coarse to fine."""
-        features = [images]
+        features = [self._beside_class(images, classes)]
         for encode in reversed(self.encoders):
             features.insert(0, encode(features[0]))
         return features[:-1]
 
-    def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None) -> list[Bottled]:
+    def _bottled(self, images: Tensor, noise: Sequence[Tensor | None] | None, classes: Classes) -> list[Bottled]:
         parts = zip(self.bottlenecks, self.level_grids, strict=True)
         noise = noise_grids(noise, [(len(images), part.noise_channels, *grid) for part, grid in parts])
-        features = self.features(images)
+        features = self.features(images, classes)
         levels: list[Bottled] = []
         seen = None  # (B, sum of D, h, w) of all coarser levels on the grid of the last one
         for level, bottleneck in enumerate(self.bottlenecks):
@@ -242,11 +264,12 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """Return what the decoder gives as images in [-1, 1]: 2 sigmoid(x) - 1 of logits."""
         return torch.tanh(decoded.float() / 2) if self.config.sigmoid else decoded.clamp(-1, 1)
 
-    def _decoded(self, levels: list[Tensor]) -> Tensor:
+    def _decoded(self, levels: list[Tensor], classes: Classes) -> Tensor:
         seen = None
         for level, vectors in enumerate(levels):
             seen = self.stack(seen, vectors, level)
-        return self.decoder(seen)
+        assert seen is not None
+        return self.decoder(self._beside_class(seen, classes))
 
     def stack(self, seen: Tensor | None, vectors: Tensor, level: int) -> Tensor:
         """Lay what is seen of a level (B, D, h, w) on that of the coarser ones, upsampled to its grid."""
@@ -257,7 +280,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """All that inference needs to know besides the tensors, as `config.json` holds it."""
         later = {f.name for f in fields(self.config) if f.metadata.get("introduced") == getattr(self.config, f.name)}
         config = {name: value for name, value in asdict(self.config).items() if name not in later}
-        return {"image_size": self.image_size, "channels": self.channels, **config, **self.family}
+        classes = {"num_classes": self.num_classes} if self.num_classes else {}
+        return {"image_size": self.image_size, "channels": self.channels, **classes, **config, **self.family}
 
     @property
     def family(self) -> dict[str, Any]:
@@ -287,21 +311,11 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write `model.safetensors` and `config.json`; called by `save_pretrained` and `push_to_hub`."""
-        save_file({k: v.contiguous() for k, v in self.tensors().items()}, save_directory / "model.safetensors")
-        (save_directory / "config.json").write_text(json.dumps({"format": FORMAT, **self.settings}, indent=2) + "\n")
+        write_files(save_directory, self.settings, self.tensors())
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
         """Return the card that `save_pretrained` puts beside the model: what it reads and gives, how to load it."""
-        levels = ", ".join(
-            f"{h}x{w} " + (f"codes of {size}" if size else f"vectors of {dim}") for (h, w), size, dim in self.levels
-        )
-        return ModelCard(
-            "---\nlibrary_name: smalti\ntags: [image-tokenizer, vq-vae]\n---\n\n# A smalti tokenizer\n\n"
-            f"Images of {self.image_size}x{self.image_size} pixels and {self.channels} channels in [-1, 1] "
-            f"become, coarse to fine: {levels}.\n\n```python\nfrom tokenizer import HierarchicalVQVAE\n\n"
-            "tok = HierarchicalVQVAE.from_pretrained(FOLDER_OR_REPOSITORY)\n"
-            "codes = tok.encode(images)\nimages = tok.decode(codes)\n```\n"
-        )
+        return ModelCard(card(self.image_size, self.channels, self.levels, self.num_classes))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:  # type: ignore[override]
@@ -315,54 +329,19 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             ValueError: no such folder, or the files lack or add a tensor or a setting.
         """
         folder = model_folder(name, "tokenizer", ["config.json", "model.safetensors"], revision)
+        settings, tensors = read_files(folder)
+        image_size, channels, num_classes, kind = (
+            settings.pop(name) for name in ("image_size", "channels", "num_classes", "bottleneck")
+        )
         try:
-            settings = json.loads((folder / "config.json").read_text())
-            tensors = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError, ValueError, RecursionError) as error:
-            raise ValueError(f"{folder} holds no readable tokenizer ({error}); train or copy it again") from error
-        if isinstance(settings, dict) and settings.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"{folder}/config.json is of format {settings['format']}, not {FORMAT}; update smalti")
-        known = {"image_size", "channels", *(field.name for field in fields(TokenizerConfig))}
-        later = {f.name: f.metadata["introduced"] for f in fields(TokenizerConfig) if "introduced" in f.metadata}
-        if not isinstance(settings, dict) or set(later | settings) - {"format", "bottleneck"} != known:
-            raise ValueError(f"{folder}/config.json must hold exactly the settings {sorted(known)}")
-        settings = {name: value for name, value in (later | settings).items() if name != "format"}
-        image_size, channels = settings.pop("image_size"), settings.pop("channels")
-        try:
-            family = _family(settings.pop("bottleneck", {"kind": "ema"}))
             with torch.device("meta"):  # sizes are believed when the tensors are there, not before memory is taken
-                model = cls(TokenizerConfig(**settings), image_size, channels, family)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+                model = cls(TokenizerConfig(**settings), image_size, channels, family(kind), num_classes)
+        except SETTINGS_ERRORS as error:
             raise ValueError(f"{folder}/config.json holds settings that cannot be: {error}") from error
-        expected = {name: tensor.shape for name, tensor in model.tensors().items()}
-        wrong = [n for n in expected | tensors if n not in tensors or expected.get(n) != tensors[n].shape]
-        if wrong:
-            raise ValueError(
-                f"{folder}/model.safetensors lacks, adds or reshapes {len(wrong)} tensors, first {wrong[0]}; "
-                "it is not the file of this config.json"
-            )
-        for key, tensor in tensors.items():
-            if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"{folder}/model.safetensors must hold finite numbers, but {key} does not; copy or train it again"
-                )
+        check_tensors(folder, tensors, model.tensors())
         model.bottlenecks = model._built()  # with what is in no file
         named = {
             name: tensors[stored].float() for name, stored in zip(model.state_dict(), model.tensors(), strict=True)
         }
         model.load_state_dict(named, assign=True)
         return model.requires_grad_(True).eval()
-
-
-def _family(settings: dict[str, Any]) -> Settings:
-    """Return the settings of a family from config.json."""
-    family = KINDS[settings["kind"]]
-    if set(settings) != {"kind", *family.of_model}:
-        raise ValueError(f"bottleneck must hold kind and {list(family.of_model)}, got {sorted(settings)}")
-    return family(**{name: settings[name] for name in family.of_model})
-
-
-def upsampling(channels: int, factor: int) -> nn.Sequential:
-    """Build log2(factor) 4x4 transposed convolutions that keep the channels and double the grid."""
-    doublings = factor.bit_length() - 1
-    return nn.Sequential(*[nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) for _ in range(doublings)])

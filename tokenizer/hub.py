@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from tokenizer.bottlenecks.bottleneck import StoredGrid
+
 # What a tokenizer is saved as.
 FILES, CARD = {"config.json", "model.safetensors"}, "README.md"
 
@@ -53,3 +55,18 @@ def model_folder(name: str | Path, kind: str, files: Sequence[str], revision: st
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(files)))
     except OSError as error:
         raise OSError(f"no {kind} at {name}: there is no such folder, and the hub gives none: {error}") from error
+
+
+def card(image_size: int, channels: int, levels: Sequence[StoredGrid], num_classes: int) -> str:
+    """Return the card that a tokenizer is saved with: what it reads and gives, how to load it."""
+    told = ", ".join(
+        f"{h}x{w} " + (f"codes of {size}" if size else f"vectors of {dim}") for (h, w), size, dim in levels
+    )
+    beside, classes = (f", each of one of {num_classes} classes,", ", classes=classes") if num_classes else ("", "")
+    return (
+        "---\nlibrary_name: smalti\ntags: [image-tokenizer, vq-vae]\n---\n\n# A smalti tokenizer\n\n"
+        f"Images of {image_size}x{image_size} pixels and {channels} channels in [-1, 1]{beside} "
+        f"become, coarse to fine: {told}.\n\n```python\nfrom tokenizer import HierarchicalVQVAE\n\n"
+        "tok = HierarchicalVQVAE.from_pretrained(FOLDER_OR_REPOSITORY)\n"
+        f"codes = tok.encode(images{classes})\nimages = tok.decode(codes{classes})\n```\n"
+    )

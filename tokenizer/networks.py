@@ -53,3 +53,9 @@ def decoder(
     for before, after in pairwise(widths):
         layers += [nn.ReLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
     return nn.Sequential(*layers)
+
+
+def upsampling(channels: int, factor: int) -> nn.Sequential:
+    """Build log2(factor) 4x4 transposed convolutions that keep the channels and double the grid."""
+    doublings = factor.bit_length() - 1
+    return nn.Sequential(*[nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) for _ in range(doublings)])

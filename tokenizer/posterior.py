@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.bottlenecks.bottleneck import Bottleneck
+from tokenizer.classes import Classes
 from tokenizer.hierarchy import HierarchicalVQVAE
 
 
@@ -36,7 +37,9 @@ class Summands(NamedTuple):
 
 
 @torch.no_grad()
-def summands(model: HierarchicalVQVAE, images: Tensor, stored: Sequence[Tensor]) -> list[Summands]:
+def summands(
+    model: HierarchicalVQVAE, images: Tensor, stored: Sequence[Tensor], classes: Classes = None
+) -> list[Summands]:
     """Return what each bottleneck is given of images where the coarser levels are as stored.
 
     Projections are linear: image m beside what is stored of image n gives the posterior of both,
@@ -46,10 +49,11 @@ def summands(model: HierarchicalVQVAE, images: Tensor, stored: Sequence[Tensor])
         model: in eval mode.
         images: float32 (B, C, H, W) in [-1, 1].
         stored: what is stored of as many images, coarse to fine.
+        classes: of the images, see `HierarchicalVQVAE.forward`.
     """
     found: list[Summands] = []
     seen = None  # of all coarser levels, on the grid of the last one
-    levels = zip(model.features(images), model.projections, _by_bottleneck(model, stored), strict=True)
+    levels = zip(model.features(images, classes), model.projections, _by_bottleneck(model, stored), strict=True)
     for level, (features, projection, (bottleneck, own)) in enumerate(levels):
         assert isinstance(projection, nn.Conv2d)
         weight, width = projection.weight, features.shape[1]  # those of the coarser levels come first

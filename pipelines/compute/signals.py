@@ -43,6 +43,9 @@ def signals_handled_by(handler: Callable[[int, FrameType | None], Any]) -> Itera
     before = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         yield
+    except Interrupted:
+        hear_no_more()  # again: Lightning puts back what it found
+        raise
     finally:
         for signum, old in before.items():
             if signal.getsignal(signum) is not signal.SIG_IGN:

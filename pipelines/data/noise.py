@@ -11,6 +11,7 @@ from tokenizer import HierarchicalVQVAE
 
 # Streams of a training: from 1 on one per level for its bottleneck, and these.
 CORRUPTION = 21
+HIDDEN_CLASSES = 41
 PROBES = 31  # the first level's, as there is one per level
 # Streams of validation come so many after those of training, and all of a seed before those of the next.
 VALIDATION, STREAMS = 50, 101

@@ -60,7 +60,7 @@ def score(
         prior: of its levels; without one codes have no rate, and numbers that of N(0, I).
         pixels: uint8 (B, C, H, W).
         scales: of the likelihood of pixels, float64 (C,), in grey levels: `fitted_scales` of training images.
-        labels: class that the prior is given of each, int64 (B,); None for none.
+        labels: class that the models are given of each, int64 (B,); None for none.
         places: of the images in their split, by which Gaussians are drawn; from 0 on if None.
         seed: of these draws.
 
@@ -71,7 +71,8 @@ def score(
     images = to_unit_range(pixels)
     streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
     numbers = None in tokenizer.codebook_sizes
-    output = tokenizer(images, noise_for(tokenizer, streams, places or range(len(images))) if numbers else None)
+    noise = noise_for(tokenizer, streams, places or range(len(images))) if numbers else None
+    output = tokenizer(images, noise, labels)
     decoded = output.reconstruction.clamp(-1, 1)
     nats = pixel_nats(pixels, grey_levels(decoded), scales.float().to(device)[:, None, None])
     rate, maps = None, []

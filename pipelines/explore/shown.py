@@ -96,10 +96,12 @@ def variants(run: Opened, asked: Namespace) -> Shown:
     draws = any(part.noise_channels for part in run.tokenizer.bottlenecks) and asked.keep is None
     for row in run.rows(asked.keys, asked.classes, 4):
         image = run.images([row])
-        prior, given = (None, None) if draws else (run.prior, run.given(row))
-        found = vary(run.tokenizer, prior, image, asked.count, asked.keep, given, run.seed)
-        stored = run.tokenizer.encode(image)
-        pictures.append([run.val.pixels(row), *to_uint8(torch.cat([run.tokenizer.decode(stored), found.images]))])
+        given = run.given(row) if not draws else run.val.read(row).label if run.val.class_names else None
+        found = vary(run.tokenizer, None if draws else run.prior, image, asked.count, asked.keep, given, run.seed)
+        told = None if given is None else [given]
+        stored = run.tokenizer.encode(image, classes=told)
+        decoded = torch.cat([run.tokenizer.decode(stored, told), found.images])
+        pictures.append([run.val.pixels(row), *to_uint8(decoded)])
         labels.append([run.val.key(row), "decoded", *(f"variant {number}" for number in range(asked.count))])
         for number, variant in enumerate(found.images):
             apart = _changed(stored, [level[number : number + 1] for level in found.stored])
@@ -117,7 +119,8 @@ def completions(run: Opened, asked: Namespace) -> Shown:
     pictures, labels, table, sizes = [], [], [], []
     for row in run.rows(asked.keys, asked.classes, 4):
         image, given = run.images([row]), run.given(row)
-        known = [Known(level, mask[None]) for level, mask in zip(run.tokenizer.encode(image), masks, strict=True)]
+        stored = run.tokenizer.encode(image, classes=None if given is None else [given])
+        known = [Known(level, mask[None]) for level, mask in zip(stored, masks, strict=True)]
         found = complete(run.prior, known, given, asked.count, asked.particles, run.seed)
         sizes.append(found.ess)
         classes = None if given is None else [given] * asked.count
@@ -126,7 +129,7 @@ def completions(run: Opened, asked: Namespace) -> Shown:
             each = [Known(*(part.expand(asked.count, *part.shape[1:]) for part in one)) for one in known]
             ways["raster"] = run.prior.sample(classes, run.seed, indices=range(asked.count), known=each)
         for way, stored in ways.items():
-            decoded, nats = run.tokenizer.decode(stored), run.prior.nll(stored, classes).tolist()
+            decoded, nats = run.tokenizer.decode(stored, classes), run.prior.nll(stored, classes).tolist()
             pictures.append([run.val.pixels(row), _masked(run.val.pixels(row), masks[-1]), *to_uint8(decoded)])
             labels.append([run.val.key(row), "known", *[way] * asked.count])
             for draw, one in enumerate(decoded):

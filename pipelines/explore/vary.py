@@ -42,7 +42,7 @@ def vary(
         count: n.
         keep: levels, from the coarsest on, that stay as they are encoded; the finer ones are drawn from the prior given
             them. None draws q(z | x) again where bottlenecks draw, and keeps all levels but the finest where not.
-        label: class that the prior is given; None for none.
+        label: class that the models are given; None for none.
         seed: of all that is drawn.
         temperature: of what the prior draws.
 
@@ -50,17 +50,18 @@ def vary(
         ValueError: nothing is left to be kept or to be drawn, or it needs a prior.
     """
     levels = len(tokenizer.levels)
+    classes = None if label is None else [label] * count
     if keep is None and any(part.noise_channels for part in tokenizer.bottlenecks):
         streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
-        stored = tokenizer.encode(image.expand(count, -1, -1, -1), noise_for(tokenizer, streams, range(count)))
-        return Varied(tokenizer.decode(stored), stored)
+        stored = tokenizer.encode(image.expand(count, -1, -1, -1), noise_for(tokenizer, streams, range(count)), classes)
+        return Varied(tokenizer.decode(stored, classes), stored)
     keep = levels - 1 if keep is None else keep
     if not 0 < keep < levels:
         raise ValueError(f"of {levels} levels 1 to {levels - 1} can be kept and the finer ones drawn, got {keep}")
     if prior is None:
         raise ValueError("levels that are drawn again need a prior; give one")
-    kept = [level.expand(count, *level.shape[1:]) for level in tokenizer.encode(image)[:keep]]
+    encoded = tokenizer.encode(image, classes=classes and classes[:1])
+    kept = [level.expand(count, *level.shape[1:]) for level in encoded[:keep]]
     known = [Known(level, torch.ones(count, *level.shape[-2:], dtype=torch.bool)) for level in kept]
-    classes = None if label is None else [label] * count
     stored = prior.sample(classes, seed, temperature, indices=range(count), known=known)
-    return Varied(tokenizer.decode(stored), stored)
+    return Varied(tokenizer.decode(stored, classes), stored)

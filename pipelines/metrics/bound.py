@@ -7,7 +7,7 @@ B batch, C channels, H W pixels.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Bound(Metric):
 
     name = "bound"
     needs = ("val.images", "val.decoded", "val.nats", "val.rate", "train.images")
-    less_is_better = ("bits_per_dim", "distortion_bits_per_dim", "rate_bits_per_dim")
+    less_is_better: ClassVar[tuple[str, ...]] = ("bits_per_dim", "distortion_bits_per_dim", "rate_bits_per_dim")
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -146,7 +146,8 @@ def fitted_scales(tokenizer: HierarchicalVQVAE, shards: ImageShards, seed: int) 
         for first in range(0, len(chosen), BATCH_SIZE):
             rows = chosen[first : first + BATCH_SIZE]
             pixels = torch.from_numpy(np.stack([shards.pixels(int(row)) for row in rows]))  # (B, C, H, W)
-            output = grey_levels(tokenizer(to_unit_range(pixels.to(device))).reconstruction).cpu()
+            classes = [shards.read(int(row)).label for row in rows] if shards.class_names else None
+            output = grey_levels(tokenizer(to_unit_range(pixels.to(device)), classes=classes).reconstruction).cpu()
             cells = (pixels.long() * means + (output * PARTS).round().long()).transpose(0, 1).flatten(1)
             for count, channel in zip(counts, cells, strict=True):
                 count += torch.bincount(channel, minlength=len(count))

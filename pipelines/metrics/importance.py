@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pipelines.data.batches import epoch_permutation
-from pipelines.data.noise import noise_for
 from pipelines.metrics.bound import OF, grey_levels, interval95, pixel_nats, scales_of
 from pipelines.metrics.information import importance_bounds
 from pipelines.metrics.metric import Metric, Rows, title
@@ -32,6 +31,7 @@ class ImportanceBounds(Metric):
     """
 
     name = "importance"
+    less_is_better = ("bits_per_dim_1", "bits_per_dim_10", "bits_per_dim_100")
     needs = ("val.images", "val.posterior", "val.rate", "train.images")
 
     def __init__(self, subject: Subject) -> None:
@@ -69,17 +69,13 @@ class ImportanceBounds(Metric):
         """Return log p(x, z) - log q(z | x) of one draw for some images of a batch, float64 (B,), by condition."""
         tokenizer, prior = self.subject.tokenizer, self.subject.prior
         assert tokenizer and prior and self.scales is not None
-        levels = len(tokenizer.bottlenecks)
-        streams = [(self.subject.seed, draw * levels + level) for level in range(levels)]
-        images = seen.images[own]
-        output = tokenizer(images, noise_for(tokenizer, streams, [seen.rows[number] for number in own]))
+        output = seen.drawn(draw, own)
         stored = [grid for level in output.levels for grid in level.stored]
-        log_q = log_posterior(tokenizer, [level.posterior for level in output.levels], stored)
-        scales = self.scales.float().to(images.device)[:, None, None]
-        pixels = seen.pixels[own].to(images.device)
-        distortion = (
-            pixel_nats(pixels, grey_levels(output.reconstruction), scales).flatten(1).sum(1, dtype=torch.float64)
-        )
+        posteriors = [level.posterior for level in output.levels if level.posterior is not None]  # of all of them
+        log_q = log_posterior(tokenizer, posteriors, stored)
+        device = output.reconstruction.device
+        scales, pixels = self.scales.float().to(device)[:, None, None], seen.pixels[own].to(device)
+        distortion = pixel_nats(pixels, grey_levels(output.reconstruction), scales).flatten(1).double().sum(1)
         found = {}
         for condition in self.bounds:
             classes = seen.classes[own] if condition == "given_class" else None

@@ -3,7 +3,7 @@
 B batch, C channels, H W pixels, h w code grid, K codebook_size, F features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -153,6 +153,8 @@ class Subject(NamedTuple):
         """What codes are predicted from: "given_class"; "without_class" where there are none, or training hid some."""
         assert self.prior
         names, knowing = self.prior.class_names, [one.config for one in self.prior.levels if one.config.class_names]
+        if names and self.tokenizer and self.tokenizer.num_classes:  # codes and images are then of their class
+            return ["given_class"]
         without = all(getattr(config, "unconditional", True) for config in knowing)
         return ["given_class"] * bool(names) + ["without_class"] * without
 
@@ -189,10 +191,21 @@ class Seen:
     @cached_property
     def output(self) -> Autoencoded:
         """What the tokenizer makes of the images, of one draw where bottlenecks draw."""
+        return self.drawn(0, range(len(self.rows)))
+
+    def drawn(self, number: int, chosen: Sequence[int]) -> Autoencoded:
+        """Return what the tokenizer makes of some of the images, of one of many draws; the first is that of `output`.
+
+        Args:
+            number: of the draw.
+            chosen: places in the batch.
+        """
         tokenizer, seed = self._subject.tokenizer, self._subject.seed
         assert tokenizer
-        streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
-        return tokenizer(self.images, noise_for(tokenizer, streams, self.rows))
+        levels, places = len(tokenizer.bottlenecks), [self.rows[one] for one in chosen]
+        streams = [(seed, number * levels + level) for level in range(levels)]
+        told = None if self.told is None else self.told[[*chosen]]
+        return tokenizer(self.images[[*chosen]], noise_for(tokenizer, streams, places), told)
 
     @property
     def reconstructions(self) -> Tensor:
@@ -210,16 +223,26 @@ class Seen:
         return self._stored[1]
 
     @cached_property
+    def told(self) -> Tensor | None:
+        """Class index of each image as the tokenizer is told, int64 (B,); None where it is not, or there are none."""
+        tokenizer, prior, images = self._subject.tokenizer, self._subject.prior, self._split.images
+        if not tokenizer or not tokenizer.num_classes:
+            return None
+        if self._split.codes:
+            return self.classes if prior and prior.class_names else None
+        return torch.tensor([images.read(index).label for index in self._indices]) if images.class_names else None
+
+    @cached_property
     def decoded(self) -> Tensor:
         """What the codes decode to, float (B, C, H, W), in [-1, 1] or somewhat beyond."""
         assert self._subject.tokenizer
-        return self._subject.tokenizer.decode(self.codes)
+        return self._subject.tokenizer.decode(self.codes, self.told)
 
     @cached_property
     def posterior(self) -> list[Summands]:
         """What q(z | x) is made of for each bottleneck, z being the codes: what is stored."""
         assert self._subject.tokenizer
-        return summands(self._subject.tokenizer, self.images, self.codes)
+        return summands(self._subject.tokenizer, self.images, self.codes, self.told)
 
     @cached_property
     def log_posterior(self) -> Tensor:

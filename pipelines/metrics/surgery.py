@@ -35,6 +35,7 @@ class Surgery(Bound):
     """
 
     name = "surgery"
+    less_is_better = (*Bound.less_is_better, "marginal_kl_bits_per_dim", "marginal_kl_at_most_bits_per_dim")
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -55,12 +56,9 @@ class Surgery(Bound):
         self.latents.update(seen)
 
     def compute(self) -> dict[str, Any]:
-        bound, unit = super().compute(), math.log(2) * self.subject.dims
-        classes, unlearned, found = (
-            self.classes.all(),
-            float(self.unlearned.all().mean()) / unit,
-            self.latents.compute(),
-        )
+        bound, classes, found = super().compute(), self.classes.all(), self.latents.compute()
+        unit = math.log(2) * self.subject.dims
+        unlearned = float(self.unlearned.all().mean()) / unit
         distortion, rates = bound["distortion_bits_per_dim"], bound["rate_bits_per_dim"]
         told: dict[str, dict[str, float]] = {}
         own: dict[str, dict[str, float]] = {}
@@ -70,10 +68,9 @@ class Surgery(Bound):
             nats = self.latents.told(found, groups) | {"log_images": groups.bincount()[groups].double().log()}
             parts = {f"{name}_bits_per_dim": float(each.mean()) / unit for name, each in nats.items()}
             if not self.subject.draws:
-                # What does without the class bounds what is given it too; not the other way round.
-                parts |= {
-                    "mutual_information_at_most_bits_per_dim": min(rate, rates.get("without_class", rate), unlearned)
-                }
+                # What is enough without the class is enough given it; not the other way round.
+                best = min(rate, rates.get("without_class", rate), unlearned)
+                parts["mutual_information_at_most_bits_per_dim"] = best
             told[condition] = parts
             own[condition], other[condition] = (of_prior(one, distortion, parts) for one in (rate, unlearned))
         seen = {"images": bound["images"], "paired_images": self.latents.paired}

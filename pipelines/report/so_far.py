@@ -8,7 +8,7 @@ from torch import nn
 from pipelines.errors import StageError
 from pipelines.finished import Finished
 from pipelines.storage.folders import is_complete
-from pipelines.storage.manifest import read_manifest
+from pipelines.storage.manifest import classes_for_prior, read_manifest
 from pipelines.storage.paths import exists
 from pipelines.training.sections import prior_for
 from prior import LevelPrior
@@ -25,7 +25,9 @@ def tokenizer_so_far(finished: Finished) -> HierarchicalVQVAE | None:
     if finished.config.tokenizer.from_ or not exists(best) or not finished.has_images():
         return None
     section, manifest = finished.config.tokenizer, read_manifest(finished.images, "images", "pack")
-    model = HierarchicalVQVAE(section.model, manifest["image_size"], manifest["channels"], section.family)
+    model = HierarchicalVQVAE(
+        section.model, manifest["image_size"], manifest["channels"], section.family, len(manifest["class_names"])
+    )
     return _with_weights(model, best)
 
 
@@ -45,7 +47,8 @@ def prior_so_far(finished: Finished, level: int) -> LevelPrior | None:
     sizes, grids = [one["codebook_size"] for one in levels], [(one["grid"][0], one["grid"][1]) for one in levels]
     channels = [] if all(sizes) else [one.get("channels", 1) for one in levels]
     section = prior_for(finished.config.prior, level, sizes)
-    about = (grids, sizes, manifest["class_names"], manifest["tokenizer"], channels)
+    names = classes_for_prior(manifest, str(section.network))
+    about = (grids, sizes, names, manifest["tokenizer"], channels)
     return _with_weights(LevelPrior(level_config(section, level, *about)), best)
 
 

@@ -81,7 +81,7 @@ def tokenized(tokenizer: HierarchicalVQVAE, images: Images) -> Tokenized:
     errors, reconstructions = [], []
     for first in range(0, len(images.pixels), size):
         batch = to_unit_range(torch.from_numpy(images.pixels[first : first + size]).to(device))
-        output = tokenizer(batch)
+        output = tokenizer(batch, classes=images.classes[first : first + size])
         errors.append((output.reconstruction.float() - batch).double().square().flatten(1).mean(1).cpu().numpy())
         reconstructions.append(to_uint8(output.reconstruction))
         grids = (stored for level in output.levels for stored in level.stored)
@@ -124,7 +124,7 @@ def quality(tokenizer: HierarchicalVQVAE, images: Images, found: Tokenized, clas
         for name, group in places.items()
     ]
     measured = min(MEASURED, len(images.pixels))
-    return Quality(shown, most, *stairs(tokenizer, images.pixels[:measured], found), measured)
+    return Quality(shown, most, *stairs(tokenizer, images, found, measured), measured)
 
 
 def _reconstructed(
@@ -139,13 +139,16 @@ def _reconstructed(
     )
 
 
-def stairs(tokenizer: HierarchicalVQVAE, pixels: np.ndarray, found: Tokenized) -> tuple[list[Row], dict[int, float]]:
+def stairs(
+    tokenizer: HierarchicalVQVAE, images: Images, found: Tokenized, number: int
+) -> tuple[list[Row], dict[int, float]]:
     """Return rows of pictures: the first images, what each prefix of their levels decodes to, and all levels but one.
 
-    Titles hold the PSNR of the mean squared error over all the images given. Beside them, the dB that each level adds
-    to all the others.
+    Titles hold the PSNR of the mean squared error over so many images. Beside them, the dB that each level adds to all
+    the others.
     """
-    levels = [level[: len(pixels)] for level in found.levels]
+    pixels, classes = images.pixels[:number], images.classes[:number]
+    levels = [level[:number] for level in found.levels]
     last = len(levels) - 1
     given: dict[str, list[Tensor | None]] = {"level 0 alone": [levels[0]]} if last else {}
     for level in range(1, last):
@@ -156,7 +159,7 @@ def stairs(tokenizer: HierarchicalVQVAE, pixels: np.ndarray, found: Tokenized) -
     reached = {}
     rows = [Row("image", [picture(one, f"val image {place + 1}") for place, one in enumerate(pixels[:STAIRS])])]
     for title, some in given.items():
-        decoded = _decoded(tokenizer, some)
+        decoded = _decoded(tokenizer, some, classes)
         reached[title] = psnr(np.square((decoded.astype(np.float64) - pixels) / 127.5).mean())
         pictures = [picture(one, f"{title} of val image {n + 1}") for n, one in enumerate(decoded[:STAIRS])]
         rows.append(Row(f"{title}: {reached[title]:.1f} dB", pictures))
@@ -169,12 +172,13 @@ def psnr(error: float) -> float:
     return 10 * math.log10(4 / max(error, 1e-12))
 
 
-def _decoded(tokenizer: HierarchicalVQVAE, levels: Sequence[Tensor | None]) -> np.ndarray:
+def _decoded(tokenizer: HierarchicalVQVAE, levels: Sequence[Tensor | None], classes: np.ndarray) -> np.ndarray:
     """Decode many images a batch at a time: uint8 (N, C, H, W)."""
     step = max(1, BATCH_VALUES // (tokenizer.channels * tokenizer.image_size**2))
     (number,) = {len(level) for level in levels if level is not None}
-    parts = [[one if one is None else one[first : first + step] for one in levels] for first in range(0, number, step)]
-    return np.concatenate([to_uint8(tokenizer.decode(part)) for part in parts])
+    parts = [slice(first, first + step) for first in range(0, number, step)]
+    decoded = (tokenizer.decode([one if one is None else one[part] for one in levels], classes[part]) for part in parts)
+    return np.concatenate([to_uint8(images) for images in decoded])
 
 
 def named(images: Images, place: int, class_names: list[str]) -> str:

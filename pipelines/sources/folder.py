@@ -43,6 +43,8 @@ def open_folder(name: str, classes: bool) -> Source:
         raise StageError(f"folder:{root} must be a folder that exists")
     found, folders, others = pictures_below(root)
     prefixes = _split_folders(root, {folder.split("/")[0] for folder in folders})
+    if not any(prefixes.values()):
+        _check_splits_come_first(root, folders)
     listed = {
         split: sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
         for split, prefix in prefixes.items()
@@ -93,6 +95,19 @@ def _split_folders(root: Path, folders: set[str]) -> dict[str, str]:
             "move the training images into a folder named train, or give that class another name"
         )
     return {split: f"{folder}/" for split, folder in chosen_splits(f"folder:{root}", sorted(folders)).items()}
+
+
+def _check_splits_come_first(root: Path, folders: set[str]) -> None:
+    """Raise StageError where what is held out lies below the first level, beside what is to be trained on."""
+    below: dict[str, set[str | None]] = {}
+    for first, second in (folder.split("/")[:2] for folder in folders):
+        below.setdefault(first, set()).add(split_named(second))
+    for first, splits in sorted(below.items()):
+        if "train" in splits and splits & {"val", "test"}:
+            raise StageError(
+                f"folder:{root} must hold its splits first, but {first}/ has folders named after them; "
+                f"name folder:{root}/{first}, or put the classes below the splits"
+            )
 
 
 def _check_class_folders(root: str, paths: list[str], folders: set[str]) -> None:

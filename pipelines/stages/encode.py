@@ -77,6 +77,11 @@ def encode(
             f"but {images} was packed with {found[0]} and {found[1]}; "
             "set images.size and images.channels to the tokenizer's"
         )
+    if tokenizer.num_classes and len(manifest["class_names"]) not in (0, tokenizer.num_classes):
+        raise StageError(
+            f"the tokenizer was trained with {tokenizer.num_classes} classes but {images} has "
+            f"{len(manifest['class_names'])}; take the images' own, or pack them with images.classes false"
+        )
     mark = tokenizer_fingerprint(tokenizer)
     views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
     count = sum(receipt["samples"] * len(views[split]) for split, receipt in all_receipts(manifest))
@@ -116,6 +121,8 @@ def encode(
             "made_from": manifest_digest(manifest),
             **({"posterior": True} if config.posterior else {}),
         }
+        if tokenizer.num_classes:
+            contents["conditional"] = True
         names = {split: [receipt["shard"] for receipt in receipts_of(manifest, split)] for split in manifest["splits"]}
         write_manifest(folder, names, contents)
 
@@ -143,8 +150,8 @@ def with_posterior(model: HierarchicalVQVAE) -> Callable[..., list[Tensor]]:
         raise StageError("encode.posterior is of levels that hold draws of numbers; set it to false")
 
     @torch.no_grad()
-    def encode(images: Tensor, noise: list[Tensor] | None = None) -> list[Tensor]:
-        levels = model(images, noise).levels
+    def encode(images: Tensor, noise: list[Tensor] | None = None, classes: Tensor | None = None) -> list[Tensor]:
+        levels = model(images, noise, classes).levels
         return [level.stored[0] for level in levels] + [level.posterior for level in levels]
 
     return encode
@@ -160,9 +167,12 @@ def compiled_encoder(encoder: Callable[..., list[Tensor]], batch_size: int) -> C
     def filled(batch: Tensor) -> Tensor:
         return F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - len(batch)))
 
-    def padded(images: Tensor, noise: list[Tensor] | None = None) -> list[Tensor]:
+    def padded(images: Tensor, noise: list[Tensor] | None = None, classes: Tensor | None = None) -> list[Tensor]:
         whole = filled(images).contiguous(memory_format=torch.channels_last)
-        return encode(whole) if noise is None else encode(whole, [filled(one) for one in noise])
+        more: dict[str, Any] = {} if noise is None else {"noise": [filled(one) for one in noise]}
+        if classes is not None:
+            more["classes"] = F.pad(classes, (0, batch_size - len(classes)))
+        return encode(whole, **more)
 
     return padded
 
@@ -224,7 +234,7 @@ def _encoded(
             # What is drawn to be stored is a function of split and key.
             places = (int(digest(["encode", seed, split, key])[:16], 16) for key, _, _ in batch)
             noise = noise_for(model, streams, places)
-            codes = encoder(images.contiguous(memory_format=torch.channels_last), noise)
+            codes = encoder(images.contiguous(memory_format=torch.channels_last), noise, _classes(model, batch))
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=False)]
         posteriors = [one.float().cpu().numpy() for one in codes[len(dtypes) :]]
         for row, (key, beside, _) in enumerate(batch):
@@ -232,3 +242,12 @@ def _encoded(
             grids |= {f"level{level}.{POSTERIOR}": array_bytes(one[row]) for level, one in enumerate(posteriors)}
             yield key, grids | beside
         tick(len(batch))
+
+
+def _classes(model: HierarchicalVQVAE, batch: list[tuple[str, dict[str, bytes], np.ndarray]]) -> Tensor | None:
+    """Return the class of each image, -1 for none; None where the tokenizer looks at none."""
+    if not model.num_classes:
+        return None
+    return torch.tensor(
+        [int(beside.get("cls", b"-1")) for _, beside, _ in batch], device=next(model.parameters()).device
+    )

@@ -197,7 +197,7 @@ def drawn_batches(
     def draw(labels: list[int] | None, streams: list[int]) -> Drawn:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             codes = prior.sample(labels, seed, *settings, streams, decoders)
-            return Drawn(tokenizer.decode(codes).float(), codes)
+            return Drawn(tokenizer.decode(codes, labels).float(), codes)
 
     for first in range(start, stop, config.batch_size):
         indices = range(first, first + config.batch_size)

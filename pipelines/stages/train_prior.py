@@ -19,7 +19,7 @@ from pipelines.compute.devices import ComputeConfig
 from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.codes import CodeBatch, Codes, TrainingCodes, ValidationCodes, as_it_is, posteriors
 from pipelines.errors import ConfigError
-from pipelines.storage.manifest import read_manifest
+from pipelines.storage.manifest import classes_for_prior, read_manifest
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
 from pipelines.training.mixtures import MOST_NUMBERS, drawn_rows, fit_mixture, publish_unlearned, put_at_images
 from pipelines.training.sections import PriorConfig
@@ -50,7 +50,7 @@ def level_config(
         level: 0 for the coarsest.
         grids: (h, w) of all levels.
         codebook_sizes: K of all levels, None of continuous ones.
-        class_names: empty when the data has none.
+        class_names: empty when the data has none, or the network is not to know them.
         tokenizer: fingerprint of the tokenizer that made the codes.
         channels: of all levels, where some are continuous.
     """
@@ -60,7 +60,7 @@ def level_config(
         level=level,
         grids=grids[: level + 1],
         codebook_sizes=list(codebook_sizes[: level + 1]),
-        class_names=[] if isinstance(size, NormalConfig) else class_names,  # which it knows nothing of
+        class_names=class_names,
         size=size,
         tokenizer=tokenizer,
         unconditional=config.class_dropout > 0 or not class_names or network == "mixture",
@@ -94,7 +94,8 @@ def train_prior(
         rows = drawn_rows(len(train), config.mixture.components or len(train), seed)
         config = replace(config, mixture=replace(config.mixture, components=len(rows)))
     assert isinstance(config.dropout, float | int)
-    about = (train.grids, train.codebook_sizes, train.class_names, manifest["tokenizer"])
+    class_names = classes_for_prior(manifest, str(config.network))
+    about = (train.grids, train.codebook_sizes, class_names, manifest["tokenizer"])
     settings = level_config(config, level, *about, [] if all(train.codebook_sizes) else train.channels)
     if compute.threads:
         torch.set_num_threads(compute.threads)

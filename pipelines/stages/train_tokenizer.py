@@ -26,7 +26,7 @@ from pipelines.data.images import (
     to_uint8,
     to_unit_range,
 )
-from pipelines.data.noise import VALIDATION, BatchNoise
+from pipelines.data.noise import HIDDEN_CLASSES, VALIDATION, BatchNoise
 from pipelines.data.pictures import picture_grid
 from pipelines.metrics.quality import TokenizerQuality, level_warnings
 from pipelines.storage.paths import whole
@@ -65,7 +65,7 @@ def train_tokenizer(
         training = replace(training, compile=False)
     train, val = (ImageShards(images, split, compute.cache) for split in ("train", "val"))
     pl.seed_everything(seed, workers=True, verbose=False)
-    model = HierarchicalVQVAE(section.model, train.size, train.channels, section.family)
+    model = HierarchicalVQVAE(section.model, train.size, train.channels, section.family, len(train.class_names))
     with torch.random.fork_rng():  # what losses own is drawn beside the model's weights, not among them
         module = TokenizerTraining(model, section, training, seed, folder, owned_losses(section))
     assert isinstance(training.steps, int) and isinstance(training.batch_size, int)
@@ -123,6 +123,7 @@ class TokenizerTraining(pl.LightningModule):
         self.loss = TokenizerLoss(section.loss, weights, section.loss_scale)
         learners = [self.family.learner(bottleneck) for bottleneck in model.bottlenecks]
         self.learners = nn.ModuleList(one for one in learners if one is not None)  # type: ignore[assignment]
+        self.class_dropout = section.class_dropout
         self.owned = OwnedLosses(losses)
         self.owned_before: list[dict[str, Any]] = []
         self.training_config, self.augment, self.seed, self.folder = training, section.augment, seed, folder
@@ -163,18 +164,17 @@ class TokenizerTraining(pl.LightningModule):
         """
         train = self.trainer.datamodule.train  # type: ignore[attr-defined]
         mine = range(self.global_rank * START_IMAGES, len(draws), self.trainer.world_size * START_IMAGES)
-        parts = {
-            first: image_batch([train[draw] for draw in draws[first : first + START_IMAGES]]).pixels for first in mine
-        }
+        parts = {first: image_batch([train[draw] for draw in draws[first : first + START_IMAGES]]) for first in mine}
         pairs = zip(self.model.bottlenecks, self.learners, self.model.level_grids, strict=True)
         for level, (bottleneck, learner, grid) in enumerate(pairs):
             cells = math.prod(grid)
             observed = torch.zeros(len(draws), cells, bottleneck.features, device=self.device)  # zero of other ranks
-            for first, pixels in parts.items():
-                images = to_unit_range(pixels.to(self.device))
-                output = self.model.forward(images)  # what is compiled is compiled for the size of a micro-batch
+            for first, batch in parts.items():
+                images, classes = to_unit_range(batch.pixels.to(self.device)), batch.classes.to(self.device)
+                # Not called: what is compiled is compiled for the size of a micro-batch.
+                output = self.model.forward(images, classes=classes)
                 if len(found := output.levels[level].observed):  # some learners look at nothing
-                    observed[first : first + len(pixels)] = found.view(len(pixels), cells, -1)
+                    observed[first : first + len(images)] = found.view(len(images), cells, -1)
             learner.start(bottleneck, sum_over_ranks(observed).flatten(0, 1), self.seed + level)
             if self.trainer.world_size > 1:
                 modules: list[Any] = [bottleneck, learner]
@@ -190,7 +190,7 @@ class TokenizerTraining(pl.LightningModule):
         first = (self.micro * self.trainer.world_size + self.global_rank) * len(images)
         noise = self._noise(self.global_step, first, len(images))
         seen = corrupted(images, self.augment, noise).detach().requires_grad_(self.family.probes > 0)
-        output = self.model(seen, noise.of_levels(self.model))
+        output = self.model(seen, noise.of_levels(self.model), self._told(batch.classes, noise))
         of_batch = batch_losses(self.family, output.levels, self.trainer.world_size)
         of_images = contraction(output.levels, seen, self.family.probes, noise)
         losses = [level.losses | a | b for level, a, b in zip(output.levels, of_batch, of_images, strict=True)]
@@ -202,6 +202,12 @@ class TokenizerTraining(pl.LightningModule):
         named = {f"train_{name}": value.detach() for name, value in parts.items()}
         self.log_dict({"train_loss": loss.detach(), "train_mse": mse, **named})
         return loss
+
+    def _told(self, classes: Tensor, noise: BatchNoise) -> Tensor:
+        """Return classes (B,) with some of them hidden, -1, where the tokenizer looks at any."""
+        if not self.model.num_classes:
+            return classes
+        return torch.where(noise.uniforms(HIDDEN_CLASSES, ()) < self.class_dropout, -1, classes)
 
     def _given(self, output: Autoencoded) -> Tensor:
         """Return what the loss is of."""
@@ -264,21 +270,21 @@ class TokenizerTraining(pl.LightningModule):
         first = (batch_idx * self.trainer.world_size + self.global_rank) * len(images)
         noise = self._noise(0, first, len(images), VALIDATION)
         drawn = noise.of_levels(self.model)
-        output = self.model(images, drawn)
-        contractions = contraction_of(self.model, images, self.family.probes, noise)
+        output = self.model(images, drawn, batch.classes)
+        contractions = contraction_of(self.model, images, self.family.probes, noise, batch.classes)
         self.quality.add(images, output, mask, contractions)
         of_images = self.loss.of_values(self._given(output), images).double().flatten(1).mean(1)
         self.reconstruction += torch.stack([(of_images * mask).sum(), mask.double().sum()])
         if drawn is not None:
-            self.without_noise.add(images, self.model(images), mask)
+            self.without_noise.add(images, self.model(images, classes=batch.classes), mask)
         if self.augment.corrupt != "none":
             spoilt = corrupted(images, self.augment, noise)
-            restored = self.model(spoilt, drawn)
+            restored = self.model(spoilt, drawn, batch.classes)
             self.of_corrupted.add(images, restored, mask)
         self.split_losses.update(output.levels, mask)
         if batch_idx == 0:
             shown = slice(0, min(NUM_SHOWN, len(images)))
-            top = self.model.decode([stored[shown] for stored in output.levels[0].stored])
+            top = self.model.decode([stored[shown] for stored in output.levels[0].stored], batch.classes[shown])
             self.shown = [images[shown], output.reconstruction[shown], top]
             if self.augment.corrupt != "none":
                 self.shown += [spoilt[shown], restored.reconstruction[shown]]

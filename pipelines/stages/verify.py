@@ -113,8 +113,8 @@ def verify_priors(prior: HierarchicalPrior, codes: CodesManifest) -> None:
     """
     check_belong_together(prior, codes["tokenizer"])
     config = prior.levels[-1].config
-    names = codes["class_names"] if any(level.config.knows_classes for level in prior.levels) else []
-    if level_entries(config.levels) != codes["levels"] or prior.class_names != names:
+    told = any(level.config.knows_classes for level in prior.levels)
+    if level_entries(config.levels) != codes["levels"] or prior.class_names != (codes["class_names"] if told else []):
         raise StageError("the priors know other levels or classes than the codes have; run `smalti train-prior` again")
 
 

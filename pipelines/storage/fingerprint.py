@@ -54,6 +54,7 @@ def fingerprint(tensors: Mapping[str, Tensor], settings: dict) -> str:
 def tokenizer_fingerprint(tokenizer: HierarchicalVQVAE) -> str:
     """Return the fingerprint of a tokenizer."""
     images = {"image_size": tokenizer.image_size, "channels": tokenizer.channels}
+    images |= {"num_classes": tokenizer.num_classes} if tokenizer.num_classes else {}
     return fingerprint(tokenizer.tensors(), images | hashed(tokenizer.config) | tokenizer.family)
 
 

@@ -64,13 +64,16 @@ class ImagesManifest(Manifest):
 class CodesManifest(Manifest):
     """Of codes: their tokenizer's fingerprint and stored grids, and the digest of the images they are of.
 
-    `posterior` says whether mean and log-variance of q(z | x) stand beside each."""
+    `posterior` says whether mean and log-variance of q(z | x) stand beside each, `conditional` whether the tokenizer
+    was given the images' classes.
+    """
 
     tokenizer: Sha256
     levels: Annotated[list[Annotated[Level, AfterValidator(_complete)]], Field(min_length=1, max_length=16)]
     made_from: Sha256
     views: NotRequired[list[str]]
     posterior: NotRequired[bool]
+    conditional: NotRequired[bool]
 
 
 class SamplesManifest(Manifest):
@@ -86,6 +89,11 @@ KINDS: dict[Kind, TypeAdapter] = {
     "codes": TypeAdapter(CodesManifest),
     "samples": TypeAdapter(SamplesManifest),
 }
+
+
+def classes_for_prior(codes: CodesManifest, network: str) -> list[str]:
+    """Return the classes that a prior of such a network is told of: N(0, I) of those that decode what it draws."""
+    return [] if network == "normal" and not codes.get("conditional") else codes["class_names"]
 
 
 def write_manifest(folder: Path, splits: dict[str, list[str]], contents: dict[str, Any]) -> dict:

@@ -221,6 +221,23 @@ class TokenLayout:
         Raises:
             StageError: a record has another length, or a token stands where it cannot; names record and position.
         """
+        codes = self._values(ids, first)[:, self.slots.positions]
+        # In memory as encoders leave them: a decoder's last bits depend on it.
+        return [
+            torch.from_numpy(np.ascontiguousarray(codes[:, start:stop]).reshape(-1, *level.grid))
+            for level, start, stop in zip(self.levels, self.starts, self.starts[1:], strict=False)
+        ]
+
+    def classes(self, ids: Tensor | np.ndarray | Sequence[Any]) -> Tensor | None:
+        """Return the class index (B,) of each record, int64; None where the template has no <class>.
+
+        Arguments and errors are those of `decode`.
+        """
+        (places,) = np.nonzero(self.slots.columns == CLASS)
+        return torch.from_numpy(self._values(ids, 0)[:, places[0]].astype(np.int64)) if len(places) else None
+
+    def _values(self, ids: Any, first: int) -> np.ndarray:
+        """Return what stands at each place of a record, counted from the lowest that may stand there, (B, N)."""
         bare, places = self._without_captions(ids, first)
         indices = self.vocabulary.indices_of(bare)
         wrong = (indices < self.slots.low) | (indices >= self.slots.high)
@@ -230,12 +247,7 @@ class TokenLayout:
             raise StageError(
                 f"record {first + record} has token {found} at position {position}, {self._instead(place)}"
             )
-        codes = (indices - self.slots.low)[:, self.slots.positions]
-        # In memory as encoders leave them: a decoder's last bits depend on it.
-        return [
-            torch.from_numpy(np.ascontiguousarray(codes[:, start:stop]).reshape(-1, *level.grid))
-            for level, start, stop in zip(self.levels, self.starts, self.starts[1:], strict=False)
-        ]
+        return indices - self.slots.low
 
     def _instead(self, place: int) -> str:
         low, high = int(self.slots.low[place]), int(self.slots.high[place])
@@ -309,7 +321,8 @@ class TokenLayout:
         """
         self.check_tokenizer(tokenizer)
         device = next(tokenizer.parameters()).device
-        return tokenizer.decode([codes.to(device) for codes in self.decode(ids)])
+        classes = self.classes(ids) if tokenizer.num_classes else None
+        return tokenizer.decode([codes.to(device) for codes in self.decode(ids)], classes)
 
     def check_tokenizer(self, tokenizer: HierarchicalVQVAE) -> None:
         """Refuse a tokenizer that cannot make images of these tokens.

@@ -52,10 +52,12 @@ def contraction(
     return losses or [{} for _ in levels]
 
 
-def contraction_of(model: HierarchicalVQVAE, images: Tensor, probes: int, noise: BatchNoise) -> list[dict[str, Tensor]]:
+def contraction_of(
+    model: HierarchicalVQVAE, images: Tensor, probes: int, noise: BatchNoise, classes: Tensor | None = None
+) -> list[dict[str, Tensor]]:
     """Return the same of images by themselves, in validation, where nothing else needs gradients."""
     if not probes:
         return [{} for _ in model.bottlenecks]
     with torch.enable_grad():
         images = images.detach().requires_grad_()
-        return contraction(model(images).levels, images, probes, noise, keep=False)
+        return contraction(model(images, classes=classes).levels, images, probes, noise, keep=False)

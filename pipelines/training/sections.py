@@ -131,6 +131,8 @@ class TokenizerSection:
         gumbel: settings of that bottleneck.
         sparse: settings of that bottleneck.
         contractive: settings of that bottleneck.
+        class_dropout: share of training images whose class a conditional tokenizer is not told, so that it knows what
+            to make of images without.
         shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the
             disk that it is fetched to; 0 mixes all.
         loss: of the reconstruction: "mse", "l1", or a likelihood in nats per value, beside which a bottleneck's KL
@@ -153,6 +155,7 @@ class TokenizerSection:
     contractive: ContractiveConfig = field(default_factory=ContractiveConfig, metadata={"introduced": CONTRACTIVE_THEN})
     loss: Reconstruction = "mse"
     loss_scale: float = field(default=0.0, metadata={"introduced": 0.0})
+    class_dropout: float = field(default=0.1, metadata={"introduced": 0.1})
     shuffle_shards: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -168,6 +171,8 @@ class TokenizerSection:
             raise ValueError(
                 f"tokenizer.loss_scale is of the loss gaussian, and the loss is {self.loss}; leave it at 0"
             )
+        if not 0 <= self.class_dropout < 1:
+            raise ValueError(f"tokenizer.class_dropout must lie in [0, 1), got {self.class_dropout}")
         if self.shuffle_shards < 0:
             raise ValueError(f"tokenizer.shuffle_shards must not be negative, got {self.shuffle_shards}")
 

@@ -22,7 +22,8 @@ from tests.gpu import ranks
 from tests.priors import NETWORKS, decoded, draw_codes, tiny_level, tiny_prior
 from tests.test_hierarchy import tiny
 from tests.test_nearest import assert_nearest, drawn
-from tokenizer import Codebook, CodebookEMA, EMAConfig, nearest_code
+from tokenizer import Codebook, CodebookEMA, EMAConfig, HierarchicalVQVAE, nearest_code
+from tokenizer.bottlenecks import KINDS
 from tokenizer.bottlenecks.ema import assignment_statistics
 
 # Warnings of libraries on a GPU that nobody has seen yet are shown, and fail nothing.
@@ -124,6 +125,21 @@ def test_a_compiled_prior_is_the_plain_one(network: str) -> None:
         logits = level(codes[-1], codes[:-1], None)
         found.append([logits, *gradients(level, logits.square().mean())])
     torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_bottleneck_stores_and_learns_what_it_does_on_a_cpu(kind: str) -> None:
+    model = HierarchicalVQVAE(tiny([8, 4]).config, 16, 3, KINDS[kind]())
+    images, found = torch.rand(4, 3, 16, 16) * 2 - 1, []
+    channels = [part.noise_channels for part in model.bottlenecks]
+    noise = [torch.randn(4, n, *grid) for n, grid in zip(channels, model.level_grids, strict=True)]
+    for device in ("cpu", DEVICE):
+        model.to(device)
+        output = model(images.to(device), [one.to(device) for one in noise] if any(channels) else None)
+        losses = [values.mean() for level in output.levels for values in level.losses.values()]
+        loss = output.reconstruction.square().mean() + sum(losses, start=torch.zeros((), device=device))
+        found.append([*losses, *(one for one in gradients(model, loss) if one is not None)])
+    torch.testing.assert_close([one.to("cpu") for one in found[1]], found[0], **CLOSE)
 
 
 def test_bfloat16_is_near_float32() -> None:

@@ -11,6 +11,19 @@ from torch import Tensor
 from tokenizer.bottlenecks.bottleneck import Bottled
 
 
+def moments(output: Bottled) -> Tensor:
+    """Return what a bottleneck observed of each image and its squares, float64 (B, 2, h*w, D)."""
+    images, channels = len(output.seen), output.observed.shape[1]
+    values = output.observed.double().view(images, -1, channels)
+    return torch.stack([values, values.square()], 1)
+
+
+def variances(means: Tensor) -> Tensor:
+    """Return the variance over images of each unit (D,), its mean over cells, of the means (2, h*w, D) of `moments`."""
+    first, second = means
+    return (second - first.square()).clamp(min=0).mean(0)
+
+
 class Averages:
     """Figures, as `Bottleneck.figures` gives them, of the mean over images of what is measured of each.
 

@@ -146,7 +146,7 @@ class Settings:
         unread: names of what it is told by `VectorSizes` and does not use.
         rate: name of the loss that is what a continuous level takes of an image, KL(q || N(0, I)) in nats; "" where
             numbers are not drawn, and of codes, which take what their prior says.
-        mend: what brings codes into use that are not.
+        mend: what brings codes or units into use that are not.
         whole_batch: whether it has losses that are no means over images, but of the global batch as a whole. A step is
             then not the sum of its micro-batches, and must be one.
         probes: backward passes that the loss "contraction" may take per level: the squared norm of the Jacobian of
@@ -187,9 +187,11 @@ class Settings:
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         """Return what to warn of where a stored grid has these figures, as what goes on from "level N"."""
-        if (usage := figures.get("usage", 1.0)) >= LEAST_USED:
-            return []
-        return [f"uses {usage:.1%} of its codes: it has collapsed, and samples will be noise; try {self.mend}"]
+        if (usage := figures.get("usage", 1.0)) < LEAST_USED:
+            return [f"uses {usage:.1%} of its codes: it has collapsed, and samples will be noise; try {self.mend}"]
+        if (alive := figures.get("alive", 1.0)) < LEAST_USED:
+            return [f"uses {alive:.1%} of its units, the others are dead: it has collapsed; try {self.mend}"]
+        return []
 
     def learner(self, bottleneck: Any) -> Any:
         """Return what moves the bottleneck besides gradients, a `Learner`; None where gradients move everything."""

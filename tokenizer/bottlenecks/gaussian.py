@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenizer.bottlenecks.averages import Averages
+from tokenizer.bottlenecks.averages import Averages, moments, variances
 from tokenizer.bottlenecks.bottleneck import LEAST_USED, Bottled, Settings, VectorSizes
 from tokenizer.bottlenecks.numbers import Numbers
 from tokenizer.checks import float_tensor
@@ -126,17 +126,8 @@ class Gaussian(Numbers):
 
     def figures(self) -> Averages:
         """Return the share of active units, of nothing yet: by ACTIVE_VARIANCE in the mean over cells."""
-        return Averages(self.zero.device, _moments, _active)
+        return Averages(self.zero.device, moments, _active)
 
 
-def _moments(output: Bottled) -> Tensor:
-    """Return each image's means and their squares, (B, 2, h*w, D)."""
-    images, channels = len(output.seen), output.observed.shape[1]
-    means = output.observed.double().view(images, -1, channels)
-    return torch.stack([means, means.square()], 1)
-
-
-def _active(moments: Tensor) -> dict[str, float]:
-    first, second = moments
-    variance = second - first.square()  # (h*w, D)
-    return {"active": float((variance.mean(0) > ACTIVE_VARIANCE).double().mean())}
+def _active(means: Tensor) -> dict[str, float]:
+    return {"active": float((variances(means) > ACTIVE_VARIANCE).double().mean())}

@@ -6,13 +6,15 @@ B batch, D code_dim, h w grid.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from tokenizer.bottlenecks.averages import Averages
+from tokenizer.bottlenecks.averages import Averages, moments, variances
 from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
 from tokenizer.bottlenecks.numbers import Numbers
 from tokenizer.checks import float_tensor
+
+# A unit whose standard deviation over images is less than this share of the largest one's is dead.
+ALIVE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class IdentityConfig(Settings):
     """There is nothing to choose."""
 
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
+    mend: ClassVar[str] = "a lower learning rate or fewer channels"
 
     def build(self, sizes: VectorSizes) -> "Identity":
         """Return what passes code_dim numbers per cell."""
@@ -51,16 +54,12 @@ class Identity(Numbers):
         return Bottled(seen=features, stored=(features,), losses={}, observed=observed)
 
     def figures(self) -> Averages:
-        """Return mean and standard deviation of all numbers, of nothing yet; N(0, I) has 0 and 1."""
-        return Averages(self.zero.device, _moments, _spread)
+        """Return mean and standard deviation of all numbers, and the share of units that are alive; of nothing yet."""
+        return Averages(self.zero.device, moments, _spread)
 
 
-def _moments(output: Bottled) -> Tensor:
-    """Return the mean of each image's numbers and of their squares, (B, 2)."""
-    values = output.stored[0].double().flatten(1)
-    return torch.stack([values.mean(1), values.square().mean(1)], 1)
-
-
-def _spread(moments: Tensor) -> dict[str, float]:
-    mean, square = moments
-    return {"mean": float(mean), "std": float((square - mean.square()).clamp(min=0).sqrt())}
+def _spread(means: Tensor) -> dict[str, float]:
+    mean, square = means.mean((1, 2))
+    of_units = variances(means).sqrt()
+    alive = (of_units > ALIVE * of_units.max()).double().mean()
+    return {"mean": float(mean), "std": float((square - mean.square()).clamp(min=0).sqrt()), "alive": float(alive)}

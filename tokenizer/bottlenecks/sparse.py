@@ -36,6 +36,7 @@ class SparseConfig(Settings):
     """
 
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
+    mend: ClassVar[str] = "a lower weight or a higher rho"
 
     penalty: Literal["kl", "l1"] = "kl"
     rho: float = 0.05
@@ -98,10 +99,15 @@ class Sparse(Numbers):
         )
 
     def figures(self) -> Averages:
-        """Return the share of an image's units, over all its cells, that are above ACTIVE; of nothing yet."""
-        return Averages(self.zero.device, _active, lambda share: {"active_share": float(share)})
+        """Return the share of an image's units that are above ACTIVE, and of units that ever change; of nothing yet."""
+        return Averages(self.zero.device, _active, _shares)
 
 
 def _active(output: Bottled) -> Tensor:
-    """Return the share of each image's units that are active, (B,)."""
-    return (output.stored[0] > ACTIVE).double().flatten(1).mean(1)
+    """Return the share of each image's cells in which a unit is active, (B, D)."""
+    return (output.stored[0] > ACTIVE).double().flatten(2).mean(2)
+
+
+def _shares(active: Tensor) -> dict[str, float]:
+    alive = (active > 0) & (active < 1)  # neither never nor always
+    return {"active_share": float(active.mean()), "alive": float(alive.double().mean())}
