@@ -30,7 +30,7 @@ def build(path: Path) -> tuple[HierarchicalVQVAE, list[LevelPrior]]:
     config = load_config(path)
     section = config.tokenizer
     with torch.device("meta"):
-        tokenizer = HierarchicalVQVAE(section.model, config.images.size, config.images.channels, section.family)
+        tokenizer = HierarchicalVQVAE(section.model, config.images.size, config.images.channels, section.family, 1)
         sizes, channels = tokenizer.codebook_sizes, [level.channels for level in tokenizer.levels]
         priors = []
         for level in range(len(sizes)):
@@ -60,7 +60,8 @@ def test_rungs_of_the_ladder_differ_in_nothing_but_what_they_are_about() -> None
         assert config.images.size == configs[0].images.size
     assert len({config.run_dir for config in configs}) == len(configs)
     for path in LADDER:
-        build(path)
+        if path.stem != "vae-aggregated":  # which has as many components as there are images
+            build(path)
 
 
 def test_the_published_settings_are_kept() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipelines.data.noise import noise_for
 from pipelines.explore import area_under_roc, complete, direction, edit, interpolate, likely_path, score, slerp, vary
-from prior import HierarchicalPrior, Known, prefix
+from prior import HierarchicalPrior, Known, MixtureConfig, prefix
 from tests.priors import draw_codes, randomize, tiny_prior
 from tests.test_bottlenecks import every_family
 from tests.test_bottlenecks import tokenizer as untrained
@@ -136,22 +136,21 @@ def test_variants_of_a_gaussian_are_draws_around_its_mean() -> None:
 
 
 @torch.no_grad()
-def exact(prior: HierarchicalPrior, known: list[Known | None], label: int) -> tuple[dict[tuple, float], float]:
-    """The conditional of a prior over GRIDS and SIZES by enumeration, and -log p of what is known."""
-    everything = [
-        torch.tensor(list(product(range(size), repeat=h * w))) for (h, w), size in zip(GRIDS, SIZES, strict=True)
-    ]
-    top, fine = everything
-    codes = [top.repeat_interleave(len(fine), 0).view(-1, 1, 2), fine.repeat(len(top), 1).view(-1, 2, 2)]
+def exact(prior: HierarchicalPrior, known: list[Known | None], label: int | None) -> tuple[dict[tuple, float], float]:
+    """The conditional of a prior by enumeration of all grids, and -log p of what is known."""
+    levels = [(h * w, (h, w), size) for (h, w), size, _ in prior.levels[-1].config.levels]
+    every = [range(size or 0) for length, _, size in levels for _ in range(length)]
+    rows = torch.tensor(list(product(*every))).split([length for length, _, _ in levels], 1)
+    codes = [flat.view(-1, *grid) for flat, (_, grid, _) in zip(rows, levels, strict=True)]
     fits = torch.ones(len(codes[0]), dtype=torch.bool)
-    for level, one in zip(codes, known, strict=False):
+    for level, one in zip(codes, known, strict=True):
         if one is not None:
             fits &= ((level == one.values) | ~one.mask).flatten(1).all(1)
     codes = [level[fits] for level in codes]
-    log_p = -prior.nll(codes, [label] * int(fits.sum()))
-    rows = torch.cat([level.flatten(1) for level in codes], 1).tolist()
+    log_p = -prior.nll(codes, None if label is None else [label] * int(fits.sum()))
+    found = torch.cat([level.flatten(1) for level in codes], 1).tolist()
     shares = torch.softmax(log_p, 0).tolist()
-    return {tuple(row): share for row, share in zip(rows, shares, strict=True)}, -float(log_p.logsumexp(0))
+    return {tuple(row): share for row, share in zip(found, shares, strict=True)}, -float(log_p.logsumexp(0))
 
 
 def apart(codes: list[Tensor], shares: dict[tuple, float]) -> float:
@@ -187,6 +186,15 @@ def test_particles_come_as_often_as_the_exact_conditional_has_them(network: str,
     assert found.known_nats == pytest.approx(nats, abs=0.02) and 1000 < found.ess < 8000
     raster = prior.complete(everywhere(known, 4000), [2] * 4000)
     assert apart(raster.codes, shares) > 0.1  # what particles mend
+
+
+def test_what_is_drawn_after_particles_were_drawn_anew_follows_what_each_has_before_it() -> None:
+    prior = tiny_prior("transformer", [(2, 4)], [2], 0)
+    known: list[Known | None] = [cells([[0, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 1, 1], [1, 1, 0, 0]])]
+    shares, nats = exact(prior, known, None)
+    found = complete(prior, known, count=10000, particles=10000)
+    assert found.ess < 2500  # so that they were
+    assert apart(found.stored, shares) < 0.04 and found.known_nats == pytest.approx(nats, abs=0.05)
 
 
 def test_a_prefix_is_completed_exactly_and_every_particle_counts() -> None:
@@ -257,6 +265,16 @@ def test_the_rate_of_numbers_under_the_normal_prior_is_their_divergence() -> Non
     for prior in (None, normal_prior([4, 4], model.grids)):
         found = score(model, prior, pixels, SCALES, places=[5, 9], seed=7)
         assert found.rate is not None and torch.equal(found.rate, kl)
+
+
+def test_the_rate_of_numbers_under_another_prior_is_their_divergence_in_the_mean_over_draws() -> None:
+    model, pixels = tokenizer(GaussianConfig()), torch.randint(256, (1, 1, 16, 16), dtype=torch.uint8)
+    pixels = pixels.expand(2000, -1, -1, -1)
+    same = normal_prior([4, 4], model.grids, MixtureConfig(components=2))  # as it begins: both are N(0, I)
+    drawn, exact = score(model, same, pixels, SCALES).rate, score(model, None, pixels, SCALES).rate
+    assert drawn is not None and exact is not None
+    apart = drawn - exact
+    assert apart.std() > 0 and abs(float(apart.mean())) < 5 * float(apart.std()) / 2000**0.5
 
 
 def test_without_a_prior_codes_have_no_rate() -> None:

@@ -94,7 +94,10 @@ OTHER_SECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "run_dir": ((), "where"),
     "seed": ((), "counts in every stage by itself"),
     "codes": (("from_",), "priors are made from a manifest of codes, whose digest counts"),
-    "evaluate": (("features", "reference", "train_images", "skip"), "made anew each time, and `made` tells of what"),
+    "evaluate": (
+        ("features", "reference", "train_images", "importance_samples", "skip"),
+        "made anew each time; metrics.json tells of what",
+    ),
     "compute": (
         (
             *("accelerator", "devices", "num_nodes", "num_workers", "threads", "timeout_s", "strategy"),

@@ -6,12 +6,16 @@ import pytest
 import torch
 from scipy import stats
 
-from prior import HierarchicalPrior, LevelConfig, LevelPrior, NormalConfig
+from prior import HierarchicalPrior, LevelConfig, LevelPrior, MixtureConfig, NormalConfig
 
 GRIDS = [(1, 2), (2, 4)]
 
 
-def normal_prior(channels: Sequence[int] = (3, 2), grids: Sequence[tuple[int, int]] = GRIDS) -> HierarchicalPrior:
+def normal_prior(
+    channels: Sequence[int] = (3, 2),
+    grids: Sequence[tuple[int, int]] = GRIDS,
+    size: NormalConfig | MixtureConfig | None = None,
+) -> HierarchicalPrior:
     levels = []
     for number in range(2):
         config = LevelConfig(
@@ -19,7 +23,7 @@ def normal_prior(channels: Sequence[int] = (3, 2), grids: Sequence[tuple[int, in
             grids=list(grids[: number + 1]),
             codebook_sizes=[None] * (number + 1),
             class_names=[],
-            size=NormalConfig(),
+            size=size or NormalConfig(),
             channels=list(channels[: number + 1]),
             num_levels=2,
         )

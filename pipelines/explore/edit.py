@@ -45,7 +45,7 @@ def edit(tokenizer: HierarchicalVQVAE, image: Tensor, towards: Sequence[Tensor],
     moved vectors themselves, of codes too: they are not quantised again, as most steps would then change nothing.
 
     Args:
-        tokenizer: in eval mode.
+        tokenizer: in eval mode; a conditional one is given no class, which would hold the image to its own.
         image: (1, C, H, W) in [-1, 1].
         towards: a `direction`, (D, h, w) per bottleneck.
         strengths: n numbers.

@@ -59,7 +59,7 @@ def interpolate(
     steps at even distances are taken: fewer than were asked for where fewer codes differ.
 
     Args:
-        tokenizer: in eval mode.
+        tokenizer: in eval mode; a conditional one is given no class, as the way may lead from one to another.
         prior: of its codes; not looked at where levels hold numbers.
         first: what is stored of an image, (1, h, w) or (1, d, h, w) per level: encoded, drawn, or the mean of a class.
         last: of another.
