@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.ladder import RUNGS
-from pipelines.config import load_config
+from pipelines.config import Config, load_config
 from pipelines.stages.train_prior import level_config
 from pipelines.training.sections import prior_for
 from prior import LevelPrior
@@ -26,8 +26,7 @@ GRIDS = {
 }
 
 
-def build(path: Path) -> tuple[HierarchicalVQVAE, list[LevelPrior]]:
-    config = load_config(path)
+def build(config: Config) -> tuple[HierarchicalVQVAE, list[LevelPrior]]:
     section = config.tokenizer
     with torch.device("meta"):
         tokenizer = HierarchicalVQVAE(section.model, config.images.size, config.images.channels, section.family, 1)
@@ -45,23 +44,23 @@ def test_the_configs_are_those_the_readme_lists() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_builds_its_models(path: Path) -> None:
-    tokenizer, priors = build(path)
+    tokenizer, priors = build(load_config(path))
     assert tokenizer.grids == [(side, side) for side in GRIDS[path.stem]]
     assert all(isinstance(model, torch.nn.Module) for model in [tokenizer, *priors])
 
 
 def test_rungs_of_the_ladder_differ_in_nothing_but_what_they_are_about() -> None:
     assert {path.stem for path in LADDER} | {"uniform"} == set(RUNGS)
-    configs = [load_config(path) for path in LADDER]
-    for config in configs:
-        assert config.tokenizer.training == configs[0].tokenizer.training
-        assert config.prior.training == configs[0].prior.training
-        assert (config.tokenizer.model.width, config.seed) == (configs[0].tokenizer.model.width, configs[0].seed)
-        assert config.images.size == configs[0].images.size
-    assert len({config.run_dir for config in configs}) == len(configs)
-    for path in LADDER:
-        if path.stem != "vae-aggregated":  # which has as many components as there are images
-            build(path)
+    configs = {path.stem: load_config(path) for path in LADDER}
+    first = configs["autoencoder"]
+    for name, config in configs.items():
+        assert config.tokenizer.training == first.tokenizer.training
+        assert config.prior.training == first.prior.training
+        assert (config.tokenizer.model.width, config.seed) == (first.tokenizer.model.width, first.seed)
+        assert config.images.size == first.images.size
+        if name != "vae-aggregated":  # which has as many components as there are images
+            build(config)
+    assert len({config.run_dir for config in configs.values()}) == len(configs)
 
 
 def test_the_published_settings_are_kept() -> None:
