@@ -93,8 +93,8 @@ def model_card(
         "Licence": LICENCE,
     }
     intro = (
-        f"Draws {'grey' if channels == 1 else 'RGB'} images of {size}x{size} pixels: a prior per level draws codes, "
-        "coarse to fine, and a tokenizer, a hierarchical VQ-VAE, decodes them.\n"
+        f"Draws {'grey' if channels == 1 else 'RGB'} images of {size}x{size} pixels: a prior per level draws what "
+        "stands for one, coarse to fine, and a tokenizer decodes it.\n"
     )
     body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return "\n".join([HEAD, intro, *_grid(about, drawn_with or {}), body])

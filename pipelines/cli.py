@@ -22,32 +22,35 @@ smalti STAGE CONFIG.yaml [--section.key value ...]
 
 From images to new images in two stages; one YAML file describes a run.
 
-stages:
+stages, in the order of a run:
   pack             images of any source become image shards
-  train-tokenizer  image shards become a tokenizer, a hierarchical VQ-VAE
+  train-tokenizer  image shards become a tokenizer: a VQ-VAE, a VAE or a relative
   encode           image shards become code shards
-  train-prior      code shards become a prior per level (--level N for one of them)
-  sample           priors and tokenizer make new images; also those of a published folder or hub id,
-                   instead of CONFIG.yaml and with --run_dir
-  evaluate         how well tokenizer and priors do on the val split
-  run              all of these in order; what is complete is skipped
+  train-prior      code shards become a prior per level
+  sample           priors and tokenizer make new images
+  evaluate         how good tokenizer, priors and samples are
+
+on a run:
+  run              all of these stages; what is complete is skipped
+  report           one page, RUN_DIR/report.html, of what the run holds so far
+  verify           whether its files are what they were written as; names the first that is not
   export           code shards become tokens that other trainers read; no part of run
-  report           one page, RUN_DIR/report.html, of what the run holds so far; several configs side by side:
-                   `smalti report CONFIG.yaml OTHER.yaml`
-  verify           whether every file of the run is what it was written as; the first that is not is named
-  compare          the scoreboard of runs that have been evaluated: `smalti compare A.yaml B.yaml … [--out FILE.csv]`
-  decode           tokens that a model elsewhere drew become images: `smalti decode TOKENS --layout layout.json
-                   --out DIR`, without a config
-  explore          what can be done with latents, as a picture and a table: `smalti explore WHAT CONFIG.yaml --out DIR`,
-                   WHAT being interpolate, vary, complete, edit or score
+
+with arguments of their own:
+  smalti report A.yaml B.yaml ...                    one page of several runs, side by side
+  smalti compare A.yaml B.yaml ... [--out FILE.csv]  a table of evaluated runs
+  smalti explore WHAT CONFIG.yaml --out DIR          what latents hold, as a picture and a table;
+                                                     interpolate, vary, complete, edit or score
+  smalti decode TOKENS --layout FILE --out DIR       tokens drawn elsewhere become images
+  smalti sample MODEL --run_dir DIR                  from a published folder or hub id
 
 options:
   --section.key value   override a setting of CONFIG.yaml
-  --redo STAGE[,STAGE]  empty a stage's folder and make it again; with run, what follows it too;
-                        the same command, given again before it is done, empties nothing and goes on
+  --redo STAGE[,STAGE]  empty a stage's folder and make it again; with run, what follows it too.
+                        The same command, given again before it is done, goes on
   --level N             train-prior: this level only
   --traceback           show where an error comes from
-  -h, --help            this text; after a stage, every setting with its default
+  -h, --help            this text; after a stage, all settings with their defaults
 """
 SAME_COMMAND = "the same command goes on from there"
 # Packages whose errors tell of a store that does not answer or does not let us in.

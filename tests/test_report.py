@@ -83,7 +83,8 @@ def test_curves_tell_the_value_under_the_pointer(visit: Any) -> None:
 @pytest.mark.parametrize("width", [390, 1440])
 def test_nothing_makes_the_page_scroll_sideways(visit: Any, width: int) -> None:
     visit.set_viewport_size({"width": width, "height": 900})
-    visit.wait_for_function("[...document.querySelectorAll('.uplot')].every(one => one.clientWidth <= innerWidth)")
+    fit = "[...document.querySelectorAll('.uplot')].every(one => one.getBoundingClientRect().right <= innerWidth)"
+    visit.wait_for_function(fit)  # charts are drawn anew a moment after
     assert visit.evaluate("document.documentElement.scrollWidth") <= width
     wide = visit.evaluate("[...document.images].filter(one => one.getBoundingClientRect().right > innerWidth).length")
     assert wide == 0

@@ -14,6 +14,7 @@ from pipelines.data.noise import noise_for
 from pipelines.metrics.bound import grey_levels, pixel_nats
 from prior import HierarchicalPrior
 from tokenizer import Autoencoded, HierarchicalVQVAE
+from tokenizer.posterior import log_posterior
 
 
 class Scores(NamedTuple):
@@ -93,12 +94,9 @@ def _rate_of_numbers(
 ) -> Tensor:
     if prior is None or {level.config.network for level in prior.levels} == {"normal"}:
         return torch.stack([level.losses[tokenizer.bottleneck.rate].double() for level in output.levels]).sum(0)
-    posteriors = [
-        part.log_posterior(level.posterior, level.stored)
-        for part, level in zip(tokenizer.bottlenecks, output.levels, strict=True)
-        if level.posterior is not None
-    ]
-    return torch.stack(posteriors).sum(0) + prior.nll([level.stored[0] for level in output.levels], labels)
+    stored = [level.stored[0] for level in output.levels]
+    posteriors = [level.posterior for level in output.levels if level.posterior is not None]  # of all of them
+    return log_posterior(tokenizer, posteriors, stored) + prior.nll(stored, labels)
 
 
 def area_under_roc(scores: Tensor, anomalous: Tensor) -> float:

@@ -34,9 +34,8 @@ class Bound(Metric):
     """The bound in bits per dimension, rate + distortion, with a 95% interval over images.
 
     The rate of what is drawn from q(z | x) is log q(z | x) - log p(z), of one draw: the codes of `gumbel` save the
-    entropy of q. That of continuous levels is KL(q(z | x) || N(0, I)) (Kingma and Welling 2014, equation 3), and
-    N(0, I) their only prior. That of a finer level depends on what was drawn of the coarser ones: it is taken where
-    they are drawn, once.
+    entropy of q. Under N(0, I) it is KL(q(z | x) || N(0, I)) itself (Kingma and Welling 2014, equation 3); that of a
+    finer level depends on what was drawn of the coarser ones, and is taken where they are drawn, once.
     """
 
     name = "bound"
@@ -51,8 +50,8 @@ class Bound(Metric):
         self.distortion = Rows(val.count)
         self.rates = {condition: Rows(val.count) for condition in subject.conditions}
         assert subject.prior
-        fixed = all(level.config.network == "normal" for level in subject.prior.levels)
-        self.rate = subject.tokenizer.bottleneck.rate if fixed else ""  # the loss that is the rate under N(0, I)
+        self.learned = any(level.config.network != "normal" for level in subject.prior.levels)
+        self.rate = "" if self.learned else subject.tokenizer.bottleneck.rate  # the loss that is the rate under N(0, I)
 
     def update(self, seen: Seen) -> None:
         if seen.split != "val":

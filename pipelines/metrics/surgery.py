@@ -44,7 +44,6 @@ class Surgery(Bound):
         self.classes, self.unlearned = Rows(count, dtype=torch.int64), Rows(count)
         self.latents = Pairs(subject) if subject.draws else Marks(subject)
         self.unlearned_name = "under_normal" if None in subject.tokenizer.codebook_sizes else "under_uniform"
-        self.is_learned = not all(level.config.network == "normal" for level in subject.prior.levels)
 
     def update(self, seen: Seen) -> None:
         super().update(seen)
@@ -74,7 +73,7 @@ class Surgery(Bound):
             told[condition] = parts
             own[condition], other[condition] = (of_prior(one, distortion, parts) for one in (rate, unlearned))
         seen = {"images": bound["images"], "paired_images": self.latents.paired}
-        beside = {self.unlearned_name: by_figure(other)} if self.is_learned else {}
+        beside = {self.unlearned_name: by_figure(other)} if self.learned else {}
         return seen | {"distortion_bits_per_dim": distortion} | by_figure(told) | by_figure(own) | beside
 
     @classmethod

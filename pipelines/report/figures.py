@@ -10,7 +10,32 @@ from pipelines.errors import StageError
 from pipelines.metrics.direction import direction
 from pipelines.storage.paths import exists, read_bytes
 
-# By pattern of their names: what a person is told of them, in this order.
+# Of what is told with the class and without it, by pattern of their names: what a person is told.
+PARTS = {
+    r"prior\.rate_bits_per_image": ("bits per image", "what codes take"),
+    r"bound\.bits_per_dim": ("bound, bits per value", "codes and the rest"),
+    r"surgery\.mutual_information_bits_per_dim": (
+        "I(x, z), bits per value",
+        "what codes tell of images, of the bound; at most log2 of their number",
+    ),
+    r"surgery\.mutual_information_at_most_bits_per_dim": (
+        "I(x, z), bits per value, at most",
+        "entropy of the codes, by the best prior there is",
+    ),
+    r"surgery\.marginal_kl_bits_per_dim": (
+        "marginal KL, bits per value",
+        "what another prior could save of the bound",
+    ),
+    r"surgery\.marginal_kl_at_most_bits_per_dim": (
+        "marginal KL, bits per value, at most",
+        "what another prior could save of the bound",
+    ),
+    r"importance\.bits_per_dim_100": (
+        "bound of 100 draws, bits per value",
+        "nearer to log p than that of one",
+    ),
+}
+# The same of all that the page tells, in this order.
 MEANINGS = {
     r"tokenizer\.psnr": ("reconstructions: PSNR, dB", "how near they are in pixels"),
     r"tokenizer\.ssim": ("reconstructions: SSIM", "how alike they are in structure, 1 at most"),
@@ -44,59 +69,11 @@ MEANINGS = {
         "level {}: nats per value",
         "of a density, may be negative",
     ),
-    r"prior\.rate_bits_per_image\.given_class": (
-        "bits per image, given the class",
-        "what codes take",
-    ),
-    r"prior\.rate_bits_per_image\.without_class": ("bits per image", "what codes take"),
-    r"bound\.bits_per_dim\.given_class": (
-        "bound, bits per value, given the class",
-        "codes and the rest",
-    ),
-    r"bound\.bits_per_dim\.without_class": (
-        "bound, bits per value",
-        "codes and the rest",
-    ),
-    r"surgery\.mutual_information_bits_per_dim\.given_class": (
-        "I(x, z), bits per value, given the class",
-        "what codes tell of images, of the bound; at most log2 of their number",
-    ),
-    r"surgery\.mutual_information_at_most_bits_per_dim\.given_class": (
-        "I(x, z), bits per value, at most, given the class",
-        "entropy of the codes, by the best prior there is",
-    ),
-    r"surgery\.marginal_kl_bits_per_dim\.given_class": (
-        "marginal KL, bits per value, given the class",
-        "what another prior could save of the bound",
-    ),
-    r"surgery\.marginal_kl_at_most_bits_per_dim\.given_class": (
-        "marginal KL, bits per value, at most, given the class",
-        "what another prior could save of the bound",
-    ),
-    r"importance\.bits_per_dim_100\.given_class": (
-        "bound of 100 draws, bits per value, given the class",
-        "nearer to log p than that of one",
-    ),
-    r"surgery\.mutual_information_bits_per_dim\.without_class": (
-        "I(x, z), bits per value",
-        "what codes tell of images, of the bound; at most log2 of their number",
-    ),
-    r"surgery\.mutual_information_at_most_bits_per_dim\.without_class": (
-        "I(x, z), bits per value, at most",
-        "entropy of the codes, by the best prior there is",
-    ),
-    r"surgery\.marginal_kl_bits_per_dim\.without_class": (
-        "marginal KL, bits per value",
-        "what another prior could save of the bound",
-    ),
-    r"surgery\.marginal_kl_at_most_bits_per_dim\.without_class": (
-        "marginal KL, bits per value, at most",
-        "what another prior could save of the bound",
-    ),
-    r"importance\.bits_per_dim_100\.without_class": (
-        "bound of 100 draws, bits per value",
-        "nearer to log p than that of one",
-    ),
+    **{
+        rf"{pattern}\.{condition}": (f"{name}{given}", meaning)
+        for pattern, (name, meaning) in PARTS.items()
+        for condition, given in (("given_class", ", given the class"), ("without_class", ""))
+    },
     r"samples\.kid": ("samples: KID x 1000", "how far from real images in features"),
     r"samples\.frechet\.fid": ("samples: FID", "the same; trust it from 10,000 images on"),
     r"samples\.precision": ("samples: precision", "share that could be real"),

@@ -123,14 +123,14 @@ class TokenizerSection:
             autoencoder).
         model: its levels and widths; codebook_size, code_dim and normalize are those of codebooks, code_dim also that
             of "gaussian", "sparse", "contractive" and "identity".
-        ema: settings of that bottleneck.
-        gradient: settings of that bottleneck.
-        fsq: settings of that bottleneck.
-        gaussian: settings of that bottleneck.
-        residual: settings of that bottleneck.
-        gumbel: settings of that bottleneck.
-        sparse: settings of that bottleneck.
-        contractive: settings of that bottleneck.
+        ema: settings of the bottleneck "ema".
+        gradient: settings of the bottleneck "gradient".
+        fsq: settings of the bottleneck "fsq".
+        gaussian: settings of the bottleneck "gaussian".
+        residual: settings of the bottleneck "residual".
+        gumbel: settings of the bottleneck "gumbel".
+        sparse: settings of the bottleneck "sparse".
+        contractive: settings of the bottleneck "contractive".
         class_dropout: share of training images whose class a conditional tokenizer is not told, so that it knows what
             to make of images without.
         shuffle_shards: shards mixed with one another at a time, in a random order, where the data is larger than the

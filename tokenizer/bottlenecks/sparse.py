@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.bottlenecks.averages import Averages
-from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes, per_image
+from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes, no_observation, per_image
 from tokenizer.bottlenecks.numbers import Numbers
 from tokenizer.checks import float_tensor
 
@@ -94,7 +94,7 @@ class Sparse(Numbers):
             seen=units,
             stored=(units,),
             losses={"activation": per_image(units)},
-            observed=units.detach().movedim(1, -1).flatten(0, 2),
+            observed=no_observation(features),
             averaged={"activation": units.flatten(2).mean(2)},
         )
 
