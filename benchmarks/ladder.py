@@ -101,7 +101,7 @@ def measured(name: str, opened: Opened, judge: Judge) -> Rung:
         *RUNGS[name],
         numbers=sum(math.prod(level.grid) * level.channels for level in tokenizer.levels),
         psnr=figures["tokenizer"]["psnr"],
-        **parts(figures, name == "uniform"),
+        **parts(figures, opened.val.channels * opened.val.size**2, name == "uniform"),
         worth=judge(drawn, asked),
         seconds=recorded_seconds(root, STAGES) or 0.0,
         measures=measures(opened),
@@ -127,31 +127,33 @@ def uniform_samples(opened: Opened) -> tuple[Tensor, None]:
     return torch.from_numpy(to_uint8(opened.tokenizer.decode(codes))), None
 
 
-def parts(figures: dict[str, Any], uniform: bool) -> dict[str, Any]:
+def parts(figures: dict[str, Any], dims: int, uniform: bool) -> dict[str, Any]:
     """Return the bound on log p(x) and its parts in bits per dimension, None where there are none.
 
     Args:
         figures: of metrics.json.
+        dims: values of an image.
         uniform: take the uniform prior's.
     """
     found = figures.get("surgery")
     if not found:
         return dict.fromkeys(("bits", "distortion", "information", "marginal", "bound"))
     under = found["under_uniform"] if uniform else found
+    # A tokenizer that is told the class bounds p(x | class) alone.
+    given = min(found["bits_per_dim"], key=lambda condition: condition != "without_class")
 
     def of(place: dict[str, Any], name: str) -> float | tuple[float, float]:
         if f"{name}_bits_per_dim" in place:
-            return float(place[f"{name}_bits_per_dim"]["without_class"])
-        least, most = (place[f"{name}_at_{which}_bits_per_dim"]["without_class"] for which in ("least", "most"))
+            return float(place[f"{name}_bits_per_dim"][given])
+        least, most = (place[f"{name}_at_{which}_bits_per_dim"][given] for which in ("least", "most"))
         return float(least), float(most)
 
-    dims = 16 * 16
     return {
-        "bits": under["rate_bits_per_dim"]["without_class"] * dims,
+        "bits": under["rate_bits_per_dim"][given] * dims,
         "distortion": found["distortion_bits_per_dim"],
         "information": of(found, "mutual_information"),
         "marginal": of(under, "marginal_kl"),
-        "bound": under["bits_per_dim"]["without_class"],
+        "bound": under["bits_per_dim"][given],
     }
 
 
