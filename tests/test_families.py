@@ -115,6 +115,7 @@ def test_the_parts_of_the_bound_add_up_to_it_and_more_draws_lower_it(finished: P
         assert parts["distortion_bits_per_dim"] + told == pytest.approx(bits)
         assert of("mutual_information") == pytest.approx(of("mutual_information_at_least"))  # all of them are paired
         assert figures["importance"]["bits_per_dim_1"][given] == pytest.approx(bits, abs=0.02)  # other draws
+        assert figures["importance"]["made"]["models"] == bound["made"]["models"] != {}
         assert figures["importance"]["bits_per_dim_3"][given] < figures["importance"]["bits_per_dim_1"][given]
 
 
