@@ -65,8 +65,13 @@ MEANINGS = {
         "how far the likeliest code's probability is from how often it is right",
     ),
     r"prior\.level(\d+)\.nats_per_code": ("level {}: nats per code", "as training saw it last"),
-    r"prior\.level(\d+)\.nats_per_value(?:\.\w+)?": (
-        "level {}: nats per value",
+    r"prior\.level(\d+)\.nats_per_value": ("level {}: nats per value", "of a density, as training saw it last"),
+    r"prior\.level(\d+)\.nats_per_value\.given_class": (
+        "level {}: nats per value, given the class",
+        "of a density, may be negative",
+    ),
+    r"prior\.level(\d+)\.nats_per_value\.without_class": (
+        "level {}: nats per value, without class",
         "of a density, may be negative",
     ),
     **{
@@ -95,6 +100,8 @@ MEANINGS = {
 # How values are shown: as shares, and times a thousand with their standard errors.
 SHARES = ("_usage", "_active", ".right.given_class", "_share", ".trained_on_samples", ".trained_on_real")
 THOUSANDS = ("kid",)
+# What is no further below 0 rounds to it, as the tables of `evaluate` round.
+ROUNDED = 0.5e-4
 
 
 class Figure(NamedTuple):
@@ -174,7 +181,7 @@ def as_told(key: str, value: float, error: float | None = None) -> str:
     if key.endswith(SHARES):
         return f"{value:.1%}"
     if key.endswith(THOUSANDS):
-        return f"{1000 * value:.3f}" + (f" ± {1000 * error:.3f}" if error is not None else "")
+        return f"{1000 * value:z.3f}" + (f" ± {1000 * error:.3f}" if error is not None else "")
     return shown(value)
 
 
@@ -187,9 +194,11 @@ def flat(figures: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def shown(value: float) -> str:
-    """Return a figure as people read it."""
+    """Return a figure as people read it; what is below 0 by no more than an estimate's noise has no sign."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if -ROUNDED <= value < 0:
+        return "0.0000"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
