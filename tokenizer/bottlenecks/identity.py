@@ -54,7 +54,7 @@ class Identity(Numbers):
         return Bottled(seen=features, stored=(features,), losses={}, observed=observed)
 
     def figures(self) -> Averages:
-        """Return the mean of all numbers, their standard deviation, and the share of units that are alive; of nothing yet.
+        """Return mean and standard deviation of the numbers, and the share of units that are alive; of nothing yet.
 
         The deviation is over images: the root of the mean variance of units, each in its own cell, so that units which
         only differ from one another have none.
