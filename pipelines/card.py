@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import StageError
-from pipelines.report.figures import shown
+from pipelines.metrics.metric import shown
 from pipelines.storage.fingerprint import manifest_digest, model_fingerprints
 from pipelines.storage.manifest import read_manifest, receipts_of
 from pipelines.storage.paths import read_bytes

@@ -68,10 +68,11 @@ def card(called: str, image_size: int, channels: int, levels: Sequence[StoredGri
         f"{h}x{w} " + (f"codes of {size}" if size else f"vectors of {dim}") for (h, w), size, dim in levels
     )
     name = f"conditional {called}" if num_classes else called
+    depth = "1 channel" if channels == 1 else f"{channels} channels"
     beside, classes = (f", each of one of {num_classes} classes,", ", classes=classes") if num_classes else ("", "")
     return (
         f"---\nlibrary_name: smalti\ntags: [image-tokenizer, {tag(called)}]\n---\n\n# A smalti tokenizer\n\n"
-        f"{name[0].upper()}{name[1:]}. Images of {image_size}x{image_size} pixels and {channels} channel{'s' * (channels > 1)} in [-1, 1]{beside} "
+        f"{name[0].upper()}{name[1:]}. Images of {image_size}x{image_size} pixels and {depth} in [-1, 1]{beside} "
         f"become, coarse to fine: {told}.\n\n```python\nfrom tokenizer import HierarchicalVQVAE\n\n"
         "tok = HierarchicalVQVAE.from_pretrained(FOLDER_OR_REPOSITORY)\n"
         f"codes = tok.encode(images{classes})\nimages = tok.decode(codes{classes})\n```\n"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pipelines.errors import StageError
 from pipelines.metrics.direction import direction
+from pipelines.metrics.metric import shown
 from pipelines.storage.paths import exists, read_bytes
 
 # Of what is told with the class and without it, by pattern of their names: what a person is told.
@@ -100,8 +101,6 @@ MEANINGS = {
 # How values are shown: as shares, and times a thousand with their standard errors.
 SHARES = ("_usage", "_active", ".right.given_class", "_share", ".trained_on_samples", ".trained_on_real")
 THOUSANDS = ("kid",)
-# What is no further below 0 rounds to it, as the tables of `evaluate` round.
-ROUNDED = 0.5e-4
 
 
 class Figure(NamedTuple):
@@ -191,15 +190,6 @@ def flat(figures: Any, path: str = "") -> Iterator[tuple[str, float]]:
         if isinstance(value, int | float):
             yield f"{path}{name}", value
         yield from flat(value, f"{path}{name}.")
-
-
-def shown(value: float) -> str:
-    """Return a figure as people read it; what is below 0 by no more than an estimate's noise has no sign."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if -ROUNDED <= value < 0:
-        return "0.0000"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def read_figures(folder: Path) -> dict[str, Any]:
