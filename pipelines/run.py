@@ -35,7 +35,7 @@ from pipelines.stages.verify import (
     verify_samples,
     verify_tokens,
 )
-from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, tokenizer_fingerprint
+from pipelines.storage.fingerprint import introduced, manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import exists, make_folder, write_json
@@ -302,7 +302,7 @@ class Run:
         check_outside(folder, stage, {f"{name}.from": section.from_ for name, section in sections.items()})
         if this_worker().rank == 0:
             self.redo.empty(stage, folder)
-            open_stage(folder, stage, settings)
+            open_stage(folder, stage, settings, introduced(Config))
         else:  # the first worker judges the settings for all
             make_folder(folder)
         return folder
