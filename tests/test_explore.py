@@ -393,5 +393,11 @@ def test_wrong_usage_is_told_in_a_sentence(explore: Callable, smalti: Smalti, ti
     assert "name a config: smalti explore vary CONFIG.yaml" in smalti("explore", "vary", "--out", "x")[1]
     code, said, _ = explore("vary", "--keys", "nobody")
     assert code == 1 and "the val split has no image 'nobody'; name a key, such as 0000" in said
+    code, said, _ = explore("vary", "--count", "0")
+    assert code == 2 and "--count must be at least 1, got 0" in said
+    code, said, _ = explore("interpolate", "--keys", "3", "8", "--classes", "1", "2")
+    assert code == 2 and "two images by --keys or two classes by --classes, not both" in said
+    code, said, _ = explore("edit", "--from", "3", "--to", "3")
+    assert code == 2 and "--from and --to must be two classes, got 3 twice" in said
     code, said, _ = explore("vary", "--prior.widht=3")
     assert code == 2 and "widht" in said

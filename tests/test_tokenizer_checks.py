@@ -83,7 +83,7 @@ def test_codes_of_any_integer_type_decode_alike(model: HierarchicalVQVAE, dtype:
         ([np.full((1, 2, 2), 2**64 - 1, np.uint64)], r"codes must lie in \[0, 16\), got -1"),
         ([np.zeros((2, 2), np.int64)], r"must be \(B, 2, 2\), got \(2, 2\)"),
         ([np.zeros((2, 2, 2), np.int64), np.zeros((3, 4, 4), np.int64)], r"equally many grids, got \[2, 3\]"),
-        ([], "codes must have 1 to 2 levels, got 0"),
+        ([], "codes must be a list of 1 to 2 levels, got 0"),
     ],
 )
 def test_codes_that_cannot_be_are_refused(model: HierarchicalVQVAE, codes: list, message: str) -> None:
