@@ -22,7 +22,7 @@ from tests.priors import draw_codes, randomize, tiny_prior
 from tests.test_bottlenecks import every_family
 from tests.test_bottlenecks import tokenizer as untrained
 from tests.test_normal import normal_prior
-from tokenizer import HierarchicalVQVAE
+from tokenizer import HierarchicalVQVAE, TokenizerConfig
 from tokenizer.bottlenecks.bottleneck import Settings
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.bottlenecks.gaussian import GaussianConfig
@@ -126,6 +126,12 @@ def test_variants_keep_coarse_levels_to_the_bit_and_differ_in_the_finest(family:
     assert torch.equal(again.stored[last], found.stored[last][:3])
     with pytest.raises(ValueError, match="can be kept and the finer ones drawn, got 0"):
         vary(model, prior, image, keep=0)
+
+
+def test_one_level_that_draws_nothing_has_no_variants() -> None:
+    model = HierarchicalVQVAE(TokenizerConfig(strides=[4], width=8, codebook_size=8, code_dim=4), 8, 1).eval()
+    with pytest.raises(ValueError, match="a tokenizer of one level that draws nothing has no variants"):
+        vary(model, None, torch.zeros(1, 1, 8, 8))
 
 
 def test_variants_of_a_gaussian_are_draws_around_its_mean() -> None:
