@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import StageError
+from pipelines.metrics.metric import shown
 from pipelines.storage.fingerprint import manifest_digest, model_fingerprints
 from pipelines.storage.manifest import read_manifest, receipts_of
 from pipelines.storage.paths import read_bytes
 from prior import HierarchicalPrior
 from tokenizer import HierarchicalVQVAE
+from tokenizer.hub import tag
 
 # Class names that a card lists.
 SHOWN_CLASSES = 20
@@ -20,11 +22,18 @@ HEAD = """\
 ---
 library_name: smalti
 pipeline_tag: unconditional-image-generation
-tags: [image-generation, image-tokenizer, vq-vae, autoregressive]
+tags: [{tags}]
 ---
 
 # A smalti generator
 """
+# The hub's tags of priors, by network; N(0, I) has none.
+PRIOR_TAGS = {
+    "transformer": "autoregressive",
+    "pixelsnail": "autoregressive",
+    "mixture": "gaussian-mixture",
+    "flow": "normalizing-flow",
+}
 LICENCE = """\
 Not stated. Say here how the weights may be used, and name the licence in the head of this file as `license:`.
 """
@@ -76,7 +85,7 @@ def model_card(
         drawn_with: the settings of the sample grid.
     """
     size, channels, names = tokenizer.image_size, tokenizer.channels, prior.class_names
-    shown = ", ".join(f"`{' '.join(name.split())}`" for name in names[:SHOWN_CLASSES])
+    listed = ", ".join(f"`{' '.join(name.split())}`" for name in names[:SHOWN_CLASSES])
     pairs = zip(tokenizer.levels, prior.levels, strict=True)
     levels = [
         (number, f"{level.grid[0]}x{level.grid[1]}", level.codebook_size or "continuous", one.config.network)
@@ -87,17 +96,24 @@ def model_card(
     sections = {
         "Load": _how_to_load(f"classes={names[:3]!r}" if names else "count=3", size, channels),
         "Levels": _table(["level", "grid", "codebook", "prior"], levels),
-        "Classes": f"{len(names)}: {shown}{', …' if len(names) > SHOWN_CLASSES else ''}\n" if names else "None.\n",
+        "Classes": f"{len(names)}: {listed}{', …' if len(names) > SHOWN_CLASSES else ''}\n" if names else "None.\n",
         "Data": f"{data or 'Not recorded. Say here what it was trained on.'}\n",
         "Figures, on the validation split": figures if rows else "None are recorded.\n",
         "Licence": LICENCE,
     }
+    called = tokenizer.bottleneck.called
+    networks = [PRIOR_TAGS[network] for *_, network in levels if network in PRIOR_TAGS]
+    tags = ", ".join(dict.fromkeys(["image-generation", "image-tokenizer", tag(called), *networks]))
+    known = "conditional " if tokenizer.num_classes else ""
     intro = (
         f"Draws {'grey' if channels == 1 else 'RGB'} images of {size}x{size} pixels: a prior per level draws what "
-        "stands for one, coarse to fine, and a tokenizer decodes it.\n"
+        f"stands for one, coarse to fine, and a tokenizer ({known}{called}) decodes it.\n"
     )
     body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return "\n".join([HEAD, intro, *_grid(about, drawn_with or {}), body])
+    drawn = dict(drawn_with or {})
+    if not any(tokenizer.codebook_sizes):  # what chooses among codes says nothing of numbers
+        drawn = {name: drawn[name] for name in ("seed", "temperature") if name in drawn}
+    return "\n".join([HEAD.format(tags=tags), intro, *_grid(about, drawn), body])
 
 
 def _how_to_load(classes: str, size: int, channels: int) -> str:
@@ -148,8 +164,7 @@ def _figures(about: dict[str, bytes], num_levels: int) -> list[list[str]]:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for part, figures in (own | _read(about, "metrics.json")).items():
         for level, name, value in _flat(figures):
-            shown = ("no", "yes")[value] if isinstance(value, bool) else f"{value:.4g}"
-            rows.setdefault((part, name), {})[level] = shown
+            rows.setdefault((part, name), {})[level] = shown(value)
     columns = ["", *map(str, range(num_levels))]
     return [[part, name, *(found.get(column, "") for column in columns)] for (part, name), found in rows.items()]
 

@@ -42,7 +42,7 @@ class Column(NamedTuple):
     meaning: str
     metric: str
     figure: str
-    shown: str = "{:.4f}"
+    shown: str = "{:z.4f}"
 
 
 COLUMNS = (
@@ -73,8 +73,8 @@ COLUMNS = (
         "importance",
         "bits_per_dim_100",
     ),
-    Column("rKID", "x 1000, of reconstructions beside their images", "reconstructions", "rkid", "{:.3f}"),
-    Column("KID", "x 1000, of samples beside real images", "samples", "kid", "{:.3f}"),
+    Column("rKID", "x 1000, of reconstructions beside their images", "reconstructions", "rkid", "{:z.3f}"),
+    Column("KID", "x 1000, of samples beside real images", "samples", "kid", "{:z.3f}"),
     Column("seconds", "of the commands that finished pack to sample, whatever the hardware", "", "seconds", "{:.0f}"),
     Column("parameters", "of tokenizer and priors, in millions", "", "parameters", "{:.3f}"),
 )

@@ -266,11 +266,22 @@ def test_units_that_are_never_or_always_active_and_numbers_that_hardly_vary_are_
     assert figures.compute()[0]["alive"] == 1 / 4
     for family in (IdentityConfig(), ContractiveConfig()):
         bottleneck, features = family.build(SIZES), torch.randn(50, 4, 2, 2)
-        features[:, 1] *= 1e-3
+        features[:, 1] = 5 + 1e-3 * features[:, 1]
         features[:, 2] = torch.randn(2, 2)  # a pattern, the same in every image
         figures = bottleneck.figures()
         figures.update(bottleneck(features), torch.ones(50))
         assert figures.compute()[0]["alive"] == 1 / 2
+
+
+def test_units_that_all_stand_still_are_dead_and_have_no_deviation_however_far_apart_they_are() -> None:
+    features = torch.tensor([-3.0, 0.0, 1.0, 8.0])[:, None, None] + 1e-4 * torch.randn(50, 4, 2, 2)
+    features[:, 1] = 0
+    for family in (IdentityConfig(), ContractiveConfig()):
+        figures = (bottleneck := family.build(SIZES)).figures()
+        figures.update(bottleneck(features), torch.ones(50))
+        (found,) = figures.compute()
+        assert found["alive"] == 0 and found["std"] < 1e-3
+        assert "the others are dead" in family.warnings(found)[0]
 
 
 def test_moments_of_what_is_passed_as_it_is() -> None:
@@ -279,7 +290,7 @@ def test_moments_of_what_is_passed_as_it_is() -> None:
     figures.update(bottleneck(features), torch.ones(2))
     (found,) = figures.compute()
     assert found["mean"] == pytest.approx(float(features.mean()), abs=1e-5)
-    assert found["std"] == pytest.approx(float(features.std(correction=0)), abs=1e-5)
+    assert found["std"] == pytest.approx(float(features.var(0, correction=0).mean().sqrt()), abs=1e-5)
 
 
 def test_each_loss_of_a_learned_codebook_moves_its_own_side() -> None:

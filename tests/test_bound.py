@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipelines.data.images import ImageShards, to_unit_range
-from pipelines.metrics.bound import SCALES, bound_figures, fitted_scales, grey_levels, interval95, pixel_nats
+from pipelines.metrics.bound import SCALES, Bound, bound_figures, fitted_scales, grey_levels, interval95, pixel_nats
+from pipelines.metrics.metric import shown
 from pipelines.storage.cache import Cache
 from tokenizer import HierarchicalVQVAE
 
@@ -81,3 +82,10 @@ def test_an_interval_is_that_of_the_mean_and_one_image_has_none() -> None:
     assert (low + high) / 2 == pytest.approx(float(values.mean()))
     assert (high - low) / 2 == pytest.approx(1.96 * np.std(values.numpy(), ddof=1) / math.sqrt(50))
     assert interval95(values[:1]) is None
+
+
+def test_the_noise_of_an_estimate_of_zero_is_shown_without_sign() -> None:
+    rates = {"without_class": torch.tensor([-4e-5, 1e-5]).double()}
+    figures = bound_figures(rates, torch.zeros(2).double(), dims=4) | {"held_out": True}
+    assert figures["bits_per_dim"]["without_class"] < 0 and "-0.0000 " not in "\n".join(Bound.table(figures)[3:])
+    assert (shown(-3.8e-7), shown(-0.01), shown(3.8e-7), shown(0)) == ("0.0000", "-0.01", "3.8e-07", "0")

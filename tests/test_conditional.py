@@ -1,6 +1,8 @@
 """Tokenizers that are given the class of an image: whatever makes codes or images with one hands it on."""
 
+import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from pipelines import Generator
 from pipelines.data.codes import Codes
 from pipelines.data.images import ImageShards, to_unit_range
-from pipelines.data.noise import noise_for
+from pipelines.data.noise import noise_for, stored_noise
 from pipelines.data.samples import Samples
 from pipelines.explore.score import score
 from pipelines.explore.vary import vary
@@ -124,7 +126,7 @@ def test_variants_and_scores_are_of_the_class_that_is_given() -> None:
         found = vary(model, None, to_unit_range(pixels), 2, label=label)
         assert torch.equal(model.decode(found.stored, [label] * 2), found.images)
         scores = score(model, None, pixels, torch.ones(1), torch.tensor([label]))
-        noise = noise_for(model, [(0, level) for level in range(2)], range(1))
+        noise = stored_noise(model, range(1))
         assert torch.equal(scores.images, model(to_unit_range(pixels), noise, [label]).reconstruction)
 
 
@@ -173,6 +175,15 @@ def test_every_stage_hands_classes_on(
         errors = [(model(images, noise, one).reconstruction - images).square().mean() for one in (labels, None)]
     assert figures["tokenizer"]["mse"] == pytest.approx(float(errors[0]), rel=1e-5)
     assert figures["tokenizer"]["mse"] != pytest.approx(float(errors[1]), rel=1e-5)
+    code, said = smalti("explore", "score", config, "--out", tmp_path / "out")
+    assert code == 0 and "mean bound of -log p(x | class) " in said, said
+    with (tmp_path / "out" / "score.csv").open(newline="") as file:
+        scores = list(csv.DictReader(file))
+    for name, figure in (("distortion", "distortion_bits_per_dim"), ("bound", "bits_per_dim")):
+        mean = sum(float(row[f"{name}_nats"]) for row in scores) / len(scores) / 256 / math.log(2)
+        found = figures["bound"][figure]
+        # Under N(0, I) the rate of the finer level is of another draw of the coarser.
+        assert mean == pytest.approx(found["given_class"] if name == "bound" else found, rel=1e-4), name
     code, said = smalti("verify", config)
     assert code == 0, said
 

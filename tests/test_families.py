@@ -81,6 +81,16 @@ def test_a_prior_of_numbers_has_its_figures_in_the_files_that_the_report_reads(f
             assert "nats_per_value" in {chart.figure for chart in charts(read_rows(folder), "", "")}
 
 
+def test_the_report_names_the_prior_of_numbers_that_it_is(finished: Path) -> None:
+    page = " ".join((finished.parent / "run" / "report.html").read_text().split())
+    kind = kind_of(finished).partition("=")[2]
+    unlearned = kind in ("gaussian", "contractive")
+    assert ("N(0, I), which has learned nothing" in page) == unlearned
+    assert ("How unlikely the prior finds the numbers, given the class" in page) == (kind in PRIORS)
+    assert ("level 0 mixture of 32 components" in page) == (kind == "sparse") and "mixture 0" not in page
+    assert ("nats per value, given the class" in page) == (kind in PRIORS)
+
+
 def test_validation_draws_where_training_does_and_says_what_it_would_be_without_noise(finished: Path) -> None:
     figures = json.loads((finished.parent / "run" / "tokenizer" / "metrics.json").read_text())
     noisy = kind_of(finished).endswith(("gaussian", "gumbel"))
@@ -115,6 +125,7 @@ def test_the_parts_of_the_bound_add_up_to_it_and_more_draws_lower_it(finished: P
         assert parts["distortion_bits_per_dim"] + told == pytest.approx(bits)
         assert of("mutual_information") == pytest.approx(of("mutual_information_at_least"))  # all of them are paired
         assert figures["importance"]["bits_per_dim_1"][given] == pytest.approx(bits, abs=0.02)  # other draws
+        assert figures["importance"]["made"]["models"] == bound["made"]["models"] != {}
         assert figures["importance"]["bits_per_dim_3"][given] < figures["importance"]["bits_per_dim_1"][given]
 
 

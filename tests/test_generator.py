@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +18,19 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import Generator
-from pipelines.card import _without_places
+from pipelines.card import _without_places, model_card
 from pipelines.generator import names_models
 from pipelines.storage.fingerprint import tokenizer_fingerprint
 from pipelines.storage.manifest import all_receipts, read_manifest
 from pipelines.storage.shards import index_shard, read_member
 from prior import HierarchicalPrior, LevelConfig, LevelPrior
+from prior.mixture import MixtureConfig
+from prior.normal import NormalConfig
 from tests.priors import SIZES
 from tests.test_hierarchy import tiny
-from tokenizer import HierarchicalVQVAE
+from tokenizer import HierarchicalVQVAE, TokenizerConfig
+from tokenizer.bottlenecks.gaussian import GaussianConfig
+from tokenizer.bottlenecks.identity import IdentityConfig
 
 Smalti = Callable[..., tuple[int, str]]
 FORMAT1 = Path(__file__).parent / "data" / "format1" / "run"
@@ -288,6 +293,7 @@ def test_the_card_tells_what_it_draws_and_how_well(generator: Generator) -> None
     assert ModelCard(card).data.license is None
     for line in (
         "Draws grey images of 16x16 pixels",
+        "tags: [image-generation, image-tokenizer, vq-vae, autoregressive]",
         "![samples](grid.png)",
         "Drawn with seed 3, temperature 0.75, top_k 0, top_p [1.0, 0.95], guidance [1.5, 1.0].",
         "gen.sample(classes=['0', '1', '7'], seed=0)",
@@ -319,6 +325,32 @@ def test_a_generator_made_by_hand_has_a_card_too(tmp_path: Path) -> None:
     for line in ("gen.sample(count=3, seed=0)", "## Classes\n\nNone.", "Not recorded. Say here", "None are recorded."):
         assert line in card, line
     assert "grid.png" not in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "network", "named", "tags"),
+    [
+        (GaussianConfig(), MixtureConfig(components=2), "conditional VAE", ["vae", "gaussian-mixture"]),
+        (IdentityConfig(), NormalConfig(), "conditional autoencoder", ["autoencoder"]),
+    ],
+)
+def test_a_card_says_which_bottleneck_and_prior_it_is_and_what_matters_to_them(
+    kind: Any, network: Any, named: str, tags: list[str]
+) -> None:
+    config = TokenizerConfig(strides=[16], code_dim=2, width=8, residual_width=4, residual_blocks=1, conditional=True)
+    tokenizer = HierarchicalVQVAE(config, 16, 1, kind, 2)
+    level = LevelConfig(
+        level=0, grids=[(1, 1)], codebook_sizes=[None], class_names=["a", "b"], size=network, channels=[2]
+    )
+    figures = {"bound": {"rate_bits_per_dim": {"given_class": -3.8e-7}}}
+    about = {"grid.png": b"", "metrics.json": json.dumps(figures).encode()}
+    settings = {"seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
+    card = model_card(tokenizer, HierarchicalPrior([LevelPrior(level)]), about, "", settings)
+    assert ModelCard(card).data.tags == ["image-generation", "image-tokenizer", *tags]
+    assert f"a tokenizer ({named}) decodes it" in card and "Drawn with seed 0, temperature 1.0.\n" in card
+    assert "| bound | rate_bits_per_dim given_class | 0.0000 |" in card
+    assert f"C{named[1:]}. Images of 16x16 pixels and 1 channel in" in tokenizer.generate_model_card().content
+    assert tokenizer.generate_model_card().data.tags == ["image-tokenizer", tags[0]]
 
 
 def test_a_grid_of_other_models_and_data_of_other_codes_are_left_out(run: Path) -> None:

@@ -16,6 +16,7 @@ from pipelines.metrics.distances import frechet_distance, kernel_distance, momen
 from pipelines.metrics.features import load_features
 from pipelines.metrics.realism import SampleFID
 from pipelines.metrics.subject import Split, Subject
+from pipelines.report.side_by_side import made_otherwise
 from pipelines.stages.evaluate import evaluate, table
 
 
@@ -97,6 +98,15 @@ def test_real_images_as_samples_score_as_plain_training_bit_for_bit(tiny_run: Pa
 def test_few_samples_are_not_judged(tiny_run: Path) -> None:
     subject, known = with_samples(tiny_run, slice(0, 3))
     assert evaluate(subject, known, only("samples", "samples.frechet")) == {}
+
+
+def test_a_metric_that_is_left_out_has_no_table_where_one_stands_below_it(tiny_run: Path) -> None:
+    subject, known = with_samples(tiny_run, slice(0, 70))
+    figures = evaluate(subject, known, only("samples.frechet"))
+    assert figures["samples"].keys() == {"frechet"}
+    assert table(figures).count("\n\n") == 0 and "FID" in table(figures)
+    whole = json.loads((tiny_run.parent / "run" / "metrics.json").read_text())
+    assert not made_otherwise(figures, {"samples": whole["samples"] | {"frechet": figures["samples"]["frechet"]}})
 
 
 def test_a_metric_left_out_must_be_one(tiny_run: Path, smalti: Callable[..., tuple[int, str]]) -> None:

@@ -21,7 +21,7 @@ from pipelines.report.curves import charts, read_rows
 from pipelines.report.figures import MEANINGS
 from pipelines.report.likelihoods import Costs, Maps, Split, maps, position_nats
 from pipelines.report.pictures import VIRIDIS, heat, picture
-from pipelines.report.plane import COLOURS, PLOT, SHAPES, SIDE, is_plane, plane, quantiles
+from pipelines.report.plane import COLOURS, PLOT, SHAPES, SIDE, even, is_plane, limits, plane
 from pipelines.report.reading import Images, most_read, read_codes, read_images
 from pipelines.report.sampled import apart
 from pipelines.report.side_by_side import overlaid
@@ -234,25 +234,35 @@ def test_the_plane_is_that_of_runs_whose_images_are_two_numbers() -> None:
     assert not any(map(is_plane, (flat("ema"), flat("gaussian", code_dim=3), flat("gaussian", strides=[16, 8]))))
 
 
-def test_points_of_the_plane_are_evenly_spaced_in_probability() -> None:
-    shares = torch.distributions.Normal(0.0, 1.0).cdf(quantiles())
-    even = (torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE
-    assert torch.allclose(shares[..., 0], even.expand(SIDE, SIDE))
-    assert torch.allclose(shares[..., 1], even.flip(0)[:, None].expand(SIDE, SIDE))
-
-
 @pytest.mark.parametrize("kind", ["gaussian", "identity"])
 def test_images_lie_on_the_plane_where_their_numbers_are(kind: str) -> None:
-    numbers = torch.tensor([[0.0, 0.0], [1.0, -2.0], [-4.0, 4.0]])
-    images = Images(["a", "b", "c"], np.zeros((3, 1, 16, 16), np.uint8), np.array([0, 1, 1]), 3)
+    numbers = torch.tensor([[0.0, 0.0], [1.0, -2.0], [-4.0, 4.0]]).repeat(100, 1)
+    numbers[0] = 500.0  # far away, which must not squeeze the others
+    images = Images(["a"] * 300, np.zeros((300, 1, 16, 16), np.uint8), np.array([0, 1, 1] * 100), 300)
     found = plane(flat(kind), images, numbers[:, :, None, None], ["zero", "one"])
     assert [group.name for group in found.groups] == ["zero", "one"] and found.normal == (kind == "gaussian")
     paths = [mark for group in found.groups for mark in group.path.split("M")[1:]]
     marks = np.array([[float(number) for number in mark.split("m")[0].split(",")] for mark in paths])
     marks[:, 1] = PLOT - marks[:, 1]  # upwards is less on a screen
-    places = found.low + marks / PLOT * (found.high - found.low)
-    np.testing.assert_allclose(places, numbers, atol=0.01)
-    assert found.low <= -4 and found.high >= 4
+    places = np.array(found.low) + marks / PLOT * (np.array(found.high) - np.array(found.low))
+    shown = np.concatenate([numbers[3::3], numbers[1::3], numbers[2::3]])
+    np.testing.assert_allclose(np.unique(places.round(1), axis=0), np.unique(shown, axis=0), atol=0.05)
+    assert (found.images, found.outside, len(places)) == (300, 1, 299)
+    assert all(low <= -2 and 1 <= high < 10 for low, high in zip(found.low, found.high, strict=True))
+
+
+def test_each_axis_of_the_plane_reaches_as_far_as_its_own_points_and_over_the_prior() -> None:
+    points = torch.randn(2000, 2, dtype=torch.float64) * torch.tensor([0.01, 50.0]) + torch.tensor([3.0, 0.0])
+    low, high = limits(points, normal=False)
+    assert 2.9 < low[0] < high[0] < 3.1 and low[1] < -100 and high[1] > 100
+    low, high = limits(points, normal=True)
+    assert -3 < low[0] < -2.3 and 3 < high[0] < 4
+
+
+def test_the_points_that_are_decoded_lie_where_the_plot_has_them() -> None:
+    points = even()
+    assert torch.allclose(points[0, 0], torch.tensor([0.5, SIDE - 0.5]).double() / SIDE)
+    assert torch.allclose(points[-1, -1], torch.tensor([SIDE - 0.5, 0.5]).double() / SIDE)
 
 
 def test_no_two_classes_look_alike_on_the_plane() -> None:

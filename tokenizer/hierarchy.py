@@ -320,7 +320,7 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
         """Return the card that `save_pretrained` puts beside the model: what it reads and gives, how to load it."""
-        return ModelCard(card(self.image_size, self.channels, self.levels, self.num_classes))
+        return ModelCard(card(self.bottleneck.called, self.image_size, self.channels, self.levels, self.num_classes))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:  # type: ignore[override]

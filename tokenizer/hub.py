@@ -57,15 +57,22 @@ def model_folder(name: str | Path, kind: str, files: Sequence[str], revision: st
         raise OSError(f"no {kind} at {name}: there is no such folder, and the hub gives none: {error}") from error
 
 
-def card(image_size: int, channels: int, levels: Sequence[StoredGrid], num_classes: int) -> str:
-    """Return the card that a tokenizer is saved with: what it reads and gives, how to load it."""
+def tag(called: str) -> str:
+    """Return the hub's tag of what a tokenizer is called: one for all vector quantisers."""
+    return "vq-vae" if called.startswith("VQ-VAE") else called.lower().replace(" ", "-")
+
+
+def card(called: str, image_size: int, channels: int, levels: Sequence[StoredGrid], num_classes: int) -> str:
+    """Return the card that a tokenizer is saved with: what it is called, reads and gives, and how to load it."""
     told = ", ".join(
         f"{h}x{w} " + (f"codes of {size}" if size else f"vectors of {dim}") for (h, w), size, dim in levels
     )
+    name = f"conditional {called}" if num_classes else called
+    depth = "1 channel" if channels == 1 else f"{channels} channels"
     beside, classes = (f", each of one of {num_classes} classes,", ", classes=classes") if num_classes else ("", "")
     return (
-        "---\nlibrary_name: smalti\ntags: [image-tokenizer, vq-vae]\n---\n\n# A smalti tokenizer\n\n"
-        f"Images of {image_size}x{image_size} pixels and {channels} channels in [-1, 1]{beside} "
+        f"---\nlibrary_name: smalti\ntags: [image-tokenizer, {tag(called)}]\n---\n\n# A smalti tokenizer\n\n"
+        f"{name[0].upper()}{name[1:]}. Images of {image_size}x{image_size} pixels and {depth} in [-1, 1]{beside} "
         f"become, coarse to fine: {told}.\n\n```python\nfrom tokenizer import HierarchicalVQVAE\n\n"
         "tok = HierarchicalVQVAE.from_pretrained(FOLDER_OR_REPOSITORY)\n"
         f"codes = tok.encode(images{classes})\nimages = tok.decode(codes{classes})\n```\n"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.storage.fingerprint import digest
 from tokenizer import HierarchicalVQVAE
 
 # Streams of a training: from 1 on one per level for its bottleneck, and these.
@@ -93,3 +94,13 @@ def noise_for(
     levels = zip(streams, model.bottlenecks, model.level_grids, strict=True)
     drawn = [normals(*stream, places, (part.noise_channels, *grid)) for stream, part, grid in levels]
     return [noise.to(device, non_blocking=True) for noise in drawn]
+
+
+def stored_noise(model: HierarchicalVQVAE, places: Iterable[int]) -> list[Tensor] | None:
+    """Return the noise with which images are drawn to be stored, by their `stored_place`."""
+    return noise_for(model, [(level, 0) for level in range(len(model.bottlenecks))], places)
+
+
+def stored_place(seed: int, split: str, key: str) -> int:
+    """Return the place of an image's view where it is drawn to be stored: a function of split and key."""
+    return int(digest(["encode", seed, split, key])[:16], 16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines.data.images import to_unit_range
-from pipelines.data.noise import noise_for
+from pipelines.data.noise import stored_noise
 from pipelines.metrics.bound import grey_levels, pixel_nats
 from prior import HierarchicalPrior
 from tokenizer import Autoencoded, HierarchicalVQVAE
@@ -52,7 +52,6 @@ def score(
     scales: Tensor,
     labels: Tensor | None = None,
     places: Sequence[int] | None = None,
-    seed: int = 0,
 ) -> Scores:
     """Score images: the more, the less they are like what the models learned.
 
@@ -62,17 +61,16 @@ def score(
         pixels: uint8 (B, C, H, W).
         scales: of the likelihood of pixels, float64 (C,), in grey levels: `fitted_scales` of training images.
         labels: class that the models are given of each, int64 (B,); None for none.
-        places: of the images in their split, by which Gaussians are drawn; from 0 on if None.
-        seed: of these draws.
+        places: of the images, by which numbers are drawn: of each its `stored_place` draws what `encode` stores of it,
+            which `evaluate` takes for its bound; from 0 on if None.
 
     Source: An and Cho 2015 (reconstruction probability); the bound is that of `pipelines.metrics.bound`.
     """
     device = next(tokenizer.parameters()).device
     pixels = pixels.to(device)
     images = to_unit_range(pixels)
-    streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
     numbers = None in tokenizer.codebook_sizes
-    noise = noise_for(tokenizer, streams, places or range(len(images))) if numbers else None
+    noise = stored_noise(tokenizer, places or range(len(images))) if numbers else None
     output = tokenizer(images, noise, labels)
     decoded = output.reconstruction.clamp(-1, 1)
     nats = pixel_nats(pixels, grey_levels(decoded), scales.float().to(device)[:, None, None])

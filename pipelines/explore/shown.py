@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.data.images import to_uint8
+from pipelines.data.noise import stored_place
 from pipelines.errors import ConfigError, StageError
 from pipelines.explore.complete import complete
 from pipelines.explore.edit import direction, edit
@@ -18,7 +19,7 @@ from pipelines.explore.interpolate import interpolate
 from pipelines.explore.opened import Opened
 from pipelines.explore.score import Scores, area_under_roc, score
 from pipelines.explore.vary import vary
-from pipelines.metrics.bound import fitted_scales
+from pipelines.metrics.bound import OF, fitted_scales
 from pipelines.progress import counted, progress_bar
 from pipelines.report.pictures import heat
 from prior import Known, NormalConfig
@@ -211,13 +212,16 @@ def scores(run: Opened, asked: Namespace) -> Shown:
     images = run.split(asked.split)
     anomalous = None if asked.anomalous is None else run.label_of(asked.anomalous)
     prior = run.prior if run.holds_codes or run.finished.has_priors() else None
-    by_class = prior is not None and not run.knows_no_class
+    # As `evaluate` has it: a tokenizer that is told classes is told them, unless its prior knows none.
+    conditional = bool(run.tokenizer.num_classes and run.class_names) and (prior is None or bool(prior.class_names))
+    by_class = conditional or (prior is not None and not run.knows_no_class)
     scales = fitted_scales(run.tokenizer, run.split("train"), run.seed)
 
     def scored(rows: list[int]) -> Scores:
         pixels = torch.from_numpy(np.stack([images.pixels(row) for row in rows]))
         given = torch.tensor([images.read(row).label for row in rows]) if by_class else None
-        return score(run.tokenizer, prior, pixels, scales, given, rows, run.seed)
+        places = [stored_place(run.seed, asked.split, images.key(row)) for row in rows]
+        return score(run.tokenizer, prior, pixels, scales, given, places)
 
     parts: dict[str, list[Tensor]] = {"mse": [], "distortion_nats": [], "rate_nats": [], "bound_nats": []}
     with progress_bar(len(images), "score", "images") as bar:
@@ -240,7 +244,8 @@ def scores(run: Opened, asked: Namespace) -> Shown:
     pictures, titles = _maps(scored(rows), [images.pixels(row) for row in rows])
     above = [f"{figures[which][row]:.0f} nats" for row in rows]
     shown = [[images.key(row) for row in rows], above, *([title] * len(rows) for title in titles)]
-    line = f"{counted(len(images), f'{asked.split} image')}, mean {which.replace('_', ' of ').replace(' of nats', '')} "
+    bound = f"bound of -log {OF['given_class' if by_class else 'without_class']}"
+    line = f"{counted(len(images), f'{asked.split} image')}, mean {bound if which == 'bound_nats' else 'distortion'} "
     line += f"{float(figures[which].mean()):.1f} nats"
     if which != "bound_nats":
         line += ", and no bound, as nothing is drawn around these numbers"

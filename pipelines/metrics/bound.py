@@ -83,9 +83,9 @@ class Bound(Metric):
         lines.append(f"  {'-log2 of':<13} {'rate':>9} {'distortion':>11} {'bound':>9}   95% interval over images")
         for what, bits in figures["bits_per_dim"].items():
             rate, interval = figures["rate_bits_per_dim"][what], figures["bits_per_dim_interval95"][what]
-            shown = "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+            shown = "-" if interval is None else f"{interval[0]:z.4f} to {interval[1]:z.4f}"
             lines.append(
-                f"  {OF[what]:<13} {rate:>9.4f} {figures['distortion_bits_per_dim']:>11.4f} {bits:>9.4f}   {shown}"
+                f"  {OF[what]:<13} {rate:>z9.4f} {figures['distortion_bits_per_dim']:>z11.4f} {bits:>z9.4f}   {shown}"
             )
         return lines
 

@@ -89,6 +89,6 @@ class ImportanceBounds(Metric):
         lines.append(f"  {'-log2 of':<13}" + "".join(f" {name.rpartition('_')[2]:>9}" for name in shown))
         for condition, what in OF.items():
             if condition in figures[shown[0]]:
-                bits = "".join(f" {figures[name][condition]:>9.4f}" for name in shown)
+                bits = "".join(f" {figures[name][condition]:>z9.4f}" for name in shown)
                 lines.append(f"  {what:<13}{bits}")
         return lines

@@ -9,6 +9,9 @@ from torch import Tensor
 from pipelines.compute.ranks import sum_over_ranks
 from pipelines.metrics.subject import Seen, Subject
 
+# What is no further below 0 rounds to it, as the tables of `evaluate` round.
+ROUNDED = 0.5e-4
+
 
 class Metric:
     """A metric: a class in a file of this room, and a place in METRICS. It is made where all that it needs is there.
@@ -85,3 +88,12 @@ def title(name: str, figures: dict[str, Any]) -> str:
     """Return the first line of a table of the val split."""
     doubt = "" if figures.get("held_out", True) else ", which may have been trained on"
     return f"{name}: val split of {figures['images']} images{doubt}"
+
+
+def shown(value: float) -> str:
+    """Return a figure as people read it; what is below 0 by no more than an estimate's noise has no sign."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if -ROUNDED <= value < 0:
+        return "0.0000"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -9,7 +9,7 @@ from pipelines.metrics.subject import Subject
 from pipelines.storage.folders import differences
 
 # What is seen of images through a tokenizer.
-OF_TOKENIZER = {"output", "reconstructions", "reconstruction_features", "decoded"}
+OF_TOKENIZER = {"output", "reconstructions", "reconstruction_features", "decoded", "posterior"}
 # What a metric needs where images are compared by features.
 OF_FEATURES = {"features", "reconstruction_features", "moments"}
 # Of a split, what may differ between runs that are compared: what was drawn and chosen.
@@ -19,7 +19,7 @@ DRAWN = ("samples", "settings", "fingerprints", "chosen_with_seed")
 def models_of(needs: Iterable[str]) -> set[str]:
     """Return which models, "tokenizer" and "prior", a metric looks at on the val split."""
     seen = {need.removeprefix("val.") for need in needs}
-    return ({"tokenizer"} if seen & OF_TOKENIZER else set()) | ({"prior"} if "nats" in seen else set())
+    return ({"tokenizer"} if seen & OF_TOKENIZER else set()) | ({"prior"} if seen & {"nats", "rate"} else set())
 
 
 def made(subject: Subject, needs: Iterable[str]) -> dict[str, Any]:

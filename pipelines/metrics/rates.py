@@ -106,7 +106,7 @@ class Rates(Metric):
         if "rate_bits_per_dim" not in figures:
             lines = [title("priors", figures), "  level  nats per value, of a density"]
             for name, level in levels:
-                found = (f"{nats:.4f} {GIVEN[what]}" for what, nats in level["nats_per_value"].items())
+                found = (f"{nats:z.4f} {GIVEN[what]}" for what, nats in level["nats_per_value"].items())
                 lines.append(f"  {name:>5}  {', '.join(found)}")
             return lines
         lines = [
@@ -121,13 +121,13 @@ class Rates(Metric):
                 lines.append(
                     _row("", f"… on {figures['train_images']} training images", level["train_bits_per_code"][what])
                 )
-        rates = ", ".join(f"{bits:.4f} {GIVEN[what]}" for what, bits in figures["rate_bits_per_dim"].items())
+        rates = ", ".join(f"{bits:z.4f} {GIVEN[what]}" for what, bits in figures["rate_bits_per_dim"].items())
         lines += ["  rate of the codes of all levels, in bits per image dimension:", f"    {rates}"]
         lines.append("  share of positions where the likeliest code stands, and how far its")
         lines.append("  probability is from that share (calibration error, 15 bins):")
         for name, level in levels:
             shown = (
-                f"{level['right'][one]:.4f} and {level['calibration_error'][one]:.4f} {GIVEN[one]}"
+                f"{level['right'][one]:z.4f} and {level['calibration_error'][one]:z.4f} {GIVEN[one]}"
                 for one in level["right"]
             )
             lines.append(f"  {name:>5}  {', '.join(shown)}")
@@ -138,7 +138,7 @@ def _row(level: str, what: str, bits: float, histogram_bits: float | None = None
     saved = ""
     if histogram_bits is not None:
         saved = f"{1 - bits / histogram_bits:.1%}" if histogram_bits > LEAST_BITS else "-"
-    return f"  {level:>5}  {what:<39} {bits * math.log(2):>9.4f} {bits:>10.4f} {saved:>9}".rstrip()
+    return f"  {level:>5}  {what:<39} {bits * math.log(2):>z9.4f} {bits:>z10.4f} {saved:>9}".rstrip()
 
 
 def binned(level: Judged) -> Tensor:

@@ -44,7 +44,7 @@ class SampleDistances(Metric):
         return [
             f"samples: {figures['images']} beside {figures['real_images']} real images, {_space(figures)}",
             f"  KID x 1000  {_kid(figures, 'kid')}",
-            "  " + "   ".join(f"{name} {figures[name]:.4f}" for name in names),
+            "  " + "   ".join(f"{name} {figures[name]:z.4f}" for name in names),
         ]
 
 
@@ -96,7 +96,7 @@ def _space(figures: dict[str, Any]) -> str:
 
 
 def _kid(figures: dict[str, Any], name: str) -> str:
-    return f"{figures[name] * THOUSAND:.3f} +- {figures[f'{name}_error'] * THOUSAND:.3f} (standard error)"
+    return f"{figures[name] * THOUSAND:z.3f} +- {figures[f'{name}_error'] * THOUSAND:.3f} (standard error)"
 
 
 def _fid(name: str, value: float, images: int) -> str:

@@ -81,7 +81,7 @@ class Surgery(Bound):
         distortion, most = figures["distortion_bits_per_dim"], max(figures["log_images_bits_per_dim"].values())
         lines = [
             title("surgery of the bound", figures),
-            f"  distortion {distortion:.4f} + I(x, z) + KL(q_agg || p), bits per image dimension",
+            f"  distortion {distortion:z.4f} + I(x, z) + KL(q_agg || p), bits per image dimension",
             f"  {'-log2 of':<13} {'prior':<8} {'I(x, z)':>16} {'KL(q_agg || p)':>17} {'bound':>9}",
         ]
         beside = [name for name in ("uniform", "normal") if f"under_{name}" in figures]
@@ -90,11 +90,11 @@ class Surgery(Bound):
                 own = figures[f"under_{name}"] if name in beside else figures
                 parts = _shown(figures, "mutual_information", condition), _shown(own, "marginal_kl", condition)
                 bits = own["bits_per_dim"][condition]
-                lines.append(f"  {OF[condition]:<13} {name:<8} {parts[0]:>16} {parts[1]:>17} {bits:>9.4f}")
+                lines.append(f"  {OF[condition]:<13} {name:<8} {parts[0]:>16} {parts[1]:>17} {bits:>z9.4f}")
         if 0 < figures["paired_images"] < figures["images"]:
-            least = ", ".join(f"{bits:.4f}" for bits in figures["mutual_information_at_least_bits_per_dim"].values())
+            least = ", ".join(f"{bits:z.4f}" for bits in figures["mutual_information_at_least_bits_per_dim"].values())
             lines.append(f"  I from {figures['paired_images']} of them, too high in the mean; at least {least}")
-        lines.append(f"  of so few images no I above log2 N, {most:.4f} per dimension, can be seen;")
+        lines.append(f"  of so few images no I above log2 N, {most:z.4f} per dimension, can be seen;")
         lines.append("  of more of them I is more, and KL of the same rate less")
         return lines
 
@@ -133,6 +133,6 @@ def unlearned_nats(level: StoredGrid, stored: Tensor) -> Tensor:
 def _shown(figures: Mapping[str, Any], name: str, condition: str) -> str:
     """Return a figure, or between which bounds it lies."""
     if f"{name}_bits_per_dim" in figures:
-        return f"{figures[f'{name}_bits_per_dim'][condition]:.4f}"
+        return f"{figures[f'{name}_bits_per_dim'][condition]:z.4f}"
     low, high = (figures[f"{name}_at_{which}_bits_per_dim"][condition] for which in ("least", "most"))
-    return f"{low:.4f} to {high:.4f}"
+    return f"{low:z.4f} to {high:z.4f}"

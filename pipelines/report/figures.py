@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pipelines.errors import StageError
 from pipelines.metrics.direction import direction
+from pipelines.metrics.metric import shown
 from pipelines.storage.paths import exists, read_bytes
 
 # Of what is told with the class and without it, by pattern of their names: what a person is told.
@@ -65,8 +66,13 @@ MEANINGS = {
         "how far the likeliest code's probability is from how often it is right",
     ),
     r"prior\.level(\d+)\.nats_per_code": ("level {}: nats per code", "as training saw it last"),
-    r"prior\.level(\d+)\.nats_per_value(?:\.\w+)?": (
-        "level {}: nats per value",
+    r"prior\.level(\d+)\.nats_per_value": ("level {}: nats per value", "of a density, as training saw it last"),
+    r"prior\.level(\d+)\.nats_per_value\.given_class": (
+        "level {}: nats per value, given the class",
+        "of a density, may be negative",
+    ),
+    r"prior\.level(\d+)\.nats_per_value\.without_class": (
+        "level {}: nats per value, without class",
         "of a density, may be negative",
     ),
     **{
@@ -174,7 +180,7 @@ def as_told(key: str, value: float, error: float | None = None) -> str:
     if key.endswith(SHARES):
         return f"{value:.1%}"
     if key.endswith(THOUSANDS):
-        return f"{1000 * value:.3f}" + (f" ± {1000 * error:.3f}" if error is not None else "")
+        return f"{1000 * value:z.3f}" + (f" ± {1000 * error:.3f}" if error is not None else "")
     return shown(value)
 
 
@@ -184,13 +190,6 @@ def flat(figures: Any, path: str = "") -> Iterator[tuple[str, float]]:
         if isinstance(value, int | float):
             yield f"{path}{name}", value
         yield from flat(value, f"{path}{name}.")
-
-
-def shown(value: float) -> str:
-    """Return a figure as people read it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def read_figures(folder: Path) -> dict[str, Any]:

@@ -201,8 +201,18 @@ class Gathered:
 
     @property
     def continuous(self) -> bool:
-        """Whether priors are of numbers, which N(0, I) finds likely or not, whatever class and coarser levels."""
+        """Whether priors are of numbers."""
         return any(None in prior.config.codebook_sizes for prior in self.priors.values())
+
+    @property
+    def unlearned(self) -> bool:
+        """Whether all priors are N(0, I), whatever class and coarser levels."""
+        return {prior.config.network for prior in self.priors.values()} == {"normal"}
+
+    @property
+    def given_class(self) -> bool:
+        """Whether what priors cost is given the class."""
+        return any(prior.config.class_names for prior in self.priors.values())
 
     @cached_property
     def class_names(self) -> list[str]:

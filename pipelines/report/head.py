@@ -18,6 +18,7 @@ from pipelines.storage.manifest import Manifest, read_manifest, receipts_of
 from pipelines.storage.paths import exists, read_bytes
 from pipelines.storage.record import read_record
 from prior import LevelPrior
+from prior.mixture import Mixture
 from tokenizer import HierarchicalVQVAE
 
 # Characters of a fingerprint that people compare.
@@ -93,8 +94,15 @@ def tokenizer_facts(tokenizer: HierarchicalVQVAE) -> list[Fact]:
 
 def prior_facts(levels: dict[int, LevelPrior]) -> list[Fact]:
     """Return what the priors are."""
-    told = ", ".join(f"level {n} {one.config.network} {_millions(one)}" for n, one in sorted(levels.items()))
-    return [Fact("priors", f"{told} parameters")]
+    return [Fact("priors", ", ".join(f"level {n} {_sized(one)}" for n, one in sorted(levels.items())))]
+
+
+def _sized(prior: LevelPrior) -> str:
+    """Return the network of a prior and how large it is: N(0, I) has no size, and a mixture no parameters."""
+    if isinstance(prior.network, Mixture):
+        return f"mixture of {len(prior.network.means):,} components"
+    size = f" of {_millions(prior)} parameters" if any(True for _ in prior.parameters()) else ""
+    return f"{prior.config.network}{size}"
 
 
 def stages(

@@ -16,6 +16,8 @@ from tokenizer import HierarchicalVQVAE
 
 # Points a side that are decoded, and pixels a side that the plot of images has.
 SIDE, PLOT = 15, 360
+# The share of points that each side of an axis may leave out, and the part of the axis that is added on each side.
+LEFT_OUT, MARGIN = 0.01, 0.05
 # Classes that are told apart; those beyond are left out.
 MOST_CLASSES = 20
 # Okabe and Ito's colours without yellow and black, which one of the page's schemes would swallow; and shapes, as paths
@@ -44,22 +46,26 @@ class Plane(NamedTuple):
     """The plane.
 
     Attributes:
-        decoded: SIDE x SIDE of its points, the second number rising upwards.
+        decoded: SIDE x SIDE of its points at even distances, the second number rising upwards.
         groups: images by class; one group where there are no classes.
         size: of the plot, in its own units.
-        low: what either number is at its left and lower edge.
+        low: what each number is at the left and lower edge of both pictures.
         high: the same at the other edges.
-        images: how many are on it.
-        normal: whether points are spread as N(0, I) has them; else as the numbers of images are.
+        images: how many were encoded.
+        outside: of those, how many lie beyond the edges.
+        normal: whether the prior that images are drawn towards is N(0, I), of which the edges then leave room too.
+        conditional: whether the tokenizer is given classes, of which the decoded points have none.
     """
 
     decoded: Picture
     groups: list[Group]
     size: int
-    low: float
-    high: float
+    low: tuple[float, float]
+    high: tuple[float, float]
     images: int
+    outside: int
     normal: bool
+    conditional: bool
 
 
 def is_plane(tokenizer: HierarchicalVQVAE) -> bool:
@@ -79,33 +85,47 @@ def plane(tokenizer: HierarchicalVQVAE, images: Images, numbers: Tensor, class_n
     """
     points = numbers.flatten(1).double().cpu()  # (N, 2)
     normal = bool(tokenizer.bottlenecks[0].noise_channels)
-    centre, spread = (torch.zeros(2), torch.ones(2)) if normal else (points.mean(0), points.std(0, correction=0))
-    grid = (centre + spread * quantiles()).view(-1, 2, 1, 1).float()
+    low, high = limits(points, normal)
+    grid = (low + (high - low) * even()).view(-1, 2, 1, 1).float()
     decoded = to_uint8(tokenizer.decode([grid.to(next(tokenizer.parameters()).device)]))
     _, channels, height, width = decoded.shape
     rows = decoded.reshape(SIDE, SIDE, channels, height, width).transpose(2, 0, 3, 1, 4)
     canvas = rows.reshape(channels, SIDE * height, SIDE * width)
-    reach = max(3.0, float(((points - centre) / spread.clamp(min=1e-12)).abs().max()))
-    low, high = float((centre - reach * spread).min()), float((centre + reach * spread).max())
-    places = ((points - low) / max(high - low, 1e-12) * PLOT).numpy()
+    seen = ((points >= low) & (points <= high)).all(1).numpy()
+    places = ((points - low) / (high - low) * PLOT).numpy()[seen]
     places[:, 1] = PLOT - places[:, 1]
     return Plane(
         sheet(canvas, f"{SIDE} by {SIDE} points of the plane, decoded"),
-        _groups(places, images.classes, class_names),
+        _groups(places, images.classes[seen], class_names),
         PLOT,
-        low,
-        high,
-        len(places),
+        (float(low[0]), float(low[1])),
+        (float(high[0]), float(high[1])),
+        len(points),
+        int((~seen).sum()),
         normal,
+        bool(tokenizer.num_classes),
     )
 
 
-def quantiles() -> Tensor:
-    """Return points at even distances in probability under N(0, I), float64 (SIDE, SIDE, 2), the highest row first.
+def limits(points: Tensor, normal: bool) -> tuple[Tensor, Tensor]:
+    """Return between which values either number is shown, float64 (2,) each: where nearly all points lie.
 
-    Source: Kingma and Welling 2014, appendix A.
+    Args:
+        points: float64 (N, 2).
+        normal: whether N(0, I) is to be seen too, as far as it would leave out as much.
     """
-    found = torch.special.ndtri((torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE)
+    shares = torch.tensor([LEFT_OUT, 1 - LEFT_OUT], dtype=torch.float64)
+    low, high = torch.quantile(points, shares, dim=0)
+    if normal:
+        edges = torch.special.ndtri(shares)
+        low, high = low.minimum(edges[0]), high.maximum(edges[1])
+    room = ((high - low) * MARGIN).clamp(min=1e-6)
+    return low - room, high + room
+
+
+def even() -> Tensor:
+    """Return points of the unit square at even distances, float64 (SIDE, SIDE, 2), the highest row first."""
+    found = (torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE
     return torch.stack(torch.meshgrid(found, found.flip(0), indexing="xy"), -1)
 
 

@@ -75,7 +75,7 @@ def made_otherwise(first: dict[str, Any], other: dict[str, Any]) -> dict[str, st
     found = {}
     for metric in METRICS:
         one, two = figures_of(first, metric.name), figures_of(other, metric.name)
-        if one and two and (reason := unlike(one.get("made", {}), two.get("made", {}))):
+        if "made" in one and "made" in two and (reason := unlike(one["made"], two["made"])):
             found[metric.name] = reason
     return found
 

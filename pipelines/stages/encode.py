@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from pipelines.compute.devices import ComputeConfig, inference_device, num_loaders, on_gpu, this_worker
 from pipelines.data.images import sample_pixels, shift_pixels, to_unit_range
-from pipelines.data.noise import noise_for
+from pipelines.data.noise import stored_noise, stored_place
 from pipelines.errors import StageError
 from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
@@ -235,13 +235,10 @@ def _encoded(
     workers = min(8, num_loaders(compute)) if len(data) * model.image_size**2 > 2**26 else 0
     loader = DataLoader(data, config.batch_size, num_workers=workers, collate_fn=list)  # type: ignore[arg-type,var-annotated]
     half = config.precision == "bfloat16"
-    streams = [(level, 0) for level in range(len(model.bottlenecks))]
     for batch in loader:
         images = to_unit_range(torch.from_numpy(np.stack([pixels for _, _, pixels in batch])).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            # What is drawn to be stored is a function of split and key.
-            places = (int(digest(["encode", seed, split, key])[:16], 16) for key, _, _ in batch)
-            noise = noise_for(model, streams, places)
+            noise = stored_noise(model, (stored_place(seed, split, key) for key, _, _ in batch))
             codes = encoder(images.contiguous(memory_format=torch.channels_last), noise, _classes(model, batch))
         arrays = [code.cpu().numpy().astype(dtype) for code, dtype in zip(codes, dtypes, strict=False)]
         posteriors = [one.float().cpu().numpy() for one in codes[len(dtypes) :]]

@@ -146,6 +146,7 @@ class Settings:
         unread: names of what it is told by `VectorSizes` and does not use.
         rate: name of the loss that is what a continuous level takes of an image, KL(q || N(0, I)) in nats; "" where
             numbers are not drawn, and of codes, which take what their prior says.
+        called: what a tokenizer of this family is called, as a card says it.
         mend: what brings codes or units into use that are not.
         whole_batch: whether it has losses that are no means over images, but of the global batch as a whole. A step is
             then not the sum of its micro-batches, and must be one.
@@ -156,6 +157,7 @@ class Settings:
     of_model: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
     rate: ClassVar[str] = ""
+    called: ClassVar[str] = "autoencoder"
     mend: ClassVar[str] = "a lower learning rate or fewer codes"
 
     probes = 0

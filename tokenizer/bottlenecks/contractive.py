@@ -29,6 +29,7 @@ class ContractiveConfig(Settings):
     """
 
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
+    called: ClassVar[str] = "contractive autoencoder"
     mend: ClassVar[str] = "a lower weight or fewer channels"
 
     weight: float = 0.1

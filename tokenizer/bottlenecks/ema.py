@@ -34,6 +34,7 @@ class EMAConfig(Settings):
             "rotation" (Fifty et al. 2024).
     """
 
+    called: ClassVar[str] = "VQ-VAE"
     mend: ClassVar[str] = "a lower learning rate, a higher revival_threshold or fewer codes"
 
     decay: float = 0.99

@@ -30,6 +30,7 @@ class FSQConfig(Settings):
     """
 
     of_model: ClassVar[tuple[str, ...]] = ("levels",)
+    called: ClassVar[str] = "FSQ autoencoder"
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "code_dim", "normalize")
 
     levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])

@@ -39,6 +39,7 @@ class GaussianConfig(Settings):
     (warm-up); Kingma et al. 2016 (free bits, here of each number by itself).
     """
 
+    called: ClassVar[str] = "VAE"
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
     rate: ClassVar[str] = "kl"
 

@@ -5,7 +5,7 @@ K codebook_size, D code_dim, N latents.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class GradientConfig(Settings):
 
     Source: van den Oord et al. 2017, equation 3.
     """
+
+    called: ClassVar[str] = "VQ-VAE"
 
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25

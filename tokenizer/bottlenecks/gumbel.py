@@ -37,6 +37,7 @@ class GumbelConfig(Settings):
     """
 
     unread: ClassVar[tuple[str, ...]] = ("normalize",)
+    called: ClassVar[str] = "Gumbel-softmax VAE"
     mend: ClassVar[str] = "a lower beta, a lower learning rate or fewer codes"
 
     beta: float = 0.02

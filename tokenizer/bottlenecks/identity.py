@@ -13,7 +13,7 @@ from tokenizer.bottlenecks.bottleneck import Bottled, Settings, VectorSizes
 from tokenizer.bottlenecks.numbers import Numbers
 from tokenizer.checks import float_tensor
 
-# A unit whose standard deviation over images is less than this share of the largest one's is dead.
+# A unit whose standard deviation over images is at most this share of its root mean square is dead: it stands still.
 ALIVE = 0.01
 
 
@@ -54,12 +54,15 @@ class Identity(Numbers):
         return Bottled(seen=features, stored=(features,), losses={}, observed=observed)
 
     def figures(self) -> Averages:
-        """Return mean and standard deviation of all numbers, and the share of units that are alive; of nothing yet."""
+        """Return mean and standard deviation of the numbers, and the share of units that are alive; of nothing yet.
+
+        The deviation is over images: the root of the mean variance of units, each in its own cell, so that units which
+        only differ from one another have none.
+        """
         return Averages(self.zero.device, moments, _spread)
 
 
 def _spread(means: Tensor) -> dict[str, float]:
-    mean, square = means.mean((1, 2))
-    of_units = variances(means).sqrt()
-    alive = (of_units > ALIVE * of_units.max()).double().mean()
-    return {"mean": float(mean), "std": float((square - mean.square()).clamp(min=0).sqrt()), "alive": float(alive)}
+    of_units, squares = variances(means), means[1].mean(0)  # (D,)
+    alive = (of_units > ALIVE**2 * squares).double().mean()
+    return {"mean": float(means[0].mean()), "std": float(of_units.mean().sqrt()), "alive": float(alive)}

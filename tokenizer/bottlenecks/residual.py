@@ -32,6 +32,7 @@ class ResidualConfig(Settings):
 
     of_model: ClassVar[tuple[str, ...]] = ("depth",)
     unread: ClassVar[tuple[str, ...]] = ("normalize",)
+    called: ClassVar[str] = "VQ-VAE of residual codebooks"
     mend: ClassVar[str] = EMAConfig.mend
 
     depth: int = 2

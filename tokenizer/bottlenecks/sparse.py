@@ -36,6 +36,7 @@ class SparseConfig(Settings):
     """
 
     unread: ClassVar[tuple[str, ...]] = ("codebook_size", "normalize")
+    called: ClassVar[str] = "sparse autoencoder"
     mend: ClassVar[str] = "a lower weight or a higher rho"
 
     penalty: Literal["kl", "l1"] = "kl"
