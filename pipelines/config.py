@@ -135,7 +135,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
         namespace = parser.parse_object(settings)
         arguments = parser.parse_args(_rename_options(overrides), namespace=namespace)
         _check_sections(arguments.as_dict(), Config)
-        config = Config(**vars(parser.instantiate(arguments)))
+        config = _built(Config, arguments.as_dict())
         _check_named(settings, config)
         _check_used(overrides, config)
         return config
@@ -144,6 +144,19 @@ def load_config(path: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         message = " ".join(re.sub(r"\b(images|tokenizer|codes)\.from_(?!\w)", r"\1.from", str(error)).split())
         raise ConfigError(_readable(message.replace("Parser key", "setting"))) from error
+
+
+def _built(section: Any, settings: dict[str, Any], path: str = "") -> Any:
+    """Return a section with those in it; what one refuses bears its whole name."""
+    kinds = get_type_hints(section)
+    values = {
+        name: _built(kinds[name], value, f"{path}{name}.") if is_dataclass(kinds[name]) else value
+        for name, value in settings.items()
+    }
+    try:
+        return section(**values)
+    except ValueError as error:
+        raise type(error)(f"{path}{error}" if str(error).split()[0] in kinds else str(error)) from error
 
 
 def _read(path: Path, above: int = 0) -> dict[str, Any]:

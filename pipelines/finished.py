@@ -120,8 +120,6 @@ class Finished:
 
     def classifier(self) -> StoredClassifier:
         """Return the classifier of the run's classes, made first where there is none; see `classifier_of`."""
-        if not self.has_images():
-            raise StageError(f"sample.reject needs a run's training images, and {self.root} has none; set it to 1")
         return classifier_of(self.root / "classifier", self.images, self.config.seed, self.config.compute)
 
     def marks(self, samples: SamplesManifest, models: dict[str, str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What a later stage would refuse after hours is refused before the first one begins."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,8 +11,16 @@ from pipelines.errors import ConfigError
 from pipelines.metrics.features import load_features
 from pipelines.stages.evaluate import check_names
 from pipelines.stages.sample import SampleConfig, class_indices
-from pipelines.storage.manifest import CodesManifest, ImagesManifest
-from pipelines.training.sections import PriorConfig, TrainingConfig, at_level, prior_for, stored_sizes
+from pipelines.storage.manifest import CodesManifest, ImagesManifest, receipts_of
+from pipelines.storage.shards import level_shape
+from pipelines.training.sections import (
+    PriorConfig,
+    TrainingConfig,
+    at_level,
+    prior_for,
+    stored_numbers,
+    stored_sizes,
+)
 from tokenizer import HierarchicalVQVAE
 
 
@@ -68,7 +77,8 @@ def judge(
         raise ConfigError("encode.posterior is of levels that hold draws of numbers, as gaussian's; set it to false")
     if "train-prior" in stages:
         priors = [prior_for(config.prior, level, sizes) for level in range(len(sizes))]
-        _check_mixtures(priors, codes.get("posterior", False) if codes else config.encode.posterior)
+        for level, (prior, numbers) in enumerate(zip(priors, _numbers(config, images, codes, tokenizer), strict=True)):
+            _check_mixture(prior, level, numbers, config.encode.posterior, codes)
         training += [prior.training for prior in priors]
     for section in training:
         _check_training(section, config.compute)
@@ -120,9 +130,51 @@ def _check_evaluate(config: Config, known: ImagesManifest | CodesManifest | None
     load_features(asked.features, size, channels)
 
 
-def _check_mixtures(priors: Collection[PriorConfig], stored: bool) -> None:
-    """Refuse components at images whose q(z | x) is not going to be stored."""
-    if not stored and any(prior.network == "mixture" and prior.mixture.at == "images" for prior in priors):
+def _numbers(
+    config: Config, images: ImagesManifest | None, codes: CodesManifest | None, tokenizer: HierarchicalVQVAE | None
+) -> list[int]:
+    """Return how many codes or numbers each level holds, coarse to fine."""
+    if codes:
+        return [math.prod(level_shape(level)) for level in codes["levels"]]
+    if tokenizer:
+        return [math.prod(level.grid) * level.channels for level in tokenizer.levels]
+    return stored_numbers(config.tokenizer, images["image_size"] if images else config.images.size)
+
+
+def check_priors(section: PriorConfig, levels: Iterable[int], codes: CodesManifest, built: bool) -> None:
+    """Refuse priors that codes cannot have.
+
+    Args:
+        section: of the config.
+        levels: whose priors are to be trained.
+        codes: manifest of the codes.
+        built: whether to try each network too, without its weights; needed where a finished prior is to make way.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    sizes = [one["codebook_size"] for one in codes["levels"]]
+    for level in levels:
+        prior = prior_for(section, level, sizes)
+        _check_mixture(prior, level, math.prod(level_shape(codes["levels"][level])), codes=codes)
+        if built:
+            from pipelines.stages.train_prior import check_prior  # Lightning takes seconds to import
+
+            check_prior(prior, level, codes)
+
+
+def _check_mixture(
+    prior: PriorConfig, level: int, numbers: int, stored: bool = True, codes: CodesManifest | None = None
+) -> None:
+    """Refuse a mixture too large for a level, of more components than samples, or at q(z | x) that are not stored."""
+    if prior.network != "mixture":
+        return
+    samples = sum(receipt["samples"] for receipt in receipts_of(codes, "train")) if codes else None
+    try:
+        prior.mixture.check(level, numbers, samples)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if prior.mixture.at == "images" and not (codes.get("posterior", False) if codes else stored):
         raise ConfigError("prior.mixture.at images needs q(z | x) beside the codes; set encode.posterior to true")
 
 

@@ -17,15 +17,15 @@ from pipelines.config import Config
 from pipelines.errors import ConfigError, StageError
 from pipelines.finished import Finished, what_came_of
 from pipelines.generator import Generator
-from pipelines.judge import check_classes, judge
+from pipelines.judge import check_classes, check_priors, judge
 from pipelines.progress import counted
 from pipelines.redo import Redo
 from pipelines.report import PAGE
 from pipelines.stages import ORDER
-from pipelines.stages.encode import encode
+from pipelines.stages.encode import check_encode, encode
 from pipelines.stages.export import export, files_read, is_exported, plan_export
 from pipelines.stages.pack import pack
-from pipelines.stages.sample import sample
+from pipelines.stages.sample import check_sample, sample
 from pipelines.stages.verify import (
     size_of,
     told,
@@ -35,7 +35,7 @@ from pipelines.stages.verify import (
     verify_samples,
     verify_tokens,
 )
-from pipelines.storage.fingerprint import manifest_digest, model_fingerprints, tokenizer_fingerprint
+from pipelines.storage.fingerprint import introduced, manifest_digest, model_fingerprints, tokenizer_fingerprint
 from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import exists, make_folder, write_json
@@ -136,6 +136,7 @@ class Run:
             self.finished.checked_codes()
             return _skip("encode", f"codes come from {self.finished.codes}")
         tokenizer = self.finished.tokenizer()
+        check_encode(config.encode, tokenizer, self.finished.images)
         folder = self._open("encode", self.root / "codes", {"seed": config.seed, "encode": config.encode})
         if is_complete(folder) and self.finished.codes_fit(tokenizer):
             return _skip("encode", f"{folder} is complete")
@@ -168,6 +169,7 @@ class Run:
         if level is not None and not 0 <= level < levels:
             raise ConfigError(f"--level must lie in [0, {levels}), got {level}")
         numbers = range(levels) if level is None else [level]
+        check_priors(self.config.prior, numbers, manifest, "train-prior" in self.redo.stages)
         # All are emptied before any is trained: the processes of a job do not come to the next level together.
         for folder in (self.finished.level(number) for number in numbers if "train-prior" in self.redo.stages):
             with self._alone(folder):
@@ -198,13 +200,16 @@ class Run:
             tokenizer, prior = self.models.tokenizer, self.models.prior
         else:
             tokenizer, prior = self.finished.tokenizer(), self.finished.prior()
+        check_sample(config.sample, tokenizer, prior)
+        if self.models and config.sample.reject > 1:
+            raise StageError("sample.reject needs the classifier of a run, which published models lack; set it to 1")
+        if config.sample.reject > 1 and not self.finished.has_images():
+            raise StageError(f"sample.reject needs a run's training images, and {self.root} has none; set it to 1")
         settings = {"seed": config.seed, "sample": config.sample}
         folder = self._open("sample", folder_of_set(self.root, config.sample.folder, "sample"), settings)
         if is_complete(folder) and self.finished.samples_fit(folder, tokenizer, prior):
             return _skip("sample", f"{folder} is complete")
         self._begin("sample", counted(config.sample.count, "image"), folder)
-        if self.models and config.sample.reject > 1:
-            raise StageError("sample.reject needs the classifier of a run, which published models lack; set it to 1")
         classifier = self.finished.classifier() if config.sample.reject > 1 else None
         with workers_of(config.compute):
             sample(config.sample, config.seed, config.compute, tokenizer, prior, folder, classifier)
@@ -297,7 +302,7 @@ class Run:
         check_outside(folder, stage, {f"{name}.from": section.from_ for name, section in sections.items()})
         if this_worker().rank == 0:
             self.redo.empty(stage, folder)
-            open_stage(folder, stage, settings)
+            open_stage(folder, stage, settings, introduced(Config))
         else:  # the first worker judges the settings for all
             make_folder(folder)
         return folder

@@ -129,8 +129,10 @@ def numbers(name: str, values: Tensor | np.ndarray, ndim: int, device: torch.dev
         ValueError: they are no floats, are not finite, or have another number of dimensions.
     """
     found = torch.as_tensor(values)
-    if not found.is_floating_point() or found.ndim != ndim or not bool(torch.isfinite(found).all()):
+    if not found.is_floating_point() or found.ndim != ndim:
         raise ValueError(f"{name} must be finite floats of {ndim} dimensions, got {found.dtype} {tuple(found.shape)}")
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{name} must be finite floats, and some are NaN or infinite")
     return found.to(device, torch.float32)
 
 

@@ -22,6 +22,8 @@ from prior.sizes import MAX_WIDTH
 
 # Numbers of a level that may have full covariances, and of all these matrices together.
 MOST_FULL, MOST_ENTRIES = 512, 2**25
+# Numbers that are fitted to, at most, as they and the shares of components are in memory.
+MOST_NUMBERS = 2**26
 # Numbers beside components in memory at once.
 AT_ONCE = 2**23
 
@@ -57,6 +59,36 @@ class MixtureConfig(ContinuousConfig):
         grid, _, channels = levels[-1]
         assert isinstance(self.components, int)
         return Mixture((channels, *grid), self.components, num_classes, self.covariance == "full")
+
+    def check(self, level: int, numbers: int, samples: int | None = None) -> None:
+        """Judge, before anything is built, whether a level can have such a mixture.
+
+        Args:
+            level: 0 for the coarsest; the fields are its own, no lists.
+            numbers: n that it holds.
+            samples: to fit to; None where they are not known.
+
+        Raises:
+            ValueError: covariances would be too large, or there are fewer samples than components.
+        """
+        assert isinstance(self.components, int)
+        if self.covariance == "full" and numbers > MOST_FULL:
+            raise ValueError(
+                f"covariance full is for at most {MOST_FULL} numbers per level, and level {level} holds {numbers}; "
+                "set prior.mixture.covariance to diagonal"
+            )
+        if self.covariance == "full" and self.components > (most := MOST_ENTRIES // numbers**2):
+            raise ValueError(
+                f"prior.mixture.components must be at most {most} with covariance full, as level {level} holds "
+                f"{numbers} numbers, got {self.components}; set fewer, or prior.mixture.covariance to diagonal"
+            )
+        if samples is not None and self.at == "clusters":
+            fitted = min(samples, MOST_NUMBERS // max(self.components, numbers))
+            if self.components > fitted:
+                raise ValueError(
+                    f"prior.mixture.components must be at most as many as the samples that level {level} is fitted "
+                    f"to, {fitted}, got {self.components}"
+                )
 
 
 class Mixture(Continuous):

@@ -74,7 +74,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float
     """Raise ValueError for a setting that cannot work."""
     if not 1 / LARGEST_FACTOR <= _number(temperature) <= LARGEST_FACTOR:
         raise ValueError(
-            f"temperature must be above 0 and finite, got {temperature}; for the likeliest code set top_k to 1"
+            f"temperature must be above 0 and finite, got {temperature}; the likeliest codes are those of top_k 1"
         )
     if not (isinstance(top_k, Integral) and _number(top_k) >= 0):
         raise ValueError(f"top_k must be 0 (all codes) or a whole number above, got {top_k}")

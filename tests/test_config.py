@@ -109,6 +109,16 @@ def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[...
         ({}, ["--prior.transformer.depth=[1,0]"], "depth must be at least 1, got 0"),
         ({}, ["--prior.pixelsnail.heads=3"], "attention_width must be a multiple of heads, got 8 with 3"),
         ({}, ["--prior.pixelsnail.conditioning_blocks=-1"], "conditioning_blocks must be at least 0, got -1"),
+        (
+            {"tokenizer": {"bottleneck": "gaussian"}},
+            ["--tokenizer.gaussian.beta=-1"],
+            "^tokenizer.gaussian.beta must not",
+        ),
+        (
+            {"tokenizer": {"bottleneck": "gumbel"}},
+            ["--tokenizer.gumbel.temperature=0"],
+            "^tokenizer.gumbel.temperature must be above 0, got 0",
+        ),
         ({}, ["--tokenizer.augment.shift=-1"], "augment.shift must not be negative"),
         ({}, ["--prior.training.beta2=1.5"], r"beta2 must lie in \[0, 1\), got 1.5"),
         ({}, ["--prior.class_dropout=0", "--sample.guidance=2"], "sample.guidance needs a prior that knows no class"),

@@ -22,7 +22,7 @@ from tests.priors import draw_codes, randomize, tiny_prior
 from tests.test_bottlenecks import every_family
 from tests.test_bottlenecks import tokenizer as untrained
 from tests.test_normal import normal_prior
-from tokenizer import HierarchicalVQVAE
+from tokenizer import HierarchicalVQVAE, TokenizerConfig
 from tokenizer.bottlenecks.bottleneck import Settings
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.bottlenecks.gaussian import GaussianConfig
@@ -126,6 +126,12 @@ def test_variants_keep_coarse_levels_to_the_bit_and_differ_in_the_finest(family:
     assert torch.equal(again.stored[last], found.stored[last][:3])
     with pytest.raises(ValueError, match="can be kept and the finer ones drawn, got 0"):
         vary(model, prior, image, keep=0)
+
+
+def test_one_level_that_draws_nothing_has_no_variants() -> None:
+    model = HierarchicalVQVAE(TokenizerConfig(strides=[4], width=8, codebook_size=8, code_dim=4), 8, 1).eval()
+    with pytest.raises(ValueError, match="a tokenizer of one level that draws nothing has no variants"):
+        vary(model, None, torch.zeros(1, 1, 8, 8))
 
 
 def test_variants_of_a_gaussian_are_draws_around_its_mean() -> None:
@@ -393,5 +399,11 @@ def test_wrong_usage_is_told_in_a_sentence(explore: Callable, smalti: Smalti, ti
     assert "name a config: smalti explore vary CONFIG.yaml" in smalti("explore", "vary", "--out", "x")[1]
     code, said, _ = explore("vary", "--keys", "nobody")
     assert code == 1 and "the val split has no image 'nobody'; name a key, such as 0000" in said
+    code, said, _ = explore("vary", "--count", "0")
+    assert code == 2 and "--count must be at least 1, got 0" in said
+    code, said, _ = explore("interpolate", "--keys", "3", "8", "--classes", "1", "2")
+    assert code == 2 and "two images by --keys or two classes by --classes, not both" in said
+    code, said, _ = explore("edit", "--from", "3", "--to", "3")
+    assert code == 2 and "--from and --to must be two classes, got 3 twice" in said
     code, said, _ = explore("vary", "--prior.widht=3")
     assert code == 2 and "widht" in said

@@ -377,3 +377,19 @@ def test_q_of_images_is_stored_where_it_is_asked_for_and_can_be(
     assert code == 2 and "prior.mixture.at images needs q(z | x) beside the codes; set encode.posterior to true" in said
     code, said = smalti("run", tiny_run, "--encode.posterior=true", f"--run_dir={tmp_path}")
     assert code == 2 and "encode.posterior is of levels that hold draws of numbers" in said
+
+
+def test_a_prior_that_cannot_be_takes_no_finished_one_along(at_images: Path, smalti: Smalti) -> None:
+    prior = at_images.parent / "run" / "prior" / "level1" / "model.safetensors"
+    many = ["--prior.mixture.at=clusters", "--prior.mixture.components=5000"]
+    code, said = smalti("train-prior", at_images, "--redo=train-prior", *many)
+    assert code == 2 and "prior.mixture.components must be at most as many as the samples" in said and prior.exists()
+
+
+def test_full_covariances_of_too_many_numbers_are_refused_before_anything_is_packed(
+    tiny_run: Path, tmp_path: Path, smalti: Smalti
+) -> None:
+    full = ["--prior.network=mixture", "--prior.mixture.covariance=full", "--tokenizer.model.code_dim=[8,64]"]
+    code, said = smalti("run", tiny_run, "--tokenizer.bottleneck=gaussian", *full, f"--run_dir={tmp_path}/run")
+    assert code == 2 and "and level 1 holds 1024; set prior.mixture.covariance to diagonal" in said
+    assert "covariance full is for at most 512 numbers per level" in said and not (tmp_path / "run").exists()

@@ -79,6 +79,10 @@ def test_settings_of_an_unfinished_stage_can_be_mended_unless_there_are_checkpoi
 
 def test_differences_name_the_key() -> None:
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+    old, new = {"kind": "b", "b": {"beta": 2}}, {"c": {"gamma": 1}}
+    unsaid = {"kind": "a", "b": {"beta": 1}}
+    assert differences(old, new, unsaid=unsaid) == ["kind: b -> a", "b.beta: 2 -> 1", "c: new"]
+    assert differences({"kind": "a"}, {}, unsaid=unsaid) == []
 
 
 def test_a_model_is_published_with_its_tensors_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

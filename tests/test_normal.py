@@ -60,6 +60,8 @@ def test_what_says_nothing_of_numbers_is_refused() -> None:
     prior = normal_prior()
     with pytest.raises(ValueError, match="a continuous level knows temperature alone"):
         prior.sample(top_k=3)
+    with pytest.raises(ValueError, match="level 0 values must be finite floats, and some are NaN or infinite"):
+        normal_prior().nll([torch.full((1, 3, 1, 2), math.nan), torch.zeros(1, 2, 2, 4)])
     with pytest.raises(ValueError, match="level 0 values must be finite floats of 4 dimensions"):
         prior.nll([torch.zeros(1, 3, 1, 2, dtype=torch.int64), torch.zeros(1, 2, 2, 4)])
     with pytest.raises(ValueError, match=r"level 1 values must be \(B, 2, 2, 4\)"):

@@ -313,7 +313,7 @@ def test_a_folder_of_before_there_were_captions_is_whole_and_goes_on_as_it_was_b
         assert run_of(tmp_path, captioned)
         assert first.read_bytes() == wanted and (images / "config.yaml").read_bytes() == kept
         assert {name for name, stamp in stamps(tmp_path).items() if stamp != whole[name]} == {first.name}
-    with pytest.raises(StageError, match=r"other settings \(images\.keep: None -> \['txt'\]\)"):
+    with pytest.raises(StageError, match=r"other settings \(images\.keep: \[\] -> \['txt'\]\)"):
         run_of(tmp_path, captioned, keep=["txt"])
     assert run_of(tmp_path, captioned, "pack")
     assert "txt" in index_shard(first)[0].members and first.read_bytes() != wanted

@@ -565,3 +565,15 @@ def test_metrics_and_config_tell_what_was_done(tiny_run: Path) -> None:
 
 def test_python_can_do_a_stage_too(tiny_run: Path) -> None:
     assert Run(load_config(tiny_run)).stage("encode") is False
+
+
+def test_what_cannot_be_drawn_or_encoded_takes_no_finished_work_along(
+    copy_of: Callable[..., Path], smalti: Smalti
+) -> None:
+    config = copy_of({"images": {"classes": True}})
+    for stage, folder, setting, message in (
+        ("sample", "samples", "--sample.classes=[nobody]", "sample.classes names"),
+        ("encode", "codes", "--encode.posterior=true", "encode.posterior is of levels"),
+    ):
+        code, said = smalti(stage, config, "--redo", stage, setting)
+        assert code and message in said and (run_of(config) / folder / "manifest.json").exists()

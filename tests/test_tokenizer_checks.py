@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.test_hierarchy import tiny
-from tokenizer import Codebook, HierarchicalVQVAE
+from tokenizer import Codebook, HierarchicalVQVAE, TokenizerConfig
 from tokenizer.bottlenecks import GaussianConfig, SparseConfig
 from tokenizer.bottlenecks.bottleneck import Settings
 
@@ -83,7 +83,7 @@ def test_codes_of_any_integer_type_decode_alike(model: HierarchicalVQVAE, dtype:
         ([np.full((1, 2, 2), 2**64 - 1, np.uint64)], r"codes must lie in \[0, 16\), got -1"),
         ([np.zeros((2, 2), np.int64)], r"must be \(B, 2, 2\), got \(2, 2\)"),
         ([np.zeros((2, 2, 2), np.int64), np.zeros((3, 4, 4), np.int64)], r"equally many grids, got \[2, 3\]"),
-        ([], "codes must have 1 to 2 levels, got 0"),
+        ([], "codes must be a list of 1 to 2 levels, got 0"),
     ],
 )
 def test_codes_that_cannot_be_are_refused(model: HierarchicalVQVAE, codes: list, message: str) -> None:
@@ -149,3 +149,15 @@ def test_copies_of_a_tokenizer_find_the_same_codes(model: HierarchicalVQVAE) -> 
     file.seek(0)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         assert all(torch.equal(a, b) for a, b in zip(model.encode(images), copied.encode(images), strict=True))
+
+
+def test_one_that_looks_at_no_class_takes_none_that_are_not_classes_of_its_images() -> None:
+    model = HierarchicalVQVAE(TokenizerConfig(strides=[4], width=8, codebook_size=8, code_dim=4), 8, 1).eval()
+    images = torch.zeros(2, 1, 8, 8)
+    codes = model.encode(images, classes=[3, -1])
+    for wrong in ([1, 2, 3], [0.5, 1.5]):
+        for call in (lambda: model.encode(images, classes=wrong), lambda: model.decode(codes, wrong)):  # noqa: B023
+            with pytest.raises(ValueError, match="classes must be 2 integers, one per image, got"):
+                call()
+    with pytest.raises(ValueError, match="codes must be a list of 1 level, got 2"):
+        model.decode(codes[0])  # type: ignore[arg-type]

@@ -15,6 +15,18 @@ Classes = Sequence[int] | Tensor | np.ndarray | None
 CHANNELS = 16
 
 
+def class_tensor(classes: Sequence[int] | Tensor | np.ndarray, count: int) -> Tensor:
+    """Return class indices as a tensor (B,).
+
+    Raises:
+        ValueError: they are no integers or not as many as there are images.
+    """
+    given = torch.as_tensor(classes)
+    if given.shape != (count,) or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"classes must be {count} integers, one per image, got {given.dtype} {tuple(given.shape)}")
+    return given
+
+
 class BesideClass(nn.Module):
     """Lays a vector of the class of each image beside what is known of it, the same in all cells.
 
@@ -41,10 +53,7 @@ class BesideClass(nn.Module):
         none, device = self.vectors.num_embeddings - 1, self.vectors.weight.device
         if classes is None:
             return torch.full((count,), none, device=device)
-        given = torch.as_tensor(classes)
-        if given.shape != (count,) or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-            raise ValueError(f"classes must be {count} integers, one per image, got {given.dtype} {tuple(given.shape)}")
-        given = given.to(device, torch.int64)
+        given = class_tensor(classes, count).to(device, torch.int64)
         if not (self.training or torch.compiler.is_compiling()) and count and (highest := int(given.max())) >= none:
             raise ValueError(f"classes must lie in [-1, {none}), -1 for none, got {highest}")
         return torch.where(given < 0, none, given)

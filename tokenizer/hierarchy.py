@@ -19,7 +19,7 @@ from tokenizer.bottlenecks import kind_of
 from tokenizer.bottlenecks.bottleneck import Bottled, Bottleneck, Settings, StoredGrid, VectorSizes
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.checks import Float32Module, check_finite, check_pixels, code_grids, float_tensor, noise_grids
-from tokenizer.classes import CHANNELS, BesideClass, Classes
+from tokenizer.classes import CHANNELS, BesideClass, Classes, class_tensor
 from tokenizer.config import TokenizerConfig
 from tokenizer.files import SETTINGS_ERRORS, check_tensors, family, read_files, write_files
 from tokenizer.hub import CARD, card, check_replaceable, model_folder
@@ -140,8 +140,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
             images: float of any precision, (B, C, H, W) in [-1, 1]; training goes through here, so that values are
                 not read back to be judged.
             noise: for each bottleneck what it is given, see `Bottleneck`; None for none.
-            classes: class index of each image, -1 where none is known; None for all of them. Looked at by a conditional
-                tokenizer alone.
+            classes: class index of each image, -1 where none is known; None for all of them. Any other
+                tokenizer than a conditional one judges kind and number, and looks no further.
 
         Returns:
             The reconstruction, in eval mode clamped to [-1, 1] as `decode` does, and each level's `Bottled`.
@@ -198,7 +198,8 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         """Return what the decoder sees of each bottleneck, (B, D, h, w); arguments and errors are those of `decode`."""
         given = sum(one is not None for one in codes)
         if not given or len(codes) > len(self.levels):
-            raise ValueError(f"codes must have 1 to {len(self.levels)} levels, got {given}")
+            levels = "1 level" if len(self.levels) == 1 else f"1 to {len(self.levels)} levels"
+            raise ValueError(f"codes must be a list of {levels}, got {given}")
         device = next(self.parameters()).device
         found = {n: self._stored(n, one, device) for n, one in enumerate(codes) if one is not None}
         numbers = [len(one) for one in found.values()]
@@ -236,7 +237,11 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
 
     def _beside_class(self, values: Tensor, classes: Classes) -> Tensor:
         """Lay the class of each beside values (B, C, h, w), if it is looked at."""
-        return self.classes(values, classes) if self.num_classes else values
+        if self.num_classes:
+            return self.classes(values, classes)
+        if classes is not None:
+            class_tensor(classes, len(values))
+        return values
 
     def features(self, images: Tensor, classes: Classes = None) -> list[Tensor]:
         """Return what encoders make of images, float32 (B, width, h, w) of each bottleneck, coarse to fine."""

@@ -61,6 +61,8 @@ def command(arguments: Sequence[str]) -> None:
     if not rest or rest[0].startswith("-"):
         raise ConfigError(f"name a config: smalti explore {what} CONFIG.yaml --out DIR")
     asked, overrides = parser.parse_known_args(rest[1:])
+    if getattr(asked, "count", 1) < 1:
+        raise ConfigError(f"--count must be at least 1, got {asked.count}")
     picture, table = (place(asked.out, writable=True) / f"{what}.{kind}" for kind in ("png", "csv"))
     check_ours(picture, table, what)
     config = load_config(rest[0], overrides)

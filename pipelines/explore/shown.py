@@ -22,7 +22,7 @@ from pipelines.explore.vary import vary
 from pipelines.metrics.bound import OF, fitted_scales
 from pipelines.progress import counted, progress_bar
 from pipelines.report.pictures import heat
-from prior import Known
+from prior import Known, NormalConfig
 
 # Images that pass the models at once, and those of the highest score that are shown.
 BATCH, HIGHEST = 64, 8
@@ -47,9 +47,9 @@ class Shown(NamedTuple):
 
 def interpolation(run: Opened, asked: Namespace) -> Shown:
     """Two val images, or two classes, and what lies between them."""
-    if len(asked.keys or asked.classes or "12") != 2:
-        raise ConfigError("interpolate takes two images by --keys or two classes by --classes")
-    if asked.classes and not asked.keys:
+    if (asked.keys and asked.classes) or len(asked.keys or asked.classes or "12") != 2:
+        raise ConfigError("interpolate takes two images by --keys or two classes by --classes, not both")
+    if asked.classes:
         labels = [run.label_of(name) for name in asked.classes]
         ends, names = _of_classes(run, labels, asked.index), [run.class_names[label] for label in labels]
     else:
@@ -116,7 +116,8 @@ def completions(run: Opened, asked: Namespace) -> Shown:
     """Val images of which a part is known, completed by keeping these cells alone, and by particles."""
     masks = known_cells(asked.known, run.tokenizer.grids)
     in_order = torch.cat([mask.flatten() for mask in masks]).int()
-    exact = not run.holds_codes or bool((in_order.diff() <= 0).all())  # nothing known comes after anything drawn
+    prefix = bool((in_order.diff() <= 0).all())  # nothing known comes after anything drawn
+    exact = not run.holds_codes or prefix
     pictures, labels, table, sizes = [], [], [], []
     for row in run.rows(asked.keys, asked.classes, 4):
         image, given = run.images([row]), run.given(row)
@@ -143,8 +144,10 @@ def completions(run: Opened, asked: Namespace) -> Shown:
         f"{counted(len(sizes), 'image')}, known: {asked.known}; effective sample size {min(sizes):.1f} to "
         f"{max(sizes):.1f} of {counted(asked.particles, 'particle')}; "
     )
+    normal = not run.holds_codes and all(isinstance(level.config.size, NormalConfig) for level in run.prior.levels)
+    why = "numbers are independent" if normal else "Gaussians given a part of their numbers are Gaussians"
     line += (
-        "exact, as nothing known comes after anything drawn"
+        f"exact, as {'nothing known comes after anything drawn' if prefix and not normal else why}"
         if exact
         else "rows called raster only keep the known cells: a raster prior does not condition on later ones"
     )
@@ -185,6 +188,8 @@ def known_cells(known: str, grids: list[tuple[int, int]]) -> list[Tensor]:
 def edits(run: Opened, asked: Namespace) -> Shown:
     """Val images moved from the mean of one class towards that of another."""
     source, target = run.label_of(asked.source), run.label_of(asked.target)
+    if source == target:
+        raise ConfigError(f"--from and --to must be two classes, got {run.class_names[source]} twice")
     towards = direction(run.tokenizer, run.training_images(source), run.training_images(target))
     names = run.class_names[source], run.class_names[target]
     pictures, labels, table = [], [], []

@@ -55,6 +55,8 @@ def vary(
         streams = [(seed, level) for level in range(len(tokenizer.bottlenecks))]
         stored = tokenizer.encode(image.expand(count, -1, -1, -1), noise_for(tokenizer, streams, range(count)), classes)
         return Varied(tokenizer.decode(stored, classes), stored)
+    if levels == 1:
+        raise ValueError("a tokenizer of one level that draws nothing has no variants: there is nothing finer to draw")
     keep = levels - 1 if keep is None else keep
     if not 0 < keep < levels:
         raise ValueError(f"of {levels} levels 1 to {levels - 1} can be kept and the finer ones drawn, got {keep}")

@@ -61,14 +61,8 @@ class EncodeConfig:
             raise ValueError("encode.batch_size must be at least 1 and encode.crop_shift not negative")
 
 
-def encode(
-    config: EncodeConfig, seed: int, compute: ComputeConfig, tokenizer: HierarchicalVQVAE, images: Path, folder: Path
-) -> None:
-    """Write code shards, receipts and the manifest; shards whose receipt fits stay.
-
-    Raises:
-        StageError: the tokenizer is for other images, or an image shard is not what its manifest says.
-    """
+def check_encode(config: EncodeConfig, tokenizer: HierarchicalVQVAE, images: Path) -> None:
+    """Raise StageError where a tokenizer is not for these images, or has no q(z | x) to store."""
     manifest = read_manifest(images, "images", "pack")
     found = (manifest["image_size"], manifest["channels"])
     if found != (tokenizer.image_size, tokenizer.channels):
@@ -82,6 +76,20 @@ def encode(
             f"the tokenizer was trained with {tokenizer.num_classes} classes but {images} has "
             f"{len(manifest['class_names'])}; take the images' own, or pack them with images.classes false"
         )
+    if config.posterior and not tokenizer.bottleneck.rate:
+        raise StageError("encode.posterior is of levels that hold draws of numbers; set it to false")
+
+
+def encode(
+    config: EncodeConfig, seed: int, compute: ComputeConfig, tokenizer: HierarchicalVQVAE, images: Path, folder: Path
+) -> None:
+    """Write code shards, receipts and the manifest; shards whose receipt fits stay.
+
+    Raises:
+        StageError: the tokenizer is for other images, or an image shard is not what its manifest says.
+    """
+    manifest = read_manifest(images, "images", "pack")
+    check_encode(config, tokenizer, images)
     mark = tokenizer_fingerprint(tokenizer)
     views = {split: config.views if split == "train" else ["image"] for split in manifest["splits"]}
     count = sum(receipt["samples"] * len(views[split]) for split, receipt in all_receipts(manifest))

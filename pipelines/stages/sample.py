@@ -21,7 +21,13 @@ from pipelines.metrics.stored_classifier import StoredClassifier
 from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.cache import Cache
-from pipelines.storage.fingerprint import check_belong_together, digest, hashed, model_fingerprints
+from pipelines.storage.fingerprint import (
+    check_belong_together,
+    digest,
+    hashed,
+    model_fingerprints,
+    tokenizer_fingerprint,
+)
 from pipelines.storage.folders import check_set_name, check_settings_stay
 from pipelines.storage.manifest import write_manifest
 from pipelines.storage.paths import whole
@@ -106,14 +112,10 @@ def sample(
             there is nothing to reject by.
     """
     marks = model_fingerprints(tokenizer, prior) | ({"classifier": classifier.fingerprint} if classifier else {})
-    check_belong_together(prior, marks["tokenizer"])
+    check_sample(config, tokenizer, prior)
     classes = class_indices(config.classes, prior.class_names)
-    if len(prior.levels) != len(tokenizer.levels):
-        raise StageError(
-            f"the tokenizer has {len(tokenizer.levels)} levels but there are priors of {len(prior.levels)}; "
-            "run `smalti train-prior` for all of them"
-        )
-    _check_settings(config, prior, classifier)
+    if (config.reject > 1) != (classifier is not None):
+        raise StageError("sample.reject above 1 needs the classifier of a run, and a run's images; set it to 1")
     device = inference_device(compute, precise=config.precision == "float32")
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     how = drawn_with(config, seed, device.type, threads)
@@ -232,13 +234,18 @@ def likeliest(candidates: Iterable[Drawn], classifier: Classifier, labels: list[
     return kept
 
 
-def _check_settings(config: SampleConfig, prior: HierarchicalPrior, classifier: StoredClassifier | None) -> None:
-    """Raise StageError for settings that this prior cannot be drawn with."""
+def check_sample(config: SampleConfig, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> None:
+    """Raise StageError for models that do not belong together, and settings that they cannot be drawn with."""
+    check_belong_together(prior, tokenizer_fingerprint(tokenizer))
+    class_indices(config.classes, prior.class_names)
     levels = len(prior.levels)
+    if levels != len(tokenizer.levels):
+        raise StageError(
+            f"the tokenizer has {len(tokenizer.levels)} levels but there are priors of {levels}; "
+            "run `smalti train-prior` for all of them"
+        )
     if config.reject > 1 and not prior.class_names:
         raise StageError("sample.reject chooses by class, but the prior was trained without; leave it at 1")
-    if (config.reject > 1) != (classifier is not None):
-        raise StageError("sample.reject above 1 needs the classifier of a run, and a run's images; set it to 1")
     for name in ("temperature", "top_k", "top_p", "guidance"):
         values = getattr(config, name)
         if isinstance(values, list) and len(values) != levels:
@@ -246,7 +253,9 @@ def _check_settings(config: SampleConfig, prior: HierarchicalPrior, classifier: 
     guidance = config.guidance if isinstance(config.guidance, list) else [config.guidance] * levels
     for level, value in zip(prior.levels, guidance, strict=True):
         if level.config.codebook_sizes[-1] is None and (value != 1 or config.top_k or config.top_p != 1):
-            raise StageError("sample.top_k, top_p and guidance are of codes, and these levels hold numbers; leave them")
+            raise StageError(
+                "sample.top_k, top_p and guidance are of codes, and these levels hold numbers; leave them out"
+            )
         if value != 1 and not prior.class_names:
             raise StageError("sample.guidance needs classes, but the prior was trained without; leave it at 1")
         if value != 1:

@@ -19,13 +19,13 @@ from pipelines.compute.devices import ComputeConfig
 from pipelines.compute.ranks import sum_over_ranks
 from pipelines.data.codes import CodeBatch, Codes, TrainingCodes, ValidationCodes, as_it_is, posteriors
 from pipelines.errors import ConfigError
-from pipelines.storage.manifest import classes_for_prior, read_manifest
+from pipelines.storage.manifest import CodesManifest, classes_for_prior, read_manifest
 from pipelines.training.fit import StepData, export, fit, keep_metrics, make_optimizer, seed_step
-from pipelines.training.mixtures import MOST_NUMBERS, drawn_rows, fit_mixture, publish_unlearned, put_at_images
+from pipelines.training.mixtures import drawn_rows, fit_mixture, publish_unlearned, put_at_images
 from pipelines.training.sections import PriorConfig
 from prior import LevelConfig, LevelPrior, NormalConfig
 from prior.flow import Flow
-from prior.mixture import Mixture
+from prior.mixture import MOST_NUMBERS, Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,36 @@ def level_config(
     )
 
 
+def check_prior(config: PriorConfig, level: int, manifest: CodesManifest) -> None:
+    """Judge, before anything is touched, whether codes can have such a prior; nothing is computed.
+
+    Args:
+        config: the section for this level, no lists.
+        level: 0 for the coarsest.
+        manifest: of the codes.
+
+    Raises:
+        ConfigError: the network cannot be built for that level.
+    """
+    mixture = replace(config.mixture, components=config.mixture.components or 1)  # 0 are as many as there are images
+    with torch.device("meta"):
+        _built(replace(config, mixture=mixture), level, manifest)
+
+
+def _built(config: PriorConfig, level: int, manifest: CodesManifest) -> LevelPrior:
+    """Return a level's new prior."""
+    levels = manifest["levels"]
+    grids, sizes = [(one["grid"][0], one["grid"][1]) for one in levels], [one["codebook_size"] for one in levels]
+    channels = [] if all(sizes) else [one.get("channels", 1) for one in levels]
+    class_names = classes_for_prior(manifest, str(config.network))
+    settings = level_config(config, level, grids, sizes, class_names, manifest["tokenizer"], channels)
+    assert isinstance(config.dropout, float | int)
+    try:
+        return LevelPrior(settings, config.dropout)
+    except ValueError as error:
+        raise ConfigError(f"level {level} can have no prior of prior.{config.network}: {error}") from error
+
+
 def train_prior(
     config: PriorConfig, level: int, seed: int, compute: ComputeConfig, codes: Path, unpacked: Path, folder: Path
 ) -> None:
@@ -93,16 +123,9 @@ def train_prior(
         assert isinstance(config.mixture.components, int)
         rows = drawn_rows(len(train), config.mixture.components or len(train), seed)
         config = replace(config, mixture=replace(config.mixture, components=len(rows)))
-    assert isinstance(config.dropout, float | int)
-    class_names = classes_for_prior(manifest, str(config.network))
-    about = (train.grids, train.codebook_sizes, class_names, manifest["tokenizer"])
-    settings = level_config(config, level, *about, [] if all(train.codebook_sizes) else train.channels)
     if compute.threads:
         torch.set_num_threads(compute.threads)
-    try:
-        model = LevelPrior(settings, config.dropout)
-    except ValueError as error:
-        raise ConfigError(f"level {level} can have no prior of prior.{config.network}: {error}") from error
+    model = _built(config, level, manifest)
     if not list(model.parameters()):
         if at_images:
             put_at_images(model, posteriors(codes, level, rows, compute.cache), train.labels[rows])

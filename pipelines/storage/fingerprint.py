@@ -37,6 +37,17 @@ def hashed(settings: Any) -> Any:
     return [hashed(value) for value in settings] if isinstance(settings, list | tuple) else settings
 
 
+def introduced(section: type) -> dict[str, Any]:
+    """Return what settings that came later were when they came: what `hashed` leaves out, section by section."""
+    found: dict[str, Any] = {}
+    for field in fields(section):
+        if "introduced" in field.metadata:
+            found[field.name] = field.metadata["introduced"]
+        elif isinstance(field.default_factory, type) and is_dataclass(field.default_factory):
+            found[field.name] = introduced(field.default_factory)
+    return found
+
+
 def fingerprint(tensors: Mapping[str, Tensor], settings: dict) -> str:
     """Return the sha256 over a model's tensors in the order of their names, and its inference settings.
 

@@ -56,23 +56,34 @@ def plain_data(settings: Any) -> Any:
     return settings
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Return what differs between two trees of plain data, as "key: old -> new"."""
+def differences(old: Any, new: Any, path: str = "", unsaid: Any = None) -> list[str]:
+    """Return what differs between two trees of plain data, as "key: old -> new".
+
+    Args:
+        old: one tree.
+        new: the other.
+        path: of both, for messages.
+        unsaid: tree of the values that stand for what a tree lacks; see `fingerprint.introduced`.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
+        found, unsaid = [], unsaid if isinstance(unsaid, dict) else {}
         for key in [*old, *(key for key in new if key not in old)]:
-            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            then = unsaid.get(key)
+            found += differences(old.get(key, then), new.get(key, then), f"{path}.{key}" if path else str(key), then)
         return found
+    if (isinstance(old, dict) and new is None) or (isinstance(new, dict) and old is None):
+        return [f"{path}: {'new' if old is None else 'gone'}"]  # settings of a kind that is not the other's
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
-def open_stage(folder: Path, stage: str, settings: dict[str, Any]) -> None:
+def open_stage(folder: Path, stage: str, settings: dict[str, Any], unsaid: dict[str, Any] | None = None) -> None:
     """Make a stage's folder ready for its settings, which it keeps as `config.yaml`.
 
     Args:
         folder: of the stage.
         stage: its command.
         settings: its own resolved sections and what it is made from; `compute` is none of them.
+        unsaid: values of what settings lack; see `differences`.
 
     Raises:
         StageError: the folder holds finished work or checkpoints of other settings, or cannot be written.
@@ -85,17 +96,20 @@ def open_stage(folder: Path, stage: str, settings: dict[str, Any]) -> None:
         path = folder / "config.yaml"
         # Shards without a manifest are judged one by one by their receipts; weights have nothing but their config.
         if path.exists() and (is_complete(folder) or (folder / "checkpoints").exists()):
-            found = differences(_kept_settings(path, stage), settings)
-            if found:
-                shown = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-                raise StageError(
-                    f"{folder} was made with other settings ({shown}); set them back, choose another run_dir, "
-                    f"or add --redo {stage} to make it again"
-                )
+            check_made_with(folder, stage, settings, unsaid)
         else:
             write_text(path, yaml.safe_dump(settings, sort_keys=False))
     except OSError as error:
         raise StageError(f"cannot write to {folder}: {error.strerror}; choose a run_dir that can be written") from error
+
+
+def check_made_with(folder: Path, stage: str, settings: dict[str, Any], unsaid: dict[str, Any] | None = None) -> None:
+    """Raise StageError, naming each, where a stage's folder was made with other settings; see `open_stage`."""
+    if found := differences(_kept_settings(folder / "config.yaml", stage), plain_data(settings), unsaid=unsaid):
+        raise StageError(
+            f"{folder} was made with other settings ({'; '.join(found)}); set them back, choose another run_dir, "
+            f"or add --redo {stage} to make it again"
+        )
 
 
 def check_settings_stay(folder: Path, stage: str, settings: dict[str, Any]) -> None:
@@ -103,7 +117,7 @@ def check_settings_stay(folder: Path, stage: str, settings: dict[str, Any]) -> N
     path = folder / "config.yaml"
     if exists(path) and (found := differences(plain_data(settings), _kept_settings(path, stage))):
         raise StageError(
-            f"another command works in {folder} with other settings ({'; '.join(found[:3])}), "
+            f"another command works in {folder} with other settings ({'; '.join(found)}), "
             "so what this one has done counts for nothing; choose another run_dir or folder for one of them"
         )
 

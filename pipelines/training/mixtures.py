@@ -20,10 +20,10 @@ from pipelines.storage.paths import write_json
 from pipelines.training.loggers import MetricsCSV
 from prior import LevelPrior
 from prior.em import em, set_weights
-from prior.mixture import Mixture
+from prior.mixture import MOST_NUMBERS, Mixture
 
-# Samples judged at once; numbers that are fitted to, at most, as they and the shares of components are in memory.
-BATCH, MOST_NUMBERS = 1000, 2**26
+# Samples judged at once.
+BATCH = 1000
 # Steps of EM at most; steps without a better val split, or the least gain of a step in nats per value, that end it.
 STEPS, PATIENCE, LEAST_GAIN = 200, 10, 1e-5
 

@@ -14,7 +14,7 @@ from prior.continuous import ContinuousConfig
 from prior.level import NETWORKS
 from tokenizer import EMAConfig, TokenizerConfig
 from tokenizer.bottlenecks import KINDS, FSQConfig, GaussianConfig, GradientConfig, Settings
-from tokenizer.bottlenecks.bottleneck import VectorSizes
+from tokenizer.bottlenecks.bottleneck import Bottleneck, VectorSizes
 from tokenizer.bottlenecks.contractive import ContractiveConfig
 from tokenizer.bottlenecks.gumbel import GumbelConfig
 from tokenizer.bottlenecks.residual import ResidualConfig
@@ -237,15 +237,24 @@ def unread_by(networks: Collection[str]) -> list[str]:
     return [one.name for one in fields(PriorConfig) if one.name not in read]
 
 
+def _bottlenecks(section: TokenizerSection) -> list[Bottleneck]:
+    model = section.model
+    with torch.device("meta"):  # nothing is computed
+        return [
+            section.family.build(VectorSizes(codebook_size=size, code_dim=dim, normalize=model.normalize))
+            for size, dim in zip(model.codebook_sizes, model.code_dims, strict=True)
+        ]
+
+
 def stored_sizes(section: TokenizerSection) -> list[int | None]:
     """Return K of each grid that a tokenizer of this section stores, coarse to fine; None where it is continuous."""
-    model = section.model
-    sizes: list[int | None] = []
-    with torch.device("meta"):  # nothing is computed
-        for size, dim in zip(model.codebook_sizes, model.code_dims, strict=True):
-            told = VectorSizes(codebook_size=size, code_dim=dim, normalize=model.normalize)
-            sizes += section.family.build(told).sizes
-    return sizes
+    return [size for part in _bottlenecks(section) for size in part.sizes]
+
+
+def stored_numbers(section: TokenizerSection, image_size: int) -> list[int]:
+    """Return how many codes or numbers each grid holds that a tokenizer of this section stores, coarse to fine."""
+    parts = zip(_bottlenecks(section), section.model.grids(image_size), strict=True)
+    return [h * w * (1 if size else part.channels) for part, (h, w) in parts for size in part.sizes]
 
 
 def used(section: TokenizerSection | PriorConfig) -> dict[str, Any]:

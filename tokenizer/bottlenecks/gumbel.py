@@ -49,6 +49,8 @@ class GumbelConfig(Settings):
     def __post_init__(self) -> None:
         if not self.beta >= 0:
             raise ValueError(f"beta must not be negative, got {self.beta}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not 0 < self.final_temperature <= self.temperature:
             raise ValueError(
                 f"final_temperature must lie in (0, {self.temperature}], the first one, got {self.final_temperature}"
