@@ -3,11 +3,10 @@
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipelines.compared import Compared, as_compared
 from pipelines.compute.devices import inference_device
@@ -20,6 +19,7 @@ from pipelines.report.head import Fact, Head, images_facts, prior_facts, setting
 from pipelines.report.plane import Plane, is_plane, plane
 from pipelines.report.reading import Codes, Images, read_codes, read_images
 from pipelines.report.so_far import prior_so_far, tokenizer_so_far
+from pipelines.report.tables import Table, of_codes
 from pipelines.report.tokenized import Quality, Row, Tokenized, quality, tokenized
 from pipelines.storage.fingerprint import prior_fingerprint, tokenizer_fingerprint
 from pipelines.storage.folders import is_complete
@@ -29,14 +29,6 @@ from prior import LevelPrior
 from tokenizer import HierarchicalVQVAE
 
 T = TypeVar("T")
-
-
-class Table(NamedTuple):
-    """A table of the page."""
-
-    caption: str
-    head: list[str]
-    rows: list[tuple[str, ...]]
 
 
 class Gathered:
@@ -288,7 +280,7 @@ class Gathered:
     def numbers(self) -> list[Table]:
         """The codes of the first val image, of levels that have few."""
         levels = {level: self.tokenized["val"].levels[level][0] for level in self.patches}
-        return [_numbers(level, codes) for level, codes in levels.items() if codes.numel() <= codebooks.MOST_CELLS]
+        return [of_codes(level, codes) for level, codes in levels.items() if codes.numel() <= codebooks.MOST_CELLS]
 
     def _maps(self) -> list[likelihoods.Maps]:
         val = self.images.get("val")
@@ -350,9 +342,3 @@ class Gathered:
         if "train" in self.images:
             found += warned.of_classes("training images read", self.images["train"].classes, self.class_names)
         return found
-
-
-def _numbers(level: int, codes: Tensor) -> Table:
-    rows = [(f"row {number + 1}", *map(str, row)) for number, row in enumerate(codes.tolist())]
-    head = ["", *(f"column {number + 1}" for number in range(codes.shape[1]))]
-    return Table(f"Codes of level {level} of the first image", head, rows)

@@ -10,8 +10,9 @@ from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
 from pipelines.report.curves import Chart, Line
 from pipelines.report.figures import told
-from pipelines.report.gather import Gathered, Table
+from pipelines.report.gather import Gathered
 from pipelines.report.pictures import picture
+from pipelines.report.tables import Table
 from pipelines.report.tokenized import Row, psnr
 from pipelines.storage.fingerprint import manifest_digest
 from pipelines.storage.manifest import read_manifest
