@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenizer.bottlenecks import KINDS
+from tokenizer.bottlenecks import KINDS, kind_of
 from tokenizer.bottlenecks.bottleneck import Settings
 from tokenizer.config import TokenizerConfig
 
@@ -49,6 +49,14 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         named = sorted(known - {"format", "bottleneck"})
         raise ValueError(f"{folder}/config.json must hold exactly the settings {named}")
     return {name: value for name, value in (later | settings).items() if name != "format"}, tensors
+
+
+def told(bottleneck: Settings) -> dict[str, Any]:
+    """Return what config.json says of a family; nothing of EMA codebooks, the only one when files began."""
+    kind = kind_of(bottleneck)
+    if kind == "ema":
+        return {}
+    return {"bottleneck": {"kind": kind, **{name: getattr(bottleneck, name) for name in bottleneck.of_model}}}
 
 
 def family(settings: dict[str, Any]) -> Settings:

@@ -15,13 +15,12 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from tokenizer.bottlenecks import kind_of
 from tokenizer.bottlenecks.bottleneck import Bottled, Bottleneck, Settings, StoredGrid, VectorSizes
 from tokenizer.bottlenecks.ema import EMAConfig
 from tokenizer.checks import Float32Module, check_finite, check_pixels, code_grids, float_tensor, noise_grids
 from tokenizer.classes import CHANNELS, BesideClass, Classes, class_tensor
 from tokenizer.config import TokenizerConfig
-from tokenizer.files import SETTINGS_ERRORS, check_tensors, family, read_files, write_files
+from tokenizer.files import SETTINGS_ERRORS, check_tensors, family, read_files, told, write_files
 from tokenizer.hub import CARD, card, check_replaceable, model_folder
 from tokenizer.networks import decoder, encoder, upsampling
 
@@ -286,15 +285,7 @@ class HierarchicalVQVAE(Float32Module, PyTorchModelHubMixin, library_name="smalt
         later = {f.name for f in fields(self.config) if f.metadata.get("introduced") == getattr(self.config, f.name)}
         config = {name: value for name, value in asdict(self.config).items() if name not in later}
         classes = {"num_classes": self.num_classes} if self.num_classes else {}
-        return {"image_size": self.image_size, "channels": self.channels, **classes, **config, **self.family}
-
-    @property
-    def family(self) -> dict[str, Any]:
-        """What says of which family the bottlenecks are; nothing of EMA codebooks, the only one when files began."""
-        kind, of_model = kind_of(self.bottleneck), self.bottleneck.of_model
-        if kind == "ema":
-            return {}
-        return {"bottleneck": {"kind": kind, **{name: getattr(self.bottleneck, name) for name in of_model}}}
+        return {"image_size": self.image_size, "channels": self.channels, **classes, **config, **told(self.bottleneck)}
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by the names that files have: there bottlenecks are called codebooks, as all were once."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipelines.errors import StageError
 from prior import HierarchicalPrior, LevelPrior
 from tokenizer import HierarchicalVQVAE
+from tokenizer.files import told
 
 
 def digest(settings: Any) -> str:
@@ -66,7 +67,7 @@ def tokenizer_fingerprint(tokenizer: HierarchicalVQVAE) -> str:
     """Return the fingerprint of a tokenizer."""
     images = {"image_size": tokenizer.image_size, "channels": tokenizer.channels}
     images |= {"num_classes": tokenizer.num_classes} if tokenizer.num_classes else {}
-    return fingerprint(tokenizer.tensors(), images | hashed(tokenizer.config) | tokenizer.family)
+    return fingerprint(tokenizer.tensors(), images | hashed(tokenizer.config) | told(tokenizer.bottleneck))
 
 
 def prior_fingerprint(level: LevelPrior) -> str:
