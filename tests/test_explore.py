@@ -328,7 +328,7 @@ def test_interpolate_writes_each_step(explore: Callable) -> None:
     assert code == 0 and {row["from"] + row["to"] for row in drawn} == {"38"}
     assert explore("interpolate", "--keys", "0")[:2] == (
         2,
-        "smalti: error: interpolate takes two images by --keys or two classes by --classes\n",
+        "smalti: error: interpolate takes two images by --keys or two classes by --classes, not both\n",
     )
 
 
