@@ -36,7 +36,7 @@ from pipelines.stages.verify import (
     verify_tokens,
 )
 from pipelines.storage.fingerprint import introduced, manifest_digest, model_fingerprints, tokenizer_fingerprint
-from pipelines.storage.folders import check_outside, folder_of_set, is_complete, only_process, open_stage
+from pipelines.storage.folders import check_outside, completes, folder_of_set, is_complete, only_process, open_stage
 from pipelines.storage.manifest import CodesManifest, read_manifest, shards_hold
 from pipelines.storage.paths import exists, make_folder, write_json
 from pipelines.storage.record import write_record
@@ -315,11 +315,12 @@ class Run:
         """End a stage that had something to do; where others may still be at work, they complete it."""
         if self.is_child:  # who started this process sees to the rest
             return True
-        if is_complete(folder):
+        alone = this_worker().world_size == 1 and self.config.compute.num_nodes == 1
+        if completes(folder) if alone else is_complete(folder):
             self.redo.settled(folder)
             level = f"-{folder.name}" * (stage == "train-prior")
             self._keep_record(stage, what_came_of(folder), level)
-        elif this_worker().world_size > 1 or self.config.compute.num_nodes > 1:
+        elif not alone:
             logger.info("%s: this process is done, the others are not yet", stage)
         else:
             raise StageError(

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -203,6 +204,15 @@ def _kept_settings(path: Path, stage: str) -> Any:
     except ValueError as error:
         mend = f"add --redo {stage} to make it again"
         raise StageError(f"{path} is not what smalti wrote there: {error}; {mend}") from error
+
+
+def completes(folder: Path) -> bool:
+    """Whether a folder is complete within ten seconds: the same command, given twice, may be at its last shard."""
+    for _ in range(20):
+        if is_complete(folder):
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def is_complete(folder: Path) -> bool:
