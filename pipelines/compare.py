@@ -17,7 +17,7 @@ from pipelines.errors import CommandParser, ConfigError
 from pipelines.metrics.direction import direction
 from pipelines.metrics.metric import figures_of
 from pipelines.metrics.provenance import unlike
-from pipelines.storage.paths import place, write_text
+from pipelines.storage.paths import exists, place, read_bytes, write_text
 
 # What priors may be told, in the order of preference; one is shown of all runs.
 CONDITIONS = {"given_class": "given the class", "without_class": "without class"}
@@ -301,6 +301,8 @@ def command(arguments: Sequence[str]) -> None:
     found = parser.parse_args(arguments)
     if found.out in found.configs:
         raise ConfigError(f"--out must name a file of its own, and {found.out} is one of the configs")
+    if found.out and exists(out := place(found.out, writable=True)) and not read_bytes(out).startswith(b"run,seeds,"):
+        raise ConfigError(f"{found.out} must not be overwritten, for it is no scoreboard; name another file")
     board = compare([load_config(name) for name in found.configs])
     print(as_text(board))
     if found.out:
