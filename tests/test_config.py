@@ -45,6 +45,17 @@ def test_a_file_holds_where_the_one_that_stands_on_it_says_nothing_else(
             load_config(path)
 
 
+def test_a_section_that_stands_twice_loses_nothing_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    for text, name in (
+        ("images: {size: 8}\nseed: 1\nimages: {channels: 1}", "images"),
+        ("images: {size: 8, size: 9}", "size"),
+    ):
+        path.write_text(f"run_dir: a\n{text}\n")
+        with pytest.raises(ConfigError, match=f"{name} stands twice"):
+            load_config(path)
+
+
 def test_from_is_a_key_like_any_other(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     path = write_config(tmp_path, {"images": {"from": "a"}})
     config = load_config(path, ["--tokenizer.from", "b", "--codes.from=c"])

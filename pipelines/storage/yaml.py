@@ -16,6 +16,13 @@ class _PlainData(yaml.SafeLoader):
             raise yaml.YAMLError("aliases (*name) are not allowed; write the value out")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A key that stands twice would lose what stands under the first without a word."""
+        names = [key.value for key, _ in node.value]
+        if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+            raise yaml.YAMLError(f"{twice} stands twice; write what belongs under it in one place")
+        return super().construct_mapping(node, deep)
+
 
 def read_yaml(data: bytes) -> Any:
     """Return what a YAML file holds.
