@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipelines.errors import StageError
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.cache import Cache
-from pipelines.storage.receipts import receipt_fits, receipt_path, write_shard
+from pipelines.storage.receipts import read_receipt, receipt_fits, receipt_path, write_shard
 from pipelines.storage.shards import array_bytes, code_dtype, index_shard, read_member
 
 PROVENANCE = {"made_from": None, "fingerprints": {}, "settings": "abc"}
@@ -71,6 +71,15 @@ def test_a_shard_counts_only_if_its_receipt_fits(tmp_path: Path, cache: Cache) -
     write_shard(path, SAMPLES, PROVENANCE)
     receipt_path(path).write_text("{half")
     assert not receipt_fits(path, PROVENANCE, cache)
+
+
+def test_a_receipt_stands_while_the_same_bytes_and_no_others_are_written_again(tmp_path: Path, cache: Cache) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, SAMPLES, PROVENANCE)
+    for samples, stands in ((SAMPLES, True), (SAMPLES[:2], False)):
+        with pytest.raises(TypeError):  # after the shard is there, before its own receipt is
+            write_shard(path, samples, {"settings": object()})
+        assert (read_receipt(path) is not None) == receipt_fits(path, PROVENANCE, cache) == stands
 
 
 def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:

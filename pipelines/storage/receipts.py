@@ -43,8 +43,10 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], pro
         with temporary.open("rb") as written:
             sha256 = hashlib.file_digest(written, "sha256").hexdigest()
         size = temporary.stat().st_size
-        # An old receipt must not vouch for the new shard. This one vouches for nothing: it says whose the shard is.
-        write_text(receipt_path(path), json.dumps({"format": FORMAT, "shard": path.name}) + "\n")
+        # An old receipt must not vouch for other bytes; of the same ones what it says stays true, and another process
+        # may count on it. In its place comes one that vouches for nothing: it says whose the shard is.
+        if _named_by(path).get("sha256") != sha256:
+            write_text(receipt_path(path), json.dumps({"format": FORMAT, "shard": path.name}) + "\n")
     receipt = {"format": FORMAT, "shard": path.name, "sha256": sha256, "bytes": size, "samples": count, **provenance}
     write_json(receipt_path(path), receipt)
     return receipt
