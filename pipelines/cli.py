@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 
@@ -56,6 +57,12 @@ SAME_COMMAND = "the same command goes on from there"
 # Packages whose errors tell of a store that does not answer or does not let us in.
 STORES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "s3fs")
 STAGES = (*ORDER, "run", "export", "report", "verify")
+# What has options of its own, of no run or of several, and the module that reads them; imported when it is asked for.
+COMMANDS = {
+    "decode": "pipelines.stages.decode",
+    "compare": "pipelines.compare",
+    "explore": "pipelines.explore.command",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,26 +112,13 @@ def _command(arguments: list[str]) -> int:
     from pipelines.errors import ConfigError
 
     stage, rest = arguments[0], arguments[1:]
-    if stage == "decode":  # of tokens from elsewhere: no run, no config
-        from pipelines.stages.decode import command
-
+    if stage in COMMANDS:
+        own_command = import_module(COMMANDS[stage]).command
         set_up_console()
-        command(rest)
-        return 0
-    if stage == "compare":  # of several runs
-        from pipelines.compare import command as compare
-
-        set_up_console()
-        compare(rest)
-        return 0
-    if stage == "explore":  # has options of its own beside a config
-        from pipelines.explore.command import command as explore
-
-        set_up_console()
-        explore(rest)
+        own_command(rest)
         return 0
     if stage not in STAGES:
-        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}, decode, compare, explore")
+        raise ConfigError(f"there is no stage {stage!r}; the stages are {', '.join([*STAGES, *COMMANDS])}")
     if any(argument in ("-h", "--help") for argument in rest):
         from pipelines.config import make_parser
 
