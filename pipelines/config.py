@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -107,6 +108,7 @@ class Config:
 MAX_BASES = 8
 
 
+@cache  # commands on several runs read as many configs
 def make_parser(stage: str = "STAGE") -> ArgumentParser:
     """Return the parser of all settings."""
     parser = _Parser(usage=f"smalti {stage} CONFIG.yaml [--section.key value ...]", exit_on_error=False)
