@@ -200,7 +200,7 @@ class Run:
             tokenizer, prior = self.models.tokenizer, self.models.prior
         else:
             tokenizer, prior = self.finished.tokenizer(), self.finished.prior()
-        check_sample(config.sample, tokenizer, prior)
+        check_sample(config.sample, tokenizer, prior, tokenizer_fingerprint(tokenizer))
         if self.models and config.sample.reject > 1:
             raise StageError("sample.reject needs the classifier of a run, which published models lack; set it to 1")
         if config.sample.reject > 1 and not self.finished.has_images():

@@ -21,13 +21,7 @@ from pipelines.metrics.stored_classifier import StoredClassifier
 from pipelines.progress import progress_bar
 from pipelines.stages.shard_job import ShardJob, all_done, this_workers
 from pipelines.storage.cache import Cache
-from pipelines.storage.fingerprint import (
-    check_belong_together,
-    digest,
-    hashed,
-    model_fingerprints,
-    tokenizer_fingerprint,
-)
+from pipelines.storage.fingerprint import check_belong_together, digest, hashed, model_fingerprints
 from pipelines.storage.folders import check_set_name, check_settings_stay
 from pipelines.storage.manifest import write_manifest
 from pipelines.storage.paths import whole
@@ -112,7 +106,7 @@ def sample(
             there is nothing to reject by.
     """
     marks = model_fingerprints(tokenizer, prior) | ({"classifier": classifier.fingerprint} if classifier else {})
-    check_sample(config, tokenizer, prior)
+    check_sample(config, tokenizer, prior, marks["tokenizer"])
     classes = class_indices(config.classes, prior.class_names)
     if (config.reject > 1) != (classifier is not None):
         raise StageError("sample.reject above 1 needs the classifier of a run, and a run's images; set it to 1")
@@ -234,9 +228,16 @@ def likeliest(candidates: Iterable[Drawn], classifier: Classifier, labels: list[
     return kept
 
 
-def check_sample(config: SampleConfig, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior) -> None:
-    """Raise StageError for models that do not belong together, and settings that they cannot be drawn with."""
-    check_belong_together(prior, tokenizer_fingerprint(tokenizer))
+def check_sample(config: SampleConfig, tokenizer: HierarchicalVQVAE, prior: HierarchicalPrior, mark: str) -> None:
+    """Raise StageError for models that do not belong together, and settings that they cannot be drawn with.
+
+    Args:
+        config: the section.
+        tokenizer: which decodes.
+        prior: which is drawn from.
+        mark: the tokenizer's fingerprint.
+    """
+    check_belong_together(prior, mark)
     class_indices(config.classes, prior.class_names)
     levels = len(prior.levels)
     if levels != len(tokenizer.levels):
