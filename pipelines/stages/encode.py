@@ -151,11 +151,8 @@ def compiles(config: EncodeConfig, compute: ComputeConfig, pixels: int) -> bool:
 def with_posterior(model: HierarchicalVQVAE) -> Callable[..., list[Tensor]]:
     """Return an encoder that gives, after what is stored of all levels, mean and log-variance of each, (B, 2d, h, w).
 
-    Raises:
-        StageError: levels hold no draws of numbers.
+    Levels hold draws of numbers.
     """
-    if not model.bottleneck.rate:
-        raise StageError("encode.posterior is of levels that hold draws of numbers; set it to false")
 
     @torch.no_grad()
     def encode(images: Tensor, noise: list[Tensor] | None = None, classes: Tensor | None = None) -> list[Tensor]:
