@@ -17,7 +17,7 @@ from benchmarks.measure import print_table
 from pipelines.compute.devices import ComputeConfig
 from pipelines.data.images import ImageShards, to_unit_range
 from pipelines.data.noise import noise_for
-from pipelines.metrics.bound import fitted_scales, grey_levels, interval95, pixel_nats
+from pipelines.metrics.bound import bound_figures, fitted_scales, grey_levels, pixel_nats
 from tokenizer import HierarchicalVQVAE
 
 BATCH = 64
@@ -51,10 +51,16 @@ def bounds(tokenizer: HierarchicalVQVAE, train: ImageShards, val: ImageShards) -
         nats = pixel_nats(pixels, grey_levels(output.reconstruction), scales)
         distortions.append(nats.flatten(1).sum(1, dtype=torch.float64))
         errors.append((output.reconstruction - to_unit_range(pixels)).square().flatten(1).mean(1))
-    unit = math.log(2) * val.channels * val.size**2
-    rate, distortion = torch.cat(rates), torch.cat(distortions)
-    found = [float(one.mean()) for one in (torch.cat(errors), rate / math.log(2), rate / unit, distortion / unit)]
-    return Bounds(*found, float((rate + distortion).mean() / unit), interval95((rate + distortion) / unit))
+    rate, of = torch.cat(rates), "without_class"
+    figures = bound_figures({of: rate}, torch.cat(distortions), val.channels * val.size**2)
+    return Bounds(
+        mse=float(torch.cat(errors).mean()),
+        rate_bits=float(rate.mean() / math.log(2)),
+        rate=figures["rate_bits_per_dim"][of],
+        distortion=figures["distortion_bits_per_dim"],
+        bound=figures["bits_per_dim"][of],
+        interval=figures["bits_per_dim_interval95"][of],
+    )
 
 
 def main(images: Path, tokenizers: list[Path]) -> None:
