@@ -223,8 +223,8 @@ class Run:
         """
         from pipelines.stages.evaluate import evaluate, table  # its metrics take seconds to import
 
-        self.begun = time.monotonic()
         make_folder(self.root)
+        self._begin("evaluate", self.root, self.root / "metrics.json")
         with workers_of(self.config.compute), adding_up(self.config.compute):
             figures = evaluate(*self.finished.subject(), self.config.evaluate.skip)
         if this_worker().rank == 0:
